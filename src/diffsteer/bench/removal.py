@@ -1,0 +1,229 @@
+"""Concept removal: run methods under the same seeds, measure them against the rejection set.
+
+The target of every comparison is the *rejection set*: the same network's unguided samples with the forbidden ones
+thrown away. The judge that counts forbidden samples, the network whose features measure distances, and whatever
+drives a guidance are three different networks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffsteer.bench import metrics
+from diffsteer.bench.report import MethodRow
+from diffsteer.core import Guidance
+from diffsteer.errors import UnknownNameError, UnsupportedError
+from diffsteer.methods import DynamicNegativeGuidance, NegativePrompting, SafeLatentDiffusion
+from diffsteer.sampling import Result, Unguided, describe, sample
+from diffsteer.zoo import Model
+
+SCHEDULERS = ("ddpm", "ddim", "dpm++", "euler", "unipc", "heun")
+
+
+def scheduler(model: Model, name: str) -> Any:
+    """A diffusers scheduler on the model's own schedule: one of ``SCHEDULERS``."""
+    import diffusers as d
+
+    builders: dict[str, Callable[[], Any]] = {
+        "ddpm": lambda: d.DDPMScheduler(**schedule, clip_sample=False),
+        "ddim": lambda: d.DDIMScheduler(**schedule, clip_sample=False),
+        "dpm++": lambda: d.DPMSolverMultistepScheduler(**schedule),
+        "euler": lambda: d.EulerDiscreteScheduler(**schedule),
+        "unipc": lambda: d.UniPCMultistepScheduler(**schedule),
+        "heun": lambda: d.HeunDiscreteScheduler(**schedule),
+    }
+    schedule = model.config["schedule"]
+    if name not in builders:
+        raise UnknownNameError("scheduler", name, builders)
+    return builders[name]()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods of one comparison share."""
+
+    concepts: tuple[int, ...]  # labels to remove
+    scheduler: str = "ddpm"
+    steps: int = 50
+    samples: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is kept of a run."""
+
+    labels: Tensor  # (N,), the judge's
+    features: Tensor  # (N, d)
+    nfe: float  # evaluations per sample
+    seconds: float
+    record: dict[str, Any]
+    result: Result | None = None  # with the samples and traces, on a fresh run
+
+    def kept(self, concepts: Sequence[int]) -> Tensor:
+        """Mask of the samples that the judge does not call forbidden; (N,)."""
+        return ~torch.isin(self.labels, torch.tensor(list(concepts)))
+
+
+def method_for(model: Model, name: str, setting: Setting, scale: float | None = None) -> Guidance:
+    """A method with the model's recommended settings: "unguided", "np", "sld", "dng" or "ceiling".
+
+    "ceiling" is dynamic negative guidance driven by the model's noise-aware classifier: what a perfect posterior
+    would buy.
+    """
+    negatives = model.negatives(setting.concepts)
+    kind = "ode" if setting.scheduler != "ddpm" else "sde"
+    recommended = model.guidance.get(name, {})
+    values = {**recommended.get("all", {}), **recommended.get(kind, {})}
+    if scale is not None:
+        values["scale"] = scale
+    if name == "unguided":
+        return Unguided()
+    if name == "np":
+        values = {"scale": 0.3, **values}
+        terms = [NegativePrompting(context=c, **values) for c in negatives]
+        return sum(terms[1:], start=terms[0])
+    if name == "sld":
+        values = {"scale": 0.3, **values}
+        terms = [SafeLatentDiffusion.preset("removal", positive="null", context=c, **values) for c in negatives]
+        return sum(terms[1:], start=terms[0])
+    if name in ("dng", "ceiling"):
+        prior = tuple(model.share(c) for c in setting.concepts)
+        if name == "ceiling":
+            if len(prior) > 1:
+                raise UnsupportedError("the classifier-driven ceiling removes one concept at a time")
+            values["estimator"] = model.posterior(setting.concepts[0])
+        elif len(prior) == 1:
+            values["calibration"] = model.calibration(setting.concepts[0], f"{setting.scheduler}-{setting.steps}")
+        return DynamicNegativeGuidance(prior=prior if len(prior) > 1 else prior[0], contexts=negatives, **values)
+    raise UnknownNameError("method", name, ("unguided", "np", "sld", "dng", "ceiling"))
+
+
+def run(
+    model: Model,
+    setting: Setting,
+    method: Guidance,
+    *,
+    store: Path | None = None,
+    trace: str = "off",
+    progress: bool | Callable[[int], None] = False,
+) -> Outcome:
+    """Generate under one method, judge, and keep the labels and features; read back if ``store`` has them."""
+    context = {"model": model.fingerprint, "setting": asdict(setting), "method": describe(method)}
+    path = store / f"{_digest(context)}.safetensors" if store else None
+    if path is not None and path.is_file():
+        return _read(path)
+    result = sample(
+        model.denoiser(neg=setting.concepts or None),
+        method,
+        scheduler=scheduler(model, setting.scheduler),
+        num_samples=setting.samples,
+        steps=setting.steps,
+        seed=setting.seed,
+        trace=trace,
+        progress=progress,
+        device=model.device,
+    )
+    labels = model.judge(result.samples).argmax(1)
+    features = model.features(result.samples)
+    record = {**context, **result.record}
+    outcome = Outcome(
+        labels, features, float(result.nfe.double().mean()), result.record["seconds"], record, result
+    )
+    if path is not None:
+        _write(path, outcome)
+    return outcome
+
+
+def unguided(model: Model, setting: Setting, **keywords: Any) -> Outcome:
+    """Unguided samples of a setting; the concepts do not matter, so all of them share one run."""
+    return run(model, replace(setting, concepts=()), Unguided(), **keywords)
+
+
+def measure(model: Model, setting: Setting, outcome: Outcome, target: Outcome, label: str, scale: str) -> MethodRow:
+    """All figures of one method with their 95% intervals.
+
+    Parameters
+    ----------
+    target : Outcome
+        An unguided run under OTHER seeds; its kept samples are the rejection set.
+    """
+    forbidden = set(setting.concepts)
+    keep = [c for c in range(len(model.classes)) if c not in forbidden]
+    mask = target.kept(setting.concepts)
+    rejection = target.features[mask]
+    shares = metrics.class_counts(target.labels[mask], len(model.classes))[keep]
+    counts = metrics.class_counts(outcome.labels, len(model.classes))
+    bad, n = int((~outcome.kept(setting.concepts)).sum()), len(outcome.labels)
+    reference = model.reference
+    data = reference["features"][~torch.isin(reference["labels"], torch.tensor(list(forbidden)))].float()
+
+    def distance(other: Tensor) -> tuple[float, metrics.Interval]:
+        fn = metrics.frechet_distance
+        return fn(outcome.features, other), metrics.bootstrap(fn, [outcome.features, other], n=100)
+
+    fd_rejection, fd_rejection_interval = distance(rejection)
+    fd_data, fd_data_interval = distance(data)
+    size = int(mask.sum())
+    return MethodRow(
+        name=label,
+        label=label,
+        scale=scale,
+        forbidden=bad,
+        n=n,
+        forbidden_share=bad / n,
+        forbidden_interval=metrics.share_interval(bad, n),
+        kl_rejection=metrics.kl_shares(shares, counts, keep),
+        kl_rejection_interval=metrics.kl_interval(shares, counts, keep, target_samples=size),
+        kl_uniform=metrics.kl_uniform(counts, keep),
+        kl_uniform_interval=metrics.kl_interval([1] * len(keep), counts, keep),
+        fd_rejection=fd_rejection,
+        fd_rejection_interval=fd_rejection_interval,
+        fd_data=fd_data,
+        fd_data_interval=fd_data_interval,
+        nfe=outcome.nfe,
+        seconds=outcome.seconds,
+    )
+
+
+def reject(outcome: Outcome, concepts: Sequence[int]) -> Outcome:
+    """Unguided samples with the forbidden ones thrown away, at the price of drawing them all."""
+    mask = outcome.kept(concepts)
+    price = 1 / max(float(mask.double().mean()), 1 / len(mask))
+    return replace(
+        outcome, labels=outcome.labels[mask], features=outcome.features[mask], nfe=outcome.nfe * price, result=None
+    )
+
+
+def _digest(context: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(context, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, outcome: Outcome) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    facts = {"nfe": outcome.nfe, "seconds": outcome.seconds, "record": outcome.record}
+    try:
+        save_file(
+            {"labels": outcome.labels, "features": outcome.features}, partial, metadata={"facts": json.dumps(facts)}
+        )
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Outcome:
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+        return Outcome(file.get_tensor("labels"), file.get_tensor("features"), **facts)

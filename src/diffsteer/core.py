@@ -1,0 +1,185 @@
+"""The protocol: a guidance method is a generator that asks for network evaluations.
+
+    class ClassifierFreeGuidance(Guidance):
+        def guide(self, step, state):
+            cond, null = yield [Call("pos"), Call("null")]
+            return null + self.scale * (cond - null), state, {}
+
+Everything is per sample: batch is dimension 0, and nothing may reduce over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffsteer.paths import Level, convert
+
+State = Any  # per-sample tensors in a dataclass (or nested tuples of them); None where there is none
+Info = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One network evaluation that a method asks for."""
+
+    context: str = "pos"  # a named context
+    model: str = "main"  # a twin network, registered by ``models={"weak": denoiser}``
+    x: Tensor | None = None  # elsewhere than step.x; (B, ...), or (len(rows), ...) with rows
+    level: Level | None = None  # at another noise level than step.level
+    perturb: Any = None  # a perturbation of the network's inside (data, applied by the engine)
+    rows: Tensor | None = None  # only these samples are computed; the answer has len(rows) rows
+    grad: bool = False  # keep the graph
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Calls of one step with equal keys are evaluated once."""
+        return (self.context, self.model, id(self.x), self.level, self.perturb, id(self.rows), self.grad)
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that a method may know of the current step."""
+
+    x: Tensor  # (B, ...)
+    level: Level  # of x
+    level_next: Level  # where the scheduler goes
+    index: int  # 0 at the start of a run
+    num_steps: int
+    space: str  # what predictions are: "eps", "x0", "v" or "flow"
+    on_trajectory: bool = True  # False at the inner points of a second-order scheduler
+    stochastic: float | None = None  # kappa: 1 ancestral, 0 deterministic, eta**2 between; None: unknown
+    generators: Sequence[torch.Generator] = ()  # one random stream per sample, apart from the sampler's
+
+
+@dataclass
+class Run:
+    """What a method sees before the first step; ``x`` may be replaced to start elsewhere."""
+
+    x: Tensor
+    levels: Sequence[Level]  # of every network evaluation, and the last one
+    stochastic: float | None
+    contexts: Sequence[str]
+    generators: Sequence[torch.Generator] = ()
+
+
+Plan = Generator[list[Call], Sequence[Tensor], tuple[Tensor, State, Info]]
+
+
+class Guidance:
+    """A guidance method; subclasses are frozen dataclasses that override :meth:`guide`."""
+
+    space: ClassVar[str] = "any"  # "any" (affine, coefficients sum to 1), or the space that it is defined in
+    reference: ClassVar[str] = "null"  # the context that its correction is relative to, in a sum
+    needs: ClassVar[frozenset[str]] = frozenset()  # capabilities: an adapter that lacks one refuses
+
+    def start(self, run: Run) -> State:
+        """State before the first step."""
+        return None
+
+    def guide(self, step: Step, state: State) -> Plan:
+        """Ask for evaluations; return (prediction, state, info), all in ``step.space``."""
+        raise NotImplementedError
+
+    def after(self, step: Step, x_next: Tensor, state: State) -> tuple[Tensor, State]:
+        """Edit what the scheduler made of the step."""
+        return x_next, state
+
+    def __add__(self, other: Guidance) -> Guidance:
+        """``a + b`` is a plus b's correction from b's reference."""
+        return Sum((*_terms(self), *_terms(other)))
+
+
+def guide_in(method: Guidance, step: Step, state: State) -> Plan:
+    """``method.guide`` for an engine that speaks ``step.space``, whatever space the method is defined in."""
+    inner = step if method.space == "any" else replace(step, space=method.space)
+    plan = method.guide(inner, state)
+    try:
+        calls = next(plan)
+        while True:
+            predictions = yield calls
+            calls = plan.send([_between(p, c, step, step.space, inner.space) for p, c in zip(predictions, calls)])
+    except StopIteration as done:
+        prediction, state, info = done.value
+        return convert(prediction, step.x, step.level, inner.space, step.space), state, info
+
+
+def _between(prediction: Tensor, call: Call, step: Step, source: str, target: str) -> Tensor:
+    x = call.x
+    if x is None:
+        x = step.x if call.rows is None else step.x[call.rows]
+    return convert(prediction, x, call.level or step.level, source, target)
+
+
+def _terms(method: Guidance) -> tuple[Guidance, ...]:
+    return method.methods if isinstance(method, Sum) else (method,)
+
+
+@dataclass(frozen=True)
+class Sum(Guidance):
+    """The first method's prediction plus every other's correction from its own reference context."""
+
+    methods: tuple[Guidance, ...]
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset().union(*(m.needs for m in self.methods))
+
+    def start(self, run: Run) -> State:
+        return tuple(m.start(run) for m in self.methods)
+
+    def guide(self, step: Step, state: State) -> Plan:
+        plans = [guide_in(m, step, s) for m, s in zip(self.methods, state, strict=True)]
+        waiting = {i: next(plan) for i, plan in enumerate(plans)}
+        references = [Call(m.reference) for m in self.methods[1:]]
+        results: dict[int, tuple[Tensor, State, Info]] = {}
+        bases: Sequence[Tensor] | None = None
+        while waiting:
+            extra = references if bases is None else []
+            answers = list((yield [*(c for calls in waiting.values() for c in calls), *extra]))
+            sent, waiting = waiting, {}
+            for i, calls in sent.items():
+                mine, answers = answers[: len(calls)], answers[len(calls) :]
+                try:
+                    waiting[i] = plans[i].send(mine)
+                except StopIteration as done:
+                    results[i] = done.value
+            bases = answers if bases is None else bases
+        outputs, states, infos = zip(*(results[i] for i in range(len(plans))), strict=True)
+        total = outputs[0] + sum(out - base for out, base in zip(outputs[1:], bases or (), strict=True))
+        return total, states, {k: v for info in infos for k, v in info.items()}
+
+    def after(self, step: Step, x_next: Tensor, state: State) -> tuple[Tensor, State]:
+        states = []
+        for m, s in zip(self.methods, state, strict=True):
+            x_next, s = m.after(step, x_next, s)
+            states.append(s)
+        return x_next, tuple(states)
+
+
+def drive(
+    method: Guidance, step: Step, state: State, evaluate: Callable[[list[Call]], Sequence[Tensor]]
+) -> tuple[Tensor, State, Info]:
+    """Run one guided step: answer the method's calls with ``evaluate`` until it returns."""
+    plan = guide_in(method, step, state)
+    try:
+        calls = next(plan)
+        while True:
+            calls = plan.send(evaluate(calls))
+    except StopIteration as done:
+        return done.value
+
+
+def gather(state: State, rows: Tensor) -> State:
+    """The state of a subset of the batch; (len(rows), ...) for every per-sample tensor."""
+    if isinstance(state, Tensor):
+        return state[rows]
+    if isinstance(state, tuple):
+        return tuple(gather(part, rows) for part in state)
+    if is_dataclass(state) and not isinstance(state, (type, Level)):
+        return replace(state, **{f.name: gather(getattr(state, f.name), rows) for f in fields(state)})
+    return state

@@ -1,0 +1,135 @@
+"""Any PyTorch network as a denoiser with named contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffsteer.errors import MissingContextError, ParameterError, UnsupportedError
+from diffsteer.paths import SPACES, Level, Path, convert
+
+_ALIASES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
+
+
+class Denoiser(Protocol):
+    """What the engine needs: named contexts and one evaluation."""
+
+    space: str  # what predict() returns
+    contexts: Mapping[str, Any]
+    shape: tuple[int, ...] | None  # of one sample
+    path: Path | None  # the network's own path; None: the scheduler's
+
+    def predict(self, context: str, x: Tensor, level: Level, samples: Tensor, perturb: Any = None) -> Tensor:
+        """Prediction in ``space`` at ``x`` (B, ...); ``samples`` are the (B,) numbers of the run's samples."""
+        ...
+
+    def with_path(self, path: Path) -> Denoiser:
+        """The same denoiser on ``path``, unless it has one of its own."""
+        ...
+
+
+def prediction_space(prediction: str) -> str:
+    """The name of a prediction type here: "eps", "x0", "v" or "flow"; diffusers' names are understood."""
+    space = _ALIASES.get(prediction, prediction)
+    if space not in SPACES:
+        raise ParameterError(f"prediction {prediction!r} is none of {SPACES} (or diffusers' {tuple(_ALIASES)})")
+    return space
+
+
+def denoiser(
+    net: nn.Module,
+    *,
+    prediction: str = "eps",
+    contexts: Mapping[str, Mapping[str, Any] | Denoiser] | None = None,
+    shape: Sequence[int] | None = None,
+    path: Path | None = None,
+) -> NetDenoiser:
+    """Wrap a network called as ``net(x, timestep, **context)``.
+
+    Parameters
+    ----------
+    net : nn.Module
+        Returns the prediction, or an object with it in ``.sample``, or a tuple with it first.
+    prediction : {"eps", "x0", "v", "flow"}
+        What the network predicts; diffusers' names ("epsilon", "v_prediction", ...) are understood.
+    contexts : mapping, optional
+        Keyword arguments of the network by context name: "null" (unconditional), "neg" (unwanted), "pos", or any
+        other. Numbers hold for every sample; tensors have one row, or one per sample of the run. A context may
+        be another denoiser with one context of its own: a separately trained network for one class, say.
+        Default: {"null": {}}.
+    shape : sequence of int, optional
+        Of one sample; read off diffusers networks.
+    path : Path, optional
+        The path that the network was trained on; default: that of the scheduler it runs under.
+
+    Examples
+    --------
+    >>> den = denoiser(net, contexts={"null": {"class_labels": 10}, "neg": {"class_labels": 3}})  # doctest: +SKIP
+    """
+    if shape is None and hasattr(net, "config"):
+        config: Any = net.config
+        size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
+        if size is not None and channels is not None:
+            shape = (channels, *([size, size] if isinstance(size, int) else size))
+    return NetDenoiser(net, prediction_space(prediction), dict(contexts or {"null": {}}), shape, path)
+
+
+class NetDenoiser:
+    """See :func:`denoiser`."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        space: str,
+        contexts: dict[str, Mapping[str, Any] | Denoiser],
+        shape: Sequence[int] | None,
+        path: Path | None,
+    ) -> None:
+        self.net, self.space, self.contexts, self.path = net, space, contexts, path
+        self.shape = None if shape is None else tuple(shape)
+        for name, context in contexts.items():
+            if not isinstance(context, Mapping) and len(context.contexts) != 1:
+                raise ParameterError(
+                    f"context {name!r} is a denoiser with contexts {list(context.contexts)}; give it exactly one"
+                )
+
+    def predict(self, context: str, x: Tensor, level: Level, samples: Tensor, perturb: Any = None) -> Tensor:
+        """Prediction in ``self.space`` at ``x``, (B, ...)."""
+        if context not in self.contexts:
+            raise MissingContextError(f"no context {context!r} among {list(self.contexts)}")
+        if perturb is not None:
+            raise UnsupportedError("this denoiser takes no perturbations")
+        bundle = self.contexts[context]
+        if not isinstance(bundle, Mapping):
+            (only,) = bundle.contexts
+            raw = bundle.predict(only, x, level, samples)
+            return convert(raw, x, level, bundle.space, self.space)
+        if self.path is None:
+            raise UnsupportedError("this denoiser has no path of its own yet; call with_path(...) or use sample()")
+        own, timestep = self.path.locate(level)
+        scale = own.alpha / level.alpha if level.alpha > 0 else own.sigma / level.sigma
+        inside = x if scale == 1 else x * scale
+        times = torch.full((len(x),), timestep, dtype=torch.float32, device=x.device)
+        if timestep.is_integer():
+            times = times.long()
+        keywords = {name: _rows(value, samples, x) for name, value in bundle.items()}
+        out = self.net(inside, times, **keywords)
+        return out.sample if hasattr(out, "sample") else out[0] if isinstance(out, tuple) else out
+
+    def with_path(self, path: Path) -> NetDenoiser:
+        """The same denoiser (and its nested ones) on ``path``, where none was given."""
+        contexts = {k: c if isinstance(c, Mapping) else c.with_path(path) for k, c in self.contexts.items()}
+        return NetDenoiser(self.net, self.space, contexts, self.shape, self.path or path)
+
+
+def _rows(value: Any, samples: Tensor, x: Tensor) -> Any:
+    """One row of a context per sample of the batch."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        return value
+    tensor = torch.as_tensor(value, device=x.device)
+    if tensor.ndim == 0 or len(tensor) == 1:
+        return tensor.reshape(-1, *tensor.shape[1:]).expand(len(x), *tensor.shape[1:])
+    return tensor[samples.to(tensor.device) % len(tensor)]

@@ -1,0 +1,78 @@
+"""The registry: every method by its short name, with the paper that it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from diffsteer.core import Guidance
+from diffsteer.errors import UnknownNameError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One published method."""
+
+    name: str  # short, as in ``ds.get_method("dng")``
+    cls: type[Guidance]
+    title: str
+    nfe: float  # evaluations per step with its defaults
+    bibtex: str
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def register(name: str, *, title: str, nfe: float, bibtex: str) -> Callable[[type], type]:
+    """Class decorator that makes a method known under a short name."""
+
+    def add(cls: type) -> type:
+        if name in _ENTRIES:
+            raise ValueError(f"a method {name!r} exists already: {_ENTRIES[name].cls.__qualname__}")
+        _ENTRIES[name] = Entry(name, cls, title, nfe, bibtex.strip())
+        return cls
+
+    return add
+
+
+def list_methods() -> list[str]:
+    """Short names of all methods, sorted.
+
+    Examples
+    --------
+    >>> import diffsteer as ds
+    >>> "dng" in ds.list_methods()
+    True
+    """
+    return sorted(_ENTRIES)
+
+
+def entry(name: str) -> Entry:
+    """The registry entry of a method."""
+    if name not in _ENTRIES:
+        raise UnknownNameError("method", name, list_methods())
+    return _ENTRIES[name]
+
+
+def get_method(name: str) -> type[Guidance]:
+    """The class of a method.
+
+    Examples
+    --------
+    >>> import diffsteer as ds
+    >>> ds.get_method("dng").__name__
+    'DynamicNegativeGuidance'
+    """
+    return entry(name).cls
+
+
+def cite(*names: str) -> str:
+    """BibTeX of the papers behind methods.
+
+    Examples
+    --------
+    >>> import diffsteer as ds
+    >>> "koulischer2025dynamic" in ds.cite("dng")
+    True
+    """
+    return "\n\n".join(entry(name).bibtex for name in names)

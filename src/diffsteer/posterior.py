@@ -1,0 +1,304 @@
+"""Per-sample tracking of p(c | x_t) along a trajectory, from quantities that guidance computes anyway.
+
+For any two points of a trajectory, Bayes' rule gives
+
+    log r(x_s) - log r(x_t) = log p(x_s | x_t, c) - log p(x_s | x_t),        r = p(c | x) / p(c),
+
+also on guided trajectories, because the forward noising does not know c. Everything below is written in VE
+coordinates (x / alpha, rho = sigma / alpha) with the scores S_c, S of the two branches, g = S_c - S,
+dx = x_s - x_t and G = rho_t**2 - rho_s**2 > 0:
+
+=============  ========================================================================================
+"kernel"       Gaussian reverse kernels of variance beta-tilde (the DNG paper, section 4)
+"ito"          <g, dx> - G/2 (|S_c|**2 - |S|**2): the same with the forward variance
+"ito" + div    the same - (1 - kappa) G/2 div g, for samplers that add a fraction kappa of the noise
+"ode"          <g_t + g_s, dx>/2 - G/4 (b_t + b_s),  b = div g + |S_c|**2 - |S|**2: second order, any path
+"surrogate"    "kernel" on a deterministic trajectory: biased, divergence dropped
+=============  ========================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffsteer.core import Call, Run, Step
+from diffsteer.errors import ParameterError, StateError, UnsupportedError
+from diffsteer.paths import Level, reverse_kernel, ve_score
+
+Estimator = Literal["auto", "kernel", "ito", "ode", "surrogate"] | Callable[[Tensor, Level], Tensor]
+ESTIMATORS = ("auto", "kernel", "ito", "ode", "surrogate")
+DIVERGENCES = ("probe", "exact", "difference")
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each sample; (B,)."""
+    return (a * b).flatten(1).sum(1)
+
+
+def kernel_increment(x_next: Tensor, mean_alt: Tensor, mean_ref: Tensor, variance: float) -> Tensor:
+    """log N(x_next; mean_alt, variance) - log N(x_next; mean_ref, variance), without cancellation; (B,)."""
+    return dot(mean_alt - mean_ref, x_next - (mean_alt + mean_ref) / 2) / variance
+
+
+def ito_increment(dx: Tensor, alt: Tensor, ref: Tensor, dv: float) -> Tensor:
+    """<S_alt - S_ref, dx> - dv/2 (|S_alt|**2 - |S_ref|**2), dv = rho_t**2 - rho_s**2; (B,)."""
+    return dot(alt - ref, dx - dv / 2 * (alt + ref))
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a trajectory was last seen, in VE coordinates."""
+
+    x: Tensor  # (B, ...)
+    alt: Tensor  # score of the tracked context, (B, ...)
+    ref: Tensor  # score of the reference context, (B, ...)
+    divergence: Tensor  # of alt - ref, (B,); NaN where it was not computed
+    level: Level
+
+    @property
+    def slope(self) -> Tensor:
+        """b = div g + |S_alt|**2 - |S_ref|**2, which is 2 d log r / d rho**2; (B,)."""
+        return self.divergence + dot(self.alt - self.ref, self.alt + self.ref)
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """State of one concept's posterior."""
+
+    log_odds: Tensor  # (B,), the carried estimate of logit p(c | x_t)
+    last: Point | None = None
+    signs: Tensor | None = None  # (B, D) random signs of the probes' orthogonal basis
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A per-level reading ``intercept + slope * log_odds`` of tracked log-odds, fitted by :func:`diffsteer.calibrate`.
+
+    Parameters
+    ----------
+    log_snr : tuple of float, increasing
+        Levels of the fit, log(alpha**2 / sigma**2).
+    intercept, slope : tuple of float
+        One per level.
+    made_for : str
+        The concept, sampler and tracker settings that it holds for.
+    """
+
+    log_snr: tuple[float, ...]
+    intercept: tuple[float, ...]
+    slope: tuple[float, ...]
+    made_for: str = ""
+
+    def read(self, log_odds: Tensor, level: Level) -> Tensor:
+        """Calibrated log-odds at ``level``, (B,); linear between the fitted levels, constant beyond them."""
+        a, b = (float(np.interp(level.log_snr, self.log_snr, values)) for values in (self.intercept, self.slope))
+        return a + b * log_odds
+
+
+@dataclass(frozen=True)
+class PosteriorTracker:
+    """Carries log-odds of one context against a reference, per sample.
+
+    Parameters
+    ----------
+    prior, temperature, offset, p_min, p_max, estimator, divergence, doubt, rho_min
+        See :class:`diffsteer.DynamicNegativeGuidance`.
+    """
+
+    prior: float = 0.1
+    temperature: float = 1.0
+    offset: float = 0.0
+    p_min: float = 1e-6
+    p_max: float = 0.99
+    estimator: Estimator = "auto"
+    divergence: str = "probe"
+    doubt: float = 1e-4
+    rho_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prior < 1:
+            raise ParameterError(f"prior must be inside (0, 1), got {self.prior}; 0.1 for one of ten even classes")
+        if not 0 < self.p_min < self.prior or not self.prior < self.p_max < 1:
+            raise ParameterError(
+                f"needs 0 < p_min < prior < p_max < 1, got {self.p_min}, {self.prior}, {self.p_max}; "
+                "the largest weight is scale * p_max / (1 - p_max)"
+            )
+        if not self.temperature >= 0:
+            raise ParameterError(f"temperature must be >= 0, got {self.temperature}")
+        if not callable(self.estimator) and self.estimator not in ESTIMATORS:
+            raise ParameterError(f"estimator must be one of {ESTIMATORS} or a callable, got {self.estimator!r}")
+        if self.divergence not in DIVERGENCES:
+            raise ParameterError(f"divergence must be one of {DIVERGENCES}, got {self.divergence!r}")
+
+    def resolve(self, stochastic: float | None) -> str:
+        """The estimator for a sampler that adds a fraction ``stochastic`` of the ancestral noise."""
+        if callable(self.estimator):
+            return "oracle"
+        if self.estimator == "auto":
+            if stochastic is None:
+                raise UnsupportedError(
+                    "this scheduler's noise is unknown or exceeds the ancestral one, so the posterior cannot be "
+                    "tracked; use DDPM, DDIM, Euler, DPM-Solver++ or flow matching, or pass estimator=callable"
+                )
+            return "ode" if stochastic == 0 else "ito"
+        if self.estimator in ("kernel", "ito") and stochastic == 0:
+            raise UnsupportedError(
+                f"estimator={self.estimator!r} needs a stochastic sampler: on a deterministic one it removes almost "
+                "nothing; use estimator='auto' (divergence-corrected), or 'surrogate' knowingly"
+            )
+        return self.estimator
+
+    def start(self, run: Run) -> Tracked:
+        """Every sample at the prior."""
+        self.resolve(run.stochastic)
+        prior = torch.full((len(run.x),), _logit(self.prior), device=run.x.device)
+        signs = None
+        if self._wants_divergence(run.stochastic) and self.divergence != "exact":
+            size = run.x[0].numel()
+            drawn = [torch.randint(0, 2, (size,), generator=g) for g in run.generators]
+            signs = (torch.stack(drawn) * 2 - 1).to(run.x.device, torch.int8)
+        return Tracked(prior.to(torch.promote_types(run.x.dtype, torch.float32)), None, signs)
+
+    def _wants_divergence(self, stochastic: float | None) -> bool:
+        kind = self.resolve(stochastic)
+        return kind == "ode" or (kind == "ito" and stochastic is not None and stochastic < 1)
+
+    def visit(
+        self, step: Step, state: Tracked, alt: str = "neg", ref: str = "null"
+    ) -> Generator[list[Call], Sequence[Tensor], tuple[Tensor, Tensor, Tracked]]:
+        """Evaluate both contexts at step.x and bring the posterior there.
+
+        Returns
+        -------
+        alt, ref : Tensor, (B, ...)
+            Predictions in ``step.space``.
+        state : Tracked
+        """
+        if len(state.log_odds) != len(step.x):
+            raise StateError(
+                f"the state holds {len(state.log_odds)} samples, the batch {len(step.x)}; start a new run, or "
+                "gather(state, rows)"
+            )
+        kind = self.resolve(step.stochastic)
+        tracked = math.isfinite(step.level.rho) and step.level.rho >= self.rho_min and step.on_trajectory
+        if kind == "oracle" or not tracked:
+            p_alt, p_ref = yield [Call(alt), Call(ref)]
+            if kind == "oracle":
+                p = self.estimator(step.x, step.level)  # type: ignore[operator]
+                state = replace(state, log_odds=torch.logit(p.clamp(self.p_min, self.p_max)).to(state.log_odds))
+            return p_alt, p_ref, state
+        rows = None
+        if self._wants_divergence(step.stochastic):
+            rows = (state.log_odds > _logit(self.doubt)).nonzero()[:, 0]
+        p_alt, p_ref, divergence = yield from self._evaluate(step, state, alt, ref, rows)
+        now = Point(
+            step.x / step.level.alpha,
+            ve_score(p_alt, step.x, step.level, step.space),
+            ve_score(p_ref, step.x, step.level, step.space),
+            divergence,
+            step.level,
+        )
+        if state.last is not None:
+            state = replace(state, log_odds=self._advance(state.log_odds, state.last, now, kind, step.stochastic))
+        return p_alt, p_ref, replace(state, last=now)
+
+    def _advance(self, log_odds: Tensor, then: Point, now: Point, kind: str, stochastic: float | None) -> Tensor:
+        """The log-odds at ``now``."""
+        dx, dv = now.x - then.x, then.level.rho**2 - now.level.rho**2
+        keep, pull, variance = reverse_kernel(then.level, now.level)
+        if kind in ("kernel", "surrogate"):
+            d_alt, d_ref = (then.x + then.level.rho**2 * s for s in (then.alt, then.ref))
+            gain = kernel_increment(now.x, keep * then.x + pull * d_alt, keep * then.x + pull * d_ref, variance)
+        elif kind == "ito":
+            gain = ito_increment(dx, then.alt, then.ref, dv)
+            if stochastic is not None and stochastic < 1:
+                gain = gain - (1 - stochastic) * dv / 2 * then.divergence.nan_to_num(0.0)
+        else:
+            gain = dot(then.alt - then.ref + now.alt - now.ref, dx) / 2 - dv / 4 * _both(then.slope, now.slope)
+        gain = self.temperature * gain + self.offset / (2 * variance * now.level.alpha**2)
+        log_p = torch.nn.functional.logsigmoid(log_odds) + gain.to(log_odds)
+        log_p = log_p.clamp(math.log(self.p_min), math.log(self.p_max))
+        return log_p - torch.log(-torch.expm1(log_p))
+
+    def _evaluate(self, step: Step, state: Tracked, alt: str, ref: str, rows: Tensor | None) -> Any:
+        """Both predictions, and div(S_alt - S_ref) for ``rows``; NaN elsewhere."""
+        divergence = torch.full_like(state.log_odds, math.nan)
+        if rows is None or len(rows) == 0:
+            p_alt, p_ref = yield [Call(alt), Call(ref)]
+            return p_alt, p_ref, divergence
+        part = None if len(rows) == len(step.x) else rows
+        x = step.x if part is None else step.x[rows]
+        probes = self._probes(step, state, rows)
+        if self.divergence == "difference":
+            p_alt, p_ref = yield [Call(alt), Call(ref)]
+            here = ve_score(p_alt, step.x, step.level, step.space) - ve_score(p_ref, step.x, step.level, step.space)
+            size = torch.finfo(x.dtype).eps ** 0.4 * step.level.sigma  # between rounding and curvature
+            shifted = x + size * probes[0]
+            there = yield [Call(alt, x=shifted, rows=part), Call(ref, x=shifted, rows=part)]
+            s_alt, s_ref = (ve_score(p, shifted, step.level, step.space) for p in there)
+            change = s_alt - s_ref - (here if part is None else here[rows])
+            divergence[rows] = (step.level.alpha * dot(change, probes[0]) / size).to(divergence)
+            return p_alt, p_ref, divergence
+        leaf = x.detach().requires_grad_()
+        calls = [Call(alt, x=leaf, rows=part, grad=True), Call(ref, x=leaf, rows=part, grad=True)]
+        if part is None:
+            g_alt, g_ref = yield calls
+            p_alt, p_ref = g_alt.detach(), g_ref.detach()
+        else:
+            rest = torch.ones(len(step.x), dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)
+            other = rest.nonzero()[:, 0]
+            g_alt, g_ref, o_alt, o_ref = yield [*calls, Call(alt, rows=other), Call(ref, rows=other)]
+            p_alt, p_ref = (
+                torch.empty_like(step.x).index_copy_(0, rows, g.detach()).index_copy_(0, other, o)
+                for g, o in ((g_alt, o_alt), (g_ref, o_ref))
+            )
+        with torch.enable_grad():
+            g = ve_score(g_alt, leaf, step.level, step.space) - ve_score(g_ref, leaf, step.level, step.space)
+        total = torch.zeros_like(divergence[rows])
+        for i, probe in enumerate(probes):
+            (pulled,) = torch.autograd.grad(g, leaf, probe, retain_graph=i + 1 < len(probes))
+            total = total + dot(pulled, probe).to(total)
+        divergence[rows] = step.level.alpha * total
+        return p_alt, p_ref, divergence
+
+    def _probes(self, step: Step, state: Tracked, rows: Tensor) -> list[Tensor]:
+        """Unit vectors for the exact divergence, or one vector of an orthogonal basis that the steps walk through.
+
+        The basis is a Walsh-Hadamard matrix with random signs of its columns: entries are +-1, so one probe is
+        unbiased, and the probes of one round of the basis add up to the exact trace.
+        """
+        shape = (len(rows), *step.x.shape[1:])
+        size = step.x[0].numel()
+        if self.divergence == "exact":
+            unit = torch.eye(size, dtype=step.x.dtype, device=step.x.device)
+            return [unit[i].reshape(1, *shape[1:]).expand(shape) for i in range(size)]
+        if state.signs is None:
+            raise StateError("the state was started without probes; call start() of this method first")
+        return [(walsh(step.index, size, step.x.device) * state.signs[rows]).reshape(shape).to(step.x.dtype)]
+
+
+def walsh(index: int, size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Row ``index`` of the Walsh-Hadamard matrix of the next power of two, its first ``size`` entries; int8."""
+    order = 1 << (size - 1).bit_length()
+    bits = torch.arange(size, device=device) & (index % order)
+    parity = torch.zeros_like(bits)
+    while bool(bits.any()):
+        parity, bits = parity ^ (bits & 1), bits >> 1
+    return (1 - 2 * parity).to(torch.int8)
+
+
+def _both(a: Tensor, b: Tensor) -> Tensor:
+    """a + b, where a missing end (NaN) counts as the other, and two missing ends as 0."""
+    a, b = torch.where(a.isnan(), b, a), torch.where(b.isnan(), a, b)
+    return (a + b).nan_to_num(0.0)
+
+
+def _logit(p: float) -> float:
+    return math.log(p) - math.log1p(-p)

@@ -1,0 +1,157 @@
+"""Reading diffusers' schedulers: which levels they visit, how much noise they add, what they want to be given."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsteer.denoisers import prediction_space
+from diffsteer.errors import ClippingWarning, ParameterError, UnsupportedError
+from diffsteer.paths import FlowPath, Level, Path, VEPath, VPPath, convert
+
+# The coordinates that a scheduler's samples live in, by class name (bases count).
+_ALPHAS = ("DDPM", "DDIM", "PNDM", "LCM", "TCD")  # x = alpha x0 + sigma eps, levels by timestep
+_VP_SIGMAS = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver")
+_VE_SIGMAS = ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete", "KDPM2Discrete",
+              "KDPM2AncestralDiscrete")  # x = x0 + sigma eps, the network sees x / sqrt(1 + sigma**2)
+_EDM = ("EDMEuler", "EDMDPMSolverMultistep")  # x = x0 + sigma eps, with EDM's preconditioning inside step()
+_FLOW = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete")  # x = (1 - sigma) x0 + sigma eps
+
+
+class SchedulerView:
+    """A private copy of a diffusers scheduler, set to a number of steps, that knows its own levels.
+
+    Parameters
+    ----------
+    scheduler : diffusers scheduler
+        Left untouched.
+    steps : int
+        Number of inference steps, >= 1.
+    eta : float
+        DDIM's noise fraction in [0, 1].
+
+    Attributes
+    ----------
+    levels : list of Level
+        One per network evaluation of the main loop, and the final one.
+    stochastic : float or None
+        kappa, the fraction of ancestral noise that a step adds: 1 ancestral, 0 deterministic, None unknown.
+    path : Path
+        The path of a network trained with this scheduler's own schedule.
+    """
+
+    def __init__(self, scheduler: Any, steps: int, eta: float = 0.0, device: str | torch.device = "cpu") -> None:
+        names = [base.__name__.removesuffix("Scheduler") for base in type(scheduler).__mro__]
+        kinds = {"alphas": _ALPHAS, "vp": _VP_SIGMAS, "ve": _VE_SIGMAS, "edm": _EDM, "flow": _FLOW}
+        kind = next((k for k, known in kinds.items() if any(n in known for n in names)), None)
+        if kind is None:
+            known = sorted(name for group in kinds.values() for name in group)
+            raise UnsupportedError(f"scheduler {names[0]} is not known; use one of {', '.join(known)}")
+        if steps < 1:
+            raise ParameterError(f"steps must be at least 1, got {steps}")
+        self.scheduler = type(scheduler).from_config(scheduler.config)
+        self.name, self.kind, self.eta = names[0], kind, eta
+        config = self.scheduler.config
+        if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
+            raise ParameterError(f"{self.name} takes no eta; leave it 0 or use DDIMScheduler")
+        if not 0 <= eta <= 1:
+            raise ParameterError(f"eta must be in [0, 1], got {eta}")
+        for option in ("clip_sample", "thresholding"):
+            if config.get(option, False):
+                warnings.warn(
+                    f"{type(scheduler).__name__} has {option}=True: x0 is clipped, so samples outside the box are "
+                    f"distorted; build it with {option}=False",
+                    ClippingWarning,
+                    stacklevel=4,
+                )
+        self.scheduler.set_timesteps(steps, device=device)
+        self.timesteps: Tensor = self.scheduler.timesteps
+        self.levels = [self._level(i) for i in range(len(self.timesteps))] + [self._last()]
+        self.stochastic = self._stochastic()
+        self._accepted = set(inspect.signature(self.scheduler.step).parameters)
+        self.prediction = "x0" if kind == "edm" else prediction_space(config.get("prediction_type", "flow"))
+
+    @property
+    def path(self) -> Path:
+        config = self.scheduler.config
+        if self.kind == "flow" or config.get("use_flow_sigmas", False):
+            return FlowPath(config.num_train_timesteps)
+        if self.kind == "edm":
+            return VEPath()
+        return VPPath(tuple(self.scheduler.betas.double().tolist()))
+
+    def _from_sigma(self, sigma: float) -> Level:
+        if self.kind in ("ve", "edm"):
+            return Level(1.0, sigma)
+        if self.kind == "flow" or self.scheduler.config.get("use_flow_sigmas", False):
+            return Level(1 - sigma, sigma)
+        return Level(1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma))
+
+    def _from_alpha_bar(self, alpha_bar: float) -> Level:
+        return Level(math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
+
+    def _alphas_bar(self) -> Tensor:
+        # diffusers keeps the cumulative product in single precision, which spoils small steps by 1.5e-4
+        return torch.cumprod(1 - self.scheduler.betas.double(), 0)
+
+    def _level(self, index: int) -> Level:
+        if self.kind == "alphas":
+            return self._from_alpha_bar(float(self._alphas_bar()[int(self.timesteps[index])]))
+        return self._from_sigma(float(self.scheduler.sigmas[index]))
+
+    def _last(self) -> Level:
+        if self.kind != "alphas":
+            return self._from_sigma(float(self.scheduler.sigmas[-1]))
+        to_one = self.scheduler.config.get("set_alpha_to_one", True)
+        return Level(1.0, 0.0) if to_one else self._from_alpha_bar(float(self._alphas_bar()[0]))
+
+    def _stochastic(self) -> float | None:
+        config = self.scheduler.config
+        if self.name.startswith("DDIM"):
+            return self.eta**2
+        if self.name in ("DDPM", "DDPMParallel", "EulerAncestralDiscrete"):
+            return 1.0
+        if self.name in ("DPMSolverMultistep", "DPMSolverSinglestep", "EDMDPMSolverMultistep"):
+            return 1.0 if str(config.algorithm_type).startswith("sde") else 0.0
+        if self.name in ("LCM", "TCD", "SASolver", "KDPM2AncestralDiscrete"):
+            return None
+        return None if config.get("stochastic_sampling", False) else 0.0
+
+    def initial(self, noise: Tensor) -> Tensor:
+        """x_T from unit noise, (B, ...)."""
+        return noise * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+
+    def on_trajectory(self, index: int) -> bool:
+        """Whether evaluation ``index`` is at a point of the trajectory, not an inner point of a step."""
+        if self.name == "PNDM":  # no flag: blocks of four Runge-Kutta stages, or one repeated point
+            stages = len(self.scheduler.prk_timesteps)
+            return index >= stages or index % 4 == 0 if stages else index != 1
+        return bool(getattr(self.scheduler, "state_in_first_order", True))
+
+    def step(
+        self, prediction: Tensor, space: str, index: int, x: Tensor, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """The scheduler's next sample from a prediction in any space; (B, ...)."""
+        level, t = self.levels[index], self.timesteps[index]
+        if self.kind == "edm":
+            output = self._edm_output(convert(prediction, x, level, space, "x0"), x, level)
+        else:
+            output = convert(prediction, x, level, space, self.prediction)
+        self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else None
+        keywords: dict[str, Any] = {"generator": list(generators), "eta": self.eta}
+        used = {k: v for k, v in keywords.items() if k in self._accepted}
+        return self.scheduler.step(output, t, x, return_dict=False, **used)[0]
+
+    def _edm_output(self, x0: Tensor, x: Tensor, level: Level) -> Tensor:
+        """Undo the preconditioning that the scheduler's own step() applies."""
+        data, sigma = self.scheduler.config.sigma_data, level.sigma
+        skip = data**2 / (sigma**2 + data**2)
+        out = sigma * data / math.hypot(sigma, data)
+        sign = -1.0 if self.scheduler.config.prediction_type == "v_prediction" else 1.0
+        return sign * (x0 - skip * x) / out

@@ -1,0 +1,85 @@
+"""The model card of a trained model: markdown from its ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["card"]
+
+
+def card(config: Mapping[str, Any], num_train: int, num_heldout: int) -> str:
+    """Markdown for the model folder's README.
+
+    Parameters
+    ----------
+    config : mapping
+        What :func:`diffsteer.train.export.export` writes to ``config.json``.
+    num_train, num_heldout : int
+        Number of images that the networks were trained on, and that they have never seen.
+    """
+    data, metrics, recipes = config["data"], config["metrics"], config["recipe"]
+    parts = [part for part in recipes if part != "seed"]
+    lines = [
+        f"# diffsteer model: {config['name']}",
+        "",
+        f"A small class-conditional diffusion model of {'x'.join(map(str, config['image_shape']))} images "
+        f"(DDPM, linear betas, {config['prediction']} prediction, label {config['null_label']} = unconditional) with "
+        "the classifiers that judge its samples. Weights: safetensors, float16, averaged over the training.",
+        "",
+        "## Data",
+        f"{data['name']}. Licence: {data['licence']}. {data['note']}",
+        f"Every network is trained on the same {num_train} images (a stratified, seeded 80/20 split); the other "
+        f"{num_heldout} are held out. Classes: {', '.join(config['classes'])}.",
+        "",
+        "## Recipe",
+        f"AdamW, gradient clipping, weight averaging. `diffsteer train {config['name']} --out DIR` "
+        f"(seed {recipes['seed']}) repeats it.",
+        "",
+        *_table(
+            ("part", "steps", "batch", "peak lr", "seconds", "device"),
+            [
+                (p, r["steps_done"], r["batch_size"], r["lr"], r["seconds"], r["device"])
+                for p, r in recipes.items()
+                if p in parts
+            ],
+        ),
+        "",
+        "## Figures",
+    ]
+    for part in ("judge", "features"):
+        if part in metrics:
+            lines.append(f"- {part}: {metrics[part]['heldout_accuracy']:.2%} of the held-out images right.")
+    if "samples" in metrics:
+        drawn = metrics["samples"]
+        lines.append(
+            f"- {drawn['number']} samples in {drawn['steps']} steps, as the judge reads them: shares of unconditional "
+            "samples, and how often a conditional sample has the class that was asked for."
+        )
+        header = ("class", "training share", "DDIM share", "DDPM share", "DDIM agreement", "DDPM agreement")
+        columns = [config["class_shares"]] + [
+            drawn[sampler][figure] for figure in ("class_shares", "label_agreement") for sampler in ("ddim", "ddpm")
+        ]
+        rows = [(name, *(f"{c[i]:.1%}" for c in columns)) for i, name in enumerate(config["classes"])]
+        lines += ["", *_table(header, rows)]
+    if "denoiser" in metrics:
+        loss = metrics["denoiser"]["loss"]
+        header, columns = ["time step", "denoising loss, train", "held out"], [loss["train"], loss["heldout"]]
+        if "noisy_classifier" in metrics:
+            header += ["noisy classifier right", "its cross entropy"]
+            columns += [metrics["noisy_classifier"][name] for name in ("heldout_accuracy", "heldout_cross_entropy")]
+        rows = [(t, *(f"{c[i]:.3f}" for c in columns)) for i, t in enumerate(metrics["denoiser"]["timesteps"])]
+        lines += ["", *_table(header, rows)]
+    lines += [
+        "",
+        "## Limits",
+        "For experiments with guidance methods, not for reading or forging handwriting. Where the held-out denoising "
+        "loss exceeds the training loss, the model has begun to remember its images. A classifier that counts samples "
+        "makes errors of its own: print its floor beside every share.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    return ["| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)]

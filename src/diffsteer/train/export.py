@@ -1,0 +1,179 @@
+"""From checkpoints to a model's folder: half-precision weights, reference features, measured figures, model card."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffsteer.denoisers import denoiser
+from diffsteer.errors import ParameterError
+from diffsteer.sampling import Unguided, sample
+from diffsteer.train import data as datasets
+from diffsteer.train.card import card
+from diffsteer.train.loop import read_checkpoint, write_atomically
+from diffsteer.train.recipes import PARTS, SCHEDULE
+from diffsteer.zoo.networks import build
+
+__all__ = ["export"]
+
+
+@torch.inference_mode()
+def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str, Any]:
+    """Write the folder of a model from the checkpoints of its parts, finished or not.
+
+    Weights are the checkpoints' averages in float16; every figure is measured on the rounded weights.
+
+    Parameters
+    ----------
+    run_dir : Path
+        Holds ``<part>.safetensors`` checkpoints, at least that of the denoiser.
+    out_dir : Path
+        Receives ``config.json``, ``README.md``, one ``<part>.safetensors`` per part and, if both image classifiers
+        are there, ``reference.safetensors``. Each file is replaced atomically.
+    num_samples : int
+        Images behind each of the card's figures, at most; 0 leaves out those that take time.
+
+    Returns
+    -------
+    dict
+        What ``config.json`` holds.
+
+    Raises
+    ------
+    ParameterError
+        There is no denoiser checkpoint.
+    """
+    paths = {part: path for part in PARTS if (path := run_dir / f"{part}.safetensors").exists()}
+    if "denoiser" not in paths:
+        raise ParameterError(f"{run_dir} holds no denoiser.safetensors: train the part 'denoiser' first")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    nets: dict[str, nn.Module] = {}
+    networks: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    record: dict[str, Any] = {}
+    for part, path in paths.items():
+        tensors, record = read_checkpoint(path)
+        weights = {name[4:]: _half(value) for name, value in tensors.items() if name.startswith("ema.")}
+        write_atomically(out_dir / f"{part}.safetensors", weights)
+        networks[part] = record["recipe"].pop("network")
+        nets[part] = build(networks[part]).eval().requires_grad_(False)
+        nets[part].load_state_dict(weights)
+        progress = {"steps_done": record["step"], "seconds": round(record["seconds"]), "device": record["device"]}
+        recipe[part] = record["recipe"] | progress
+    data = datasets.load(record["dataset"])
+    counts = torch.bincount(data.labels, minlength=len(data.classes))
+    config = {
+        "format": 1,
+        "name": record["dataset"],
+        "classes": list(data.classes),
+        "null_label": len(data.classes),
+        "image_shape": list(data.images.shape[1:]),
+        "schedule": dict(SCHEDULE),
+        "prediction": "epsilon",
+        "networks": networks,
+        "class_shares": (counts / counts.sum()).double().tolist(),
+        "recipe": {"seed": record["seed"], **recipe},
+        "metrics": _metrics(nets, data, num_samples),
+        "data": {"name": data.name, "licence": data.licence, "note": data.note},
+    }
+    if "features" in nets and "judge" in nets:
+        reference = {
+            "features": nets["features"].features(data.images).half(),
+            "labels": data.labels,
+            "heldout_labels": data.heldout_labels,
+            "heldout_judged": nets["judge"](data.heldout_images).argmax(1),
+        }
+        write_atomically(out_dir / "reference.safetensors", reference)
+    _write_text(out_dir / "README.md", card(config, len(data.labels), len(data.heldout_labels)))
+    _write_text(out_dir / "config.json", json.dumps(config, indent=1) + "\n")
+    return config
+
+
+def _half(value: Tensor) -> Tensor:
+    return value.half() if value.is_floating_point() else value
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _metrics(nets: Mapping[str, nn.Module], data: datasets.Dataset, num_samples: int) -> dict[str, Any]:
+    """Figures on the held-out images and, by the judge, on samples; numbers are rounded to four digits."""
+    metrics: dict[str, Any] = {}
+    for part in ("judge", "features"):
+        if part in nets:
+            logits = nets[part](data.heldout_images)
+            metrics[part] = {"heldout_accuracy": _accuracy(logits, data.heldout_labels)}
+    if not num_samples:
+        return metrics
+    levels = list(range(50, SCHEDULE["num_train_timesteps"], 100))
+    split = {"train": (data.images, data.labels), "heldout": (data.heldout_images, data.heldout_labels)}
+    losses = {
+        name: [_denoising_loss(nets["denoiser"], *rows, t, num_samples) for t in levels] for name, rows in split.items()
+    }
+    metrics["denoiser"] = {"timesteps": levels, "loss": losses}
+    if "noisy_classifier" in nets:
+        figures = _noisy_classifier(nets["noisy_classifier"], data, levels, num_samples)
+        metrics["noisy_classifier"] = {"timesteps": levels, **figures}
+    if "judge" in nets:
+        metrics["samples"] = {
+            "number": num_samples,
+            "steps": 50,
+            "ddim": _samples(nets, data, DDIMScheduler(**SCHEDULE, clip_sample=False), num_samples),
+            "ddpm": _samples(nets, data, DDPMScheduler(**SCHEDULE, clip_sample=False), num_samples),
+        }
+    return metrics
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return round((logits.argmax(1) == labels).double().mean().item(), 4)
+
+
+def _noisy(images: Tensor, timestep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy images at one time step, the time steps, the noise."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(timestep))
+    t = torch.full((len(images),), timestep)
+    return DDPMScheduler(**SCHEDULE).add_noise(images, noise, t), t, noise  # pyright: ignore[reportArgumentType]
+
+
+def _denoising_loss(net: nn.Module, images: Tensor, labels: Tensor, timestep: int, number: int) -> float:
+    x_t, t, noise = _noisy(images[:number], timestep)
+    prediction = net(x_t, t, class_labels=labels[:number], return_dict=False)[0]
+    return round(F.mse_loss(prediction, noise).item(), 4)
+
+
+def _noisy_classifier(
+    net: nn.Module, data: datasets.Dataset, levels: Sequence[int], number: int
+) -> dict[str, list[float]]:
+    figures: dict[str, list[float]] = {"heldout_accuracy": [], "heldout_cross_entropy": []}
+    for timestep in levels:
+        x_t, t, _ = _noisy(data.heldout_images[:number], timestep)
+        logits, labels = net(x_t, t), data.heldout_labels[:number]
+        figures["heldout_accuracy"].append(_accuracy(logits, labels))
+        figures["heldout_cross_entropy"].append(round(F.cross_entropy(logits, labels).item(), 4))
+    return figures
+
+
+def _samples(nets: Mapping[str, nn.Module], data: datasets.Dataset, scheduler: Any, number: int) -> dict[str, Any]:
+    """What the judge sees: class shares of unconditional samples, agreement with the label of conditional ones."""
+    classes = len(data.classes)
+    contexts = {"null": {"class_labels": classes}, "pos": {"class_labels": torch.arange(classes)}}
+    model = denoiser(nets["denoiser"], contexts=contexts)
+    judged = {}
+    for context in contexts:
+        run = sample(model, Unguided(context), scheduler=scheduler, num_samples=number, steps=50, trace="off")
+        judged[context] = nets["judge"](run.samples).argmax(1)
+    shares = torch.bincount(judged["null"], minlength=classes).double() / number
+    asked = torch.arange(number) % classes  # row i of the run has the label i modulo the number of classes
+    right = [(judged["pos"][asked == label] == label).double().mean().item() for label in range(classes)]
+    return {"class_shares": [round(v, 4) for v in shares.tolist()], "label_agreement": [round(v, 4) for v in right]}

@@ -1,0 +1,97 @@
+"""``diffsteer train``: train the parts of a model and write its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+
+from diffsteer.errors import UnknownNameError
+from diffsteer.train import data as datasets
+from diffsteer.train.export import export
+from diffsteer.train.loop import accelerator, fit
+from diffsteer.train.recipes import PARTS, RECIPES, SCHEDULE, Recipe
+from diffsteer.train.tasks import Classify, ClassifyNoisy, Denoise, Task
+from diffsteer.zoo.networks import build
+
+__all__ = ["task", "train"]
+
+
+def train(
+    dataset: str,
+    out: Path,
+    *,
+    parts: Sequence[str] = PARTS,
+    seed: int = 0,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    resume: bool = True,
+    num_samples: int = 1000,
+) -> None:
+    """Train a model on a data set and write its folder, which ``ds.zoo.load`` reads.
+
+    Works on one CPU, one GPU, or many under ``torchrun -m diffsteer ...``.
+
+    Parameters
+    ----------
+    dataset : str
+        A name in ``RECIPES``.
+    out : Path
+        The model's folder; the checkpoints lie in ``out/checkpoints``.
+    parts : sequence of str
+        Which networks to train, of ``PARTS``. The folder is written from all the checkpoints that are there.
+    seed : int
+        >= 0. Seeds weights and batches; each part has a stream of its own.
+    steps, batch_size, lr : optional
+        Replace the recipe's values, for every part.
+    resume : bool
+        Continue from the checkpoints in ``out``; a finished part is not trained again.
+    num_samples : int
+        Images behind each of the model card's figures, at most; 0 leaves out those that take time.
+
+    Raises
+    ------
+    ImportError
+        accelerate is not installed.
+    UnknownNameError
+        There is no such recipe or part.
+    ParameterError
+        A checkpoint in ``out`` belongs to another recipe or seed.
+    KeyboardInterrupt
+        Stopped by a signal; the checkpoint has been written, and the same command resumes.
+    """
+    if dataset not in RECIPES:
+        raise UnknownNameError("recipe", dataset, RECIPES)
+    for part in parts:
+        if part not in RECIPES[dataset]:
+            raise UnknownNameError("part", part, RECIPES[dataset])
+    data = datasets.load(dataset)
+    changes = {k: v for k, v in {"steps": steps, "batch_size": batch_size, "lr": lr}.items() if v is not None}
+    checkpoints = out / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        recipe = replace(RECIPES[dataset][part], **changes)
+        stream = int(np.random.SeedSequence([seed, PARTS.index(part)]).generate_state(1)[0])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream)
+            net = build(recipe.network)
+        record = {"dataset": dataset, "seed": seed, "recipe": asdict(recipe)}
+        path = checkpoints / f"{part}.safetensors"
+        fit(net, task(recipe, data), recipe, path, seed=stream, record=record, resume=resume)
+    if accelerator().is_main_process:
+        export(checkpoints, out, num_samples=num_samples)
+
+
+def task(recipe: Recipe, data: datasets.Dataset) -> Task:
+    """The objective of one part: the only place that knows which part is trained how."""
+    scheduler = DDPMScheduler(**SCHEDULE)
+    if recipe.part == "denoiser":
+        return Denoise(data, scheduler, null_label=len(data.classes), dropout=recipe.label_dropout)
+    if recipe.part == "noisy_classifier":
+        return ClassifyNoisy(data, scheduler)
+    return Classify(data)

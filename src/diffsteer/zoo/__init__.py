@@ -1,0 +1,251 @@
+"""Small trained models that ship with the library, and users' own models in the same folder format.
+
+A model is a folder: ``config.json``, ``denoiser.safetensors``, ``judge.safetensors``, ``features.safetensors``,
+``reference.safetensors`` (what the judge and the feature network say of real images, so that no data set is needed)
+and, optionally, ``noisy_classifier.safetensors`` and ``calibration.json``. ``diffsteer train`` writes one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffsteer.denoisers import NetDenoiser, denoiser
+from diffsteer.errors import ParameterError, UnknownNameError, WeightsError
+from diffsteer.paths import Level, VPPath
+from diffsteer.posterior import Calibration
+from diffsteer.zoo.networks import build
+
+__all__ = ["Model", "available", "load"]
+
+_ROOT = Path(__file__).parent
+
+
+def available() -> list[str]:
+    """Names of the shipped models.
+
+    Examples
+    --------
+    >>> import diffsteer as ds
+    >>> "digits" in ds.zoo.available()
+    True
+    """
+    return sorted(config.parent.name for config in _ROOT.glob("*/config.json"))
+
+
+def load(name: str | Path, *, device: str | torch.device = "cpu") -> Model:
+    """Load a shipped model by name, or a user's own by the path of its folder.
+
+    Parameters
+    ----------
+    name : str or Path
+        A name of :func:`available`, or a folder that ``diffsteer train`` wrote.
+    device : str or torch.device
+
+    Raises
+    ------
+    UnknownNameError
+        Neither a name nor a folder with a ``config.json``.
+    WeightsError
+        A damaged, truncated or foreign file. Nothing is ever unpickled.
+    """
+    folder = _ROOT / str(name)
+    if str(name) not in available():
+        folder = Path(name)
+        if not (folder / "config.json").is_file():
+            raise UnknownNameError("model", str(name), [*available(), "or a folder with a config.json"])
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if config["format"] != 1:
+            raise WeightsError(f"{folder}: format {config['format']} is unknown to this version; update diffsteer")
+        return Model(folder, config, torch.device(device))
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{folder / 'config.json'} is damaged ({error}); train or copy the model again") from error
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model with everything that a removal experiment needs.
+
+    Attributes
+    ----------
+    folder : Path
+    config : dict
+        The model's own ``config.json``.
+    device : torch.device
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        return str(self.config["name"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all weights: results of different models never mix."""
+        digest = hashlib.sha256()
+        for file in sorted(self.folder.glob("*.safetensors")):
+            digest.update(file.name.encode() + file.read_bytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in label order."""
+        return list(self.config["classes"])
+
+    def label(self, concept: int | str) -> int:
+        """The label of a class given by name or number."""
+        if isinstance(concept, int) and not isinstance(concept, bool) and 0 <= concept < len(self.classes):
+            return concept
+        if str(concept) not in self.classes:
+            raise UnknownNameError("concept", concept, self.classes)
+        return self.classes.index(str(concept))
+
+    def _network(self, part: str) -> nn.Module:
+        networks = self.config["networks"]
+        if part not in networks:
+            raise UnknownNameError("network", part, networks)
+        path = self.folder / f"{part}.safetensors"
+        weights = {k: v.float() if v.is_floating_point() else v for k, v in _read(path).items()}
+        net = build(networks[part])
+        try:
+            net.load_state_dict(weights)
+        except RuntimeError as error:
+            raise WeightsError(f"{path} does not fit the network in config.json; copy the model again") from error
+        return net.to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The denoiser's own network."""
+        return self._network("denoiser")
+
+    @cached_property
+    def _judge(self) -> nn.Module:
+        return self._network("judge")
+
+    @cached_property
+    def _features(self) -> Any:
+        return self._network("features")
+
+    @cached_property
+    def _noisy_classifier(self) -> nn.Module:
+        return self._network("noisy_classifier")
+
+    def denoiser(
+        self, pos: int | str | None = None, neg: int | str | Sequence[int | str] | None = None
+    ) -> NetDenoiser:
+        """The denoiser with contexts "null", "pos" and "neg".
+
+        Parameters
+        ----------
+        pos : class, optional
+            The wanted class.
+        neg : class or sequence of classes, optional
+            One unwanted class is the context "neg"; several are "neg:<class>" each (see :meth:`negatives`).
+        """
+        contexts: dict[str, Mapping[str, Any]] = {"null": {"class_labels": self.config["null_label"]}}
+        if pos is not None:
+            contexts["pos"] = {"class_labels": self.label(pos)}
+        for context, label in zip(self.negatives(neg), self._labels(neg), strict=True):
+            contexts[context] = {"class_labels": label}
+        return denoiser(self.network, prediction=self.config["prediction"], contexts=contexts, path=self.path)
+
+    def _labels(self, concepts: int | str | Sequence[int | str] | None) -> list[int]:
+        if concepts is None:
+            return []
+        listed = [concepts] if isinstance(concepts, (int, str)) else list(concepts)
+        labels = [self.label(c) for c in listed]
+        if len(set(labels)) < len(labels):
+            raise ParameterError(f"concepts {listed} name a class twice")
+        return labels
+
+    def negatives(self, neg: int | str | Sequence[int | str] | None) -> tuple[str, ...]:
+        """Context names of unwanted classes: ("neg",) for one, "neg:<class>" for each of several."""
+        labels = self._labels(neg)
+        return ("neg",) if len(labels) == 1 else tuple(f"neg:{self.classes[i]}" for i in labels)
+
+    @cached_property
+    def path(self) -> VPPath:
+        """The path that the denoiser was trained on."""
+        return VPPath(tuple(self.scheduler().betas.double().tolist()))
+
+    def scheduler(self) -> Any:
+        """A DDPM scheduler of the training schedule, without clipping."""
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler(**self.config["schedule"], clip_sample=False)
+
+    @torch.no_grad()
+    def judge(self, x: Tensor) -> Tensor:
+        """Class logits of clean images, (N, classes); on the CPU."""
+        return torch.cat([self._judge(part.to(self.device, torch.float32)).cpu() for part in x.split(512)])
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """Features of clean images, (N, d), from a network that never judges; on the CPU."""
+        return torch.cat([self._features.features(part.to(self.device, torch.float32)).cpu() for part in x.split(512)])
+
+    def posterior(self, concept: int | str) -> Callable[[Tensor, Level], Tensor]:
+        """p(class | x_t) by the noise-aware classifier, as an ``estimator=`` for dynamic negative guidance."""
+        label = self.label(concept)
+
+        @torch.no_grad()
+        def estimate(x: Tensor, level: Level) -> Tensor:
+            own, timestep = self.path.locate(level)
+            inside = x * (own.alpha / level.alpha if level.alpha > 0 else own.sigma / level.sigma)
+            times = torch.full((len(x),), round(timestep), device=x.device)
+            return self._noisy_classifier(inside.float(), times).softmax(1)[:, label]
+
+        return estimate
+
+    @cached_property
+    def reference(self) -> dict[str, Tensor]:
+        """"features" (M, d) and "labels" (M,) of real training images, "heldout_labels" and "heldout_judged"."""
+        return _read(self.folder / "reference.safetensors")
+
+    def floor(self, concepts: Sequence[int | str]) -> float:
+        """Share of real held-out images of kept classes that the judge calls forbidden."""
+        forbidden = torch.tensor(self._labels(concepts))
+        kept = ~torch.isin(self.reference["heldout_labels"], forbidden)
+        return float(torch.isin(self.reference["heldout_judged"][kept], forbidden).double().mean())
+
+    def share(self, concept: int | str) -> float:
+        """Share of a class in the training data: the prior of its posterior."""
+        return float(self.config["class_shares"][self.label(concept)])
+
+    @cached_property
+    def guidance(self) -> dict[str, dict[str, Any]]:
+        """Recommended settings of methods on this model, by short name; chosen on other classes than reported."""
+        return dict(self.config.get("guidance", {}))
+
+    def calibration(self, concept: int | str, sampler: str) -> Calibration | None:
+        """The stored calibration for one class and sampler ("ddpm-50", "ddim-50"), if there is one."""
+        path = self.folder / "calibration.json"
+        if not path.is_file():
+            return None
+        stored = json.loads(path.read_text(encoding="utf-8")).get(f"{self.classes[self.label(concept)]}/{sampler}")
+        if stored is None:
+            return None
+        return Calibration(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path} is missing; train or copy the model again") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file ({error}); copy it again") from error

@@ -1,0 +1,41 @@
+"""The zoo's network builders."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffsteer.errors import UnknownNameError
+from diffsteer.train.recipes import PARTS, RECIPES
+from diffsteer.zoo.networks import build
+
+
+def test_digits_networks_have_the_promised_shapes_and_sizes() -> None:
+    nets = {part: build(RECIPES["digits"][part].network).eval() for part in PARTS}
+    x, t = torch.zeros(2, 1, 8, 8), torch.tensor([0, 999])
+    assert nets["denoiser"](x, t, class_labels=torch.tensor([3, 10])).sample.shape == (2, 1, 8, 8)
+    assert nets["judge"](x).shape == nets["features"](x).shape == nets["noisy_classifier"](x, t).shape == (2, 10)
+    assert nets["features"].features(x).shape == (2, 64)
+    sizes = {part: sum(p.numel() for p in net.parameters()) for part, net in nets.items()}
+    assert sizes["denoiser"] == 702_753
+    assert 2 * sum(sizes.values()) < 2.7e6  # float16 bytes; 3 MB with the reference features
+
+
+def test_logits_are_the_head_of_the_features() -> None:
+    for part in ("judge", "features"):
+        net = build(RECIPES["digits"][part].network).eval()
+        x = torch.randn(3, 1, 8, 8)
+        torch.testing.assert_close(net(x), net.head(net.features(x)))
+
+
+def test_noisy_classifier_depends_on_the_time_step_of_its_own_row() -> None:
+    net = build(RECIPES["digits"]["noisy_classifier"].network).eval()
+    x = torch.randn(1, 1, 8, 8).expand(2, -1, -1, -1)
+    mixed = net(x, torch.tensor([10, 900]))
+    assert (mixed[0] - mixed[1]).abs().max() > 1e-4
+    torch.testing.assert_close(mixed[:1], net(x[:1], torch.tensor([10.0])))
+
+
+def test_unknown_kind_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="judge"):
+        build({"kind": "transformer"})

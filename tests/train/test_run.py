@@ -1,0 +1,91 @@
+"""``train`` and ``export``: the folder that a model lives in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffsteer.errors import ParameterError, UnknownNameError
+from diffsteer.train import export, train
+from diffsteer.train.data import digits
+from diffsteer.train.loop import read_checkpoint
+from diffsteer.zoo.networks import build
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("model")
+    train("digits", out, steps=2, batch_size=4, num_samples=10)
+    return out
+
+
+def test_the_folder_holds_a_whole_model(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    assert config["format"] == 1
+    assert config["classes"] == [str(i) for i in range(10)]
+    assert config["null_label"] == 10
+    assert config["image_shape"] == [1, 8, 8]
+    assert config["schedule"]["num_train_timesteps"] == 1000
+    assert sum(config["class_shares"]) == pytest.approx(1)
+    assert config["recipe"]["judge"]["steps_done"] == 2
+    assert set(config["networks"]) == {"denoiser", "judge", "features", "noisy_classifier"}
+    assert sum(config["metrics"]["samples"]["ddim"]["class_shares"]) == pytest.approx(1)
+    for part, description in config["networks"].items():
+        weights = load_file(folder / f"{part}.safetensors")
+        assert {value.dtype for value in weights.values()} == {torch.float16}
+        build(description).load_state_dict(weights)
+    data_size = sum(p.stat().st_size for p in folder.iterdir() if p.is_file())
+    assert data_size < 3e6
+
+
+def test_the_exported_weights_are_the_average(folder: Path) -> None:
+    tensors, _ = read_checkpoint(folder / "checkpoints" / "judge.safetensors")
+    weights = load_file(folder / "judge.safetensors")
+    assert torch.equal(weights["head.bias"], tensors["ema.head.bias"].half())
+
+
+def test_the_reference_needs_no_data_set(folder: Path) -> None:
+    config, data = json.loads((folder / "config.json").read_text()), digits()
+    reference = load_file(folder / "reference.safetensors")
+    nets = {part: build(config["networks"][part]).eval() for part in ("features", "judge")}
+    for part, net in nets.items():
+        net.load_state_dict(load_file(folder / f"{part}.safetensors"))
+    with torch.inference_mode():
+        features, judged = nets["features"].features(data.images), nets["judge"](data.heldout_images).argmax(1)
+    torch.testing.assert_close(reference["features"].float(), features, rtol=2e-3, atol=1e-3)
+    assert torch.equal(reference["heldout_judged"], judged)
+    assert torch.equal(reference["labels"], data.labels)
+    assert torch.equal(reference["heldout_labels"], data.heldout_labels)
+
+
+def test_the_card_states_data_licence_and_figures(folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    for text in ("CC BY 4.0", "Alpaydin", "diffsteer train digits", "held-out", "DDIM share", "## Limits"):
+        assert text in card
+
+
+def test_a_finished_model_is_not_trained_again(folder: Path) -> None:
+    before = (folder / "checkpoints" / "judge.safetensors").read_bytes()
+    train("digits", folder, parts=["judge"], steps=2, batch_size=4, num_samples=0)
+    assert (folder / "checkpoints" / "judge.safetensors").read_bytes() == before
+
+
+def test_parts_share_no_random_stream(folder: Path) -> None:
+    seeds = set()
+    for part in ("judge", "features"):
+        tensors, _ = read_checkpoint(folder / "checkpoints" / f"{part}.safetensors")
+        seeds.add(tensors["net.head.bias" if part == "judge" else "net.head.1.bias"][0].item())
+    assert len(seeds) == 2
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="digits"):
+        train("letters", tmp_path)
+    with pytest.raises(UnknownNameError, match="noisy_classifier"):
+        train("digits", tmp_path, parts=["decoder"])
+    with pytest.raises(ParameterError, match="denoiser"):
+        export(tmp_path, tmp_path / "out")

@@ -1,0 +1,55 @@
+"""Objectives, against formulas written out here."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from diffsteer.train.data import digits
+from diffsteer.train.recipes import SCHEDULE
+from diffsteer.train.tasks import ClassifyNoisy, Denoise
+
+
+class Constant(nn.Module):
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor, return_dict: bool) -> tuple[Tensor]:
+        return (torch.full_like(x, 0.5),)
+
+
+def draw() -> tuple[Tensor, ...]:
+    task = Denoise(digits(), DDPMScheduler(**SCHEDULE), null_label=10, dropout=0.15)
+    return task.draw(4000, torch.Generator().manual_seed(0))
+
+
+def test_noisy_images_follow_the_schedule() -> None:
+    x_t, t, _, noise = draw()
+    alphabar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[t.numpy()]
+    alpha, sigma = (torch.from_numpy(v)[:, None, None, None] for v in (np.sqrt(alphabar), np.sqrt(1 - alphabar)))
+    clean = (x_t - sigma * noise) / alpha
+    visible = t < 500  # dividing by a small alpha magnifies rounding
+    assert clean[visible].abs().max() < 1.001
+    assert (
+        (clean[visible] + 1) * 8 - ((clean[visible] + 1) * 8).round()
+    ).abs().max() < 0.01  # pixels are whole numbers
+    assert t.min() < 5
+    assert t.max() > 994
+
+
+def test_labels_are_dropped_at_the_stated_rate() -> None:
+    _, _, labels, _ = draw()
+    assert abs((labels == 10).double().mean() - 0.15) < 0.025
+
+
+def test_the_denoising_loss_is_the_mean_square_of_the_noise_error() -> None:
+    batch = draw()
+    task = Denoise(digits(), DDPMScheduler(**SCHEDULE), null_label=10, dropout=0.15)
+    loss = task.loss(Constant(), *batch)
+    torch.testing.assert_close(loss, (batch[3] - 0.5).square().mean())
+
+
+def test_the_noisy_classifier_keeps_its_labels() -> None:
+    x_t, t, labels = ClassifyNoisy(digits(), DDPMScheduler(**SCHEDULE)).draw(500, torch.Generator().manual_seed(1))
+    assert x_t.shape == (500, 1, 8, 8)
+    assert t.shape == (500,)
+    assert labels.max() == 9
