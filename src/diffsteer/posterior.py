@@ -5,16 +5,22 @@ For any two points of a trajectory, Bayes' rule gives
     log r(x_s) - log r(x_t) = log p(x_s | x_t, c) - log p(x_s | x_t),        r = p(c | x) / p(c),
 
 also on guided trajectories, because the forward noising does not know c. Everything below is written in VE
-coordinates (x / alpha, rho = sigma / alpha) with the scores S_c, S of the two branches, g = S_c - S,
-dx = x_s - x_t and G = rho_t**2 - rho_s**2 > 0:
+coordinates (x / alpha, rho = sigma / alpha, v = rho**2) with the scores S_c, S of the two branches, g = S_c - S,
+dx = x_s - x_t, dv = v_t - v_s > 0 and b = div g + |S_c|**2 - |S|**2, for which d log r / dv = -b / 2 at fixed x:
 
 =============  ========================================================================================
 "kernel"       Gaussian reverse kernels of variance beta-tilde (the DNG paper, section 4)
-"ito"          <g, dx> - G/2 (|S_c|**2 - |S|**2): the same with the forward variance
-"ito" + div    the same - (1 - kappa) G/2 div g, for samplers that add a fraction kappa of the noise
-"ode"          <g_t + g_s, dx>/2 - G/4 (b_t + b_s),  b = div g + |S_c|**2 - |S|**2: second order, any path
+"ito"          <g, dx> - dv/2 (|S_c|**2 - |S|**2): the same with the forward variance
+"ito" + div    the same - (1 - kappa) dv/2 div g, for samplers that add a fraction kappa of the noise
+"ode"          the mean of w <g, dx> - w dv/2 b at both ends, weighted by w = c and 1/c, c = k_t / k_s with
+               k = v + softening: second order along any path, noisy or not
 "surrogate"    "kernel" on a deterministic trajectory: biased, divergence dropped
 =============  ========================================================================================
+
+The weights of "ode" make it the trapezoidal rule in x / k against 1 / k, the natural parameters of the noised
+Gaussian, in which log r is nearly quadratic; without them (softening = infinity) each late step is biased by
+-0.01 to -0.1. The divergence enters as T = k**2 div g, which varies slowly along a trajectory, so it may be
+smoothed over noisy probes and held where the posterior is in no doubt.
 """
 
 from __future__ import annotations
@@ -35,6 +41,10 @@ from diffsteer.paths import Level, reverse_kernel, ve_score
 Estimator = Literal["auto", "kernel", "ito", "ode", "surrogate"] | Callable[[Tensor, Level], Tensor]
 ESTIMATORS = ("auto", "kernel", "ito", "ode", "surrogate")
 DIVERGENCES = ("probe", "exact", "difference")
+
+_COINS = 61  # random signs beside those of the basis
+_MEMORY = 0.3  # weight of the past in the smoothed divergence; 0.5 and more over-removes
+_PURE_NOISE = 5.0  # rho above which a run starts from noise, not from a noised image
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -59,13 +69,13 @@ class Point:
     x: Tensor  # (B, ...)
     alt: Tensor  # score of the tracked context, (B, ...)
     ref: Tensor  # score of the reference context, (B, ...)
-    divergence: Tensor  # of alt - ref, (B,); NaN where it was not computed
+    divergence: Tensor  # of alt - ref, smoothed or held; (B,)
     level: Level
 
-    @property
-    def slope(self) -> Tensor:
-        """b = div g + |S_alt|**2 - |S_ref|**2, which is 2 d log r / d rho**2; (B,)."""
-        return self.divergence + dot(self.alt - self.ref, self.alt + self.ref)
+    def gain(self, dx: Tensor, dv: float) -> Tensor:
+        """log r gained by a move, to first order around this point: <g, dx> - dv/2 b; (B,)."""
+        g = self.alt - self.ref
+        return dot(g, dx - dv / 2 * (self.alt + self.ref)) - dv / 2 * self.divergence
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ class Tracked:
 
     log_odds: Tensor  # (B,), the carried estimate of logit p(c | x_t)
     last: Point | None = None
-    signs: Tensor | None = None  # (B, D) random signs of the probes' orthogonal basis
+    signs: Tensor | None = None  # (B, D + _COINS) random signs of the probes
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ class PosteriorTracker:
 
     Parameters
     ----------
-    prior, temperature, offset, p_min, p_max, estimator, divergence, doubt, rho_min
+    prior, temperature, offset, p_min, p_max, estimator, divergence, doubt, rho_min, softening
         See :class:`diffsteer.DynamicNegativeGuidance`.
     """
 
@@ -119,8 +129,9 @@ class PosteriorTracker:
     p_max: float = 0.99
     estimator: Estimator = "auto"
     divergence: str = "probe"
-    doubt: float = 1e-4
+    doubt: float = 0.018
     rho_min: float = 0.0
+    softening: float = 0.1
 
     def __post_init__(self) -> None:
         if not 0 < self.prior < 1:
@@ -136,6 +147,8 @@ class PosteriorTracker:
             raise ParameterError(f"estimator must be one of {ESTIMATORS} or a callable, got {self.estimator!r}")
         if self.divergence not in DIVERGENCES:
             raise ParameterError(f"divergence must be one of {DIVERGENCES}, got {self.divergence!r}")
+        if not self.softening > 0:
+            raise ParameterError(f"softening must be > 0, about a fifth of the data's variance, got {self.softening}")
 
     def resolve(self, stochastic: float | None) -> str:
         """The estimator for a sampler that adds a fraction ``stochastic`` of the ancestral noise."""
@@ -162,7 +175,7 @@ class PosteriorTracker:
         signs = None
         if self._wants_divergence(run.stochastic) and self.divergence != "exact":
             size = run.x[0].numel()
-            drawn = [torch.randint(0, 2, (size,), generator=g) for g in run.generators]
+            drawn = [torch.randint(0, 2, (size + _COINS,), generator=g) for g in run.generators]
             signs = (torch.stack(drawn) * 2 - 1).to(run.x.device, torch.int8)
         return Tracked(prior.to(torch.promote_types(run.x.dtype, torch.float32)), None, signs)
 
@@ -194,23 +207,46 @@ class PosteriorTracker:
                 p = self.estimator(step.x, step.level)  # type: ignore[operator]
                 state = replace(state, log_odds=torch.logit(p.clamp(self.p_min, self.p_max)).to(state.log_odds))
             return p_alt, p_ref, state
-        rows = None
-        if self._wants_divergence(step.stochastic):
-            rows = (state.log_odds > _logit(self.doubt)).nonzero()[:, 0]
-        p_alt, p_ref, divergence = yield from self._evaluate(step, state, alt, ref, rows)
+        rows = self._rows_in_doubt(step, state)
+        p_alt, p_ref, fresh = yield from self._evaluate(step, state, alt, ref, rows)
         now = Point(
             step.x / step.level.alpha,
             ve_score(p_alt, step.x, step.level, step.space),
             ve_score(p_ref, step.x, step.level, step.space),
-            divergence,
+            self._divergence(fresh, state, step.level),
             step.level,
         )
         if state.last is not None:
-            state = replace(state, log_odds=self._advance(state.log_odds, state.last, now, kind, step.stochastic))
+            gain = self._increment(state.last, now, kind, step.stochastic)
+        else:  # the prior holds at infinite noise, not at x_T
+            gain = dot(now.alt - now.ref, now.x) if kind == "ode" and step.level.rho > _PURE_NOISE else None
+        if gain is not None:
+            state = replace(state, log_odds=self._add(state.log_odds, gain))
         return p_alt, p_ref, replace(state, last=now)
 
-    def _advance(self, log_odds: Tensor, then: Point, now: Point, kind: str, stochastic: float | None) -> Tensor:
-        """The log-odds at ``now``."""
+    def _rows_in_doubt(self, step: Step, state: Tracked) -> Tensor:
+        """Samples whose divergence is worth computing: at first all, later those that the decision hangs on."""
+        if not self._wants_divergence(step.stochastic):
+            wanted = torch.zeros_like(state.log_odds, dtype=torch.bool)
+        elif state.last is None:
+            wanted = torch.ones_like(state.log_odds, dtype=torch.bool)
+        else:
+            late = step.level.rho**2 < 100 * self.softening
+            wanted = (state.log_odds > _logit(self.doubt)) & late
+        return wanted.nonzero()[:, 0]
+
+    def _divergence(self, fresh: Tensor, state: Tracked, level: Level) -> Tensor:
+        """Fresh values smoothed with the last one, held where there is none (NaN); as k**2 div g."""
+        if state.last is None:
+            return fresh.nan_to_num(0.0)
+        k_then, k_now = (le.rho**2 + self.softening for le in (state.last.level, level))
+        held = state.last.divergence * (k_then / k_now) ** 2 if math.isfinite(self.softening) else state.last.divergence
+        if self.divergence != "exact":
+            fresh = _MEMORY * held + (1 - _MEMORY) * fresh
+        return torch.where(fresh.isnan(), held, fresh)
+
+    def _increment(self, then: Point, now: Point, kind: str, stochastic: float | None) -> Tensor:
+        """Temperature times the gain in log r from ``then`` to ``now``, plus the offset; (B,)."""
         dx, dv = now.x - then.x, then.level.rho**2 - now.level.rho**2
         keep, pull, variance = reverse_kernel(then.level, now.level)
         if kind in ("kernel", "surrogate"):
@@ -219,32 +255,37 @@ class PosteriorTracker:
         elif kind == "ito":
             gain = ito_increment(dx, then.alt, then.ref, dv)
             if stochastic is not None and stochastic < 1:
-                gain = gain - (1 - stochastic) * dv / 2 * then.divergence.nan_to_num(0.0)
+                gain = gain - (1 - stochastic) * dv / 2 * then.divergence
         else:
-            gain = dot(then.alt - then.ref + now.alt - now.ref, dx) / 2 - dv / 4 * _both(then.slope, now.slope)
-        gain = self.temperature * gain + self.offset / (2 * variance * now.level.alpha**2)
+            k_then, k_now = (p.level.rho**2 + self.softening for p in (then, now))
+            c = k_then / k_now if math.isfinite(self.softening) else 1.0
+            gain = (c * then.gain(dx, dv) + now.gain(dx, dv) / c) / 2
+        return self.temperature * gain + self.offset / (2 * variance * now.level.alpha**2)
+
+    def _add(self, log_odds: Tensor, gain: Tensor) -> Tensor:
+        """Log-odds after log p has grown by ``gain``, clamped to [p_min, p_max]."""
         log_p = torch.nn.functional.logsigmoid(log_odds) + gain.to(log_odds)
         log_p = log_p.clamp(math.log(self.p_min), math.log(self.p_max))
         return log_p - torch.log(-torch.expm1(log_p))
 
-    def _evaluate(self, step: Step, state: Tracked, alt: str, ref: str, rows: Tensor | None) -> Any:
+    def _evaluate(self, step: Step, state: Tracked, alt: str, ref: str, rows: Tensor) -> Any:
         """Both predictions, and div(S_alt - S_ref) for ``rows``; NaN elsewhere."""
         divergence = torch.full_like(state.log_odds, math.nan)
-        if rows is None or len(rows) == 0:
+        if len(rows) == 0:
             p_alt, p_ref = yield [Call(alt), Call(ref)]
             return p_alt, p_ref, divergence
         part = None if len(rows) == len(step.x) else rows
         x = step.x if part is None else step.x[rows]
-        probes = self._probes(step, state, rows)
         if self.divergence == "difference":
             p_alt, p_ref = yield [Call(alt), Call(ref)]
             here = ve_score(p_alt, step.x, step.level, step.space) - ve_score(p_ref, step.x, step.level, step.space)
+            here = here if part is None else here[rows]
+            (probe,) = self._probes(step, state, rows, here)
             size = torch.finfo(x.dtype).eps ** 0.4 * step.level.sigma  # between rounding and curvature
-            shifted = x + size * probes[0]
+            shifted = x + size * probe
             there = yield [Call(alt, x=shifted, rows=part), Call(ref, x=shifted, rows=part)]
             s_alt, s_ref = (ve_score(p, shifted, step.level, step.space) for p in there)
-            change = s_alt - s_ref - (here if part is None else here[rows])
-            divergence[rows] = (step.level.alpha * dot(change, probes[0]) / size).to(divergence)
+            divergence[rows] = (step.level.alpha * dot(s_alt - s_ref - here, probe) / size).to(divergence)
             return p_alt, p_ref, divergence
         leaf = x.detach().requires_grad_()
         calls = [Call(alt, x=leaf, rows=part, grad=True), Call(ref, x=leaf, rows=part, grad=True)]
@@ -261,6 +302,7 @@ class PosteriorTracker:
             )
         with torch.enable_grad():
             g = ve_score(g_alt, leaf, step.level, step.space) - ve_score(g_ref, leaf, step.level, step.space)
+        probes = self._probes(step, state, rows, g.detach())
         total = torch.zeros_like(divergence[rows])
         for i, probe in enumerate(probes):
             (pulled,) = torch.autograd.grad(g, leaf, probe, retain_graph=i + 1 < len(probes))
@@ -268,11 +310,12 @@ class PosteriorTracker:
         divergence[rows] = step.level.alpha * total
         return p_alt, p_ref, divergence
 
-    def _probes(self, step: Step, state: Tracked, rows: Tensor) -> list[Tensor]:
-        """Unit vectors for the exact divergence, or one vector of an orthogonal basis that the steps walk through.
+    def _probes(self, step: Step, state: Tracked, rows: Tensor, g: Tensor) -> list[Tensor]:
+        """Unit vectors for the exact divergence, or one probe.
 
-        The basis is a Walsh-Hadamard matrix with random signs of its columns: entries are +-1, so one probe is
-        unbiased, and the probes of one round of the basis add up to the exact trace.
+        The probe is a row of a Walsh-Hadamard matrix with random signs of its columns: entries are +-1, so it is
+        unbiased, and the rows of one round, a step each, add up to the exact trace. Its component along g, where the
+        Jacobian is largest, is replaced by a unit one of random sign, which takes that part's variance out.
         """
         shape = (len(rows), *step.x.shape[1:])
         size = step.x[0].numel()
@@ -281,7 +324,16 @@ class PosteriorTracker:
             return [unit[i].reshape(1, *shape[1:]).expand(shape) for i in range(size)]
         if state.signs is None:
             raise StateError("the state was started without probes; call start() of this method first")
-        return [(walsh(step.index, size, step.x.device) * state.signs[rows]).reshape(shape).to(step.x.dtype)]
+        signs = state.signs[rows]
+        walk = (walsh(step.index, size, step.x.device) * signs[:, :size]).reshape(shape).to(step.x.dtype)
+        coin = like(signs[:, size + step.index % _COINS], walk)
+        along = g / like(dot(g, g), g).sqrt().clamp(min=torch.finfo(g.dtype).tiny)
+        return [walk + (coin - like(dot(along, walk), walk)) * along]
+
+
+def like(values: Tensor, x: Tensor) -> Tensor:
+    """(B,) values, broadcastable to (B, ...) and in the precision of ``x``."""
+    return values.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 
 def walsh(index: int, size: int, device: torch.device | str = "cpu") -> Tensor:
@@ -292,12 +344,6 @@ def walsh(index: int, size: int, device: torch.device | str = "cpu") -> Tensor:
     while bool(bits.any()):
         parity, bits = parity ^ (bits & 1), bits >> 1
     return (1 - 2 * parity).to(torch.int8)
-
-
-def _both(a: Tensor, b: Tensor) -> Tensor:
-    """a + b, where a missing end (NaN) counts as the other, and two missing ends as 0."""
-    a, b = torch.where(a.isnan(), b, a), torch.where(b.isnan(), a, b)
-    return (a + b).nan_to_num(0.0)
 
 
 def _logit(p: float) -> float:

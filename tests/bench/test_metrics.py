@@ -324,6 +324,18 @@ def test_an_uncertain_target_widens_the_interval_and_an_empty_class_still_varies
     assert width(target_samples=50) > 1.5 * width()
     low, high = metrics.kl_interval([1], [0, 300], kept=[1])  # only the empty forbidden class can move it
     assert high > low
+    assert metrics.kl_interval([1, 1, 1], counts, kept=[1, 2, 3])[0] == 0
+
+
+def test_a_statistic_that_is_never_negative_gets_no_negative_end_and_a_signed_one_keeps_its_own():
+    a, b = normal(0, 40, 8), normal(1, 41, 8)
+    assert metrics.bootstrap(metrics.frechet_distance, [a, b], n=50)[0] >= 0
+    near = np.concatenate([a, normal(2, 5, 8)])
+    assert metrics.bootstrap(metrics.frechet_distance, [a, near], n=50)[0] == 0  # shared rows, resampled apart
+    c = normal(3, 41, 8)
+    assert metrics.energy_distance(a, c) < 0
+    low, high = metrics.bootstrap(metrics.energy_distance, [a, c], n=50)
+    assert low < metrics.energy_distance(a, c) < high
 
 
 # --- fronts -------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def classifier_free_guidance(method: Any, scene: Script) -> list[Row]:
     """Ho & Salimans, equation 6 at strength w - 1: w e(c) - (w - 1) e(0)."""
     w, rows = method.scale, []
     for i in range(len(scene.points)):
-        rows.append({"prediction": w * _eps(scene, "pos", i) - (w - 1) * _eps(scene, "null", i)})
+        rows.append({"prediction": w * branch(scene, "pos", i) - (w - 1) * branch(scene, "null", i)})
     return rows
 
 
@@ -35,7 +35,7 @@ def negative_prompting(method: Any, scene: Script) -> list[Row]:
     """(1 + lambda) e(0) - lambda e(c-)."""
     rows = []
     for i in range(len(scene.points)):
-        null, negative = _eps(scene, "null", i), _eps(scene, method.context, i)
+        null, negative = branch(scene, "null", i), branch(scene, method.context, i)
         rows.append({"prediction": (1 + method.scale) * null - method.scale * negative})
     return rows
 
@@ -45,8 +45,8 @@ def safe_latent_diffusion(method: Any, scene: Script) -> list[Row]:
     momentum = np.zeros_like(scene.points[0])
     rows = []
     for i in range(len(scene.points)):
-        null, unsafe = _eps(scene, "null", i), _eps(scene, method.context, i)
-        prompt = _eps(scene, method.positive, i)
+        null, unsafe = branch(scene, "null", i), branch(scene, method.context, i)
+        prompt = branch(scene, method.positive, i)
         difference = prompt - unsafe
         gate = np.minimum(1.0, method.safety_scale * np.abs(difference))
         gate[difference >= method.threshold] = 0.0
@@ -58,63 +58,45 @@ def safe_latent_diffusion(method: Any, scene: Script) -> list[Row]:
 
 
 def dynamic_negative_guidance(method: Any, scene: Script) -> list[Row]:
-    """Koulischer et al., with the estimators of the library's own for other samplers; one ratio per context.
+    """Koulischer et al., with this library's estimators for other samplers; one ratio per unwanted context.
 
-    The posterior carried to point i is that of point i - 1, times the ratio of the two branches' transition
-    densities for the displacement between the points, to the power temperature, times exp(offset / (2 variance)),
-    and clamped.
+    The posterior at point i is that of point i - 1, times the ratio of the two branches' transition densities for
+    the displacement between the points, to the power temperature, times exp(offset / (2 variance)), and clamped.
+    Divergences are exact and never spared: it is an oracle for divergence="exact" and posteriors above ``doubt``.
     """
     kind = method.estimator
     if kind == "auto":
         kind = "ode" if scene.stochastic == 0 else "ito"
-    batch = len(scene.points[0])
-    log_p = {c: np.full(batch, np.log(method.prior)) for c in method.contexts}
-    doubted: dict[str, list[Any]] = {c: [] for c in method.contexts}  # at each point: worth a divergence?
+    ps = {c: np.full(len(scene.points[0]), method.prior) for c in method.contexts}
     rows = []
-    for i, x in enumerate(scene.points):
-        level = scene.levels[i]
-        for c in method.contexts if level.sigma / level.alpha >= method.rho_min else ():
-            doubted[c].append(log_p[c] > np.log(max(method.doubt, 1e-300)))
+    for i, (x, level) in enumerate(zip(scene.points, scene.levels[:-1], strict=True)):
+        frozen = level.sigma / level.alpha < method.rho_min
+        for c in method.contexts:
             if callable(kind):
-                p = kind(torch.from_numpy(x), level).numpy()
-            elif i > 0:
-                rise = method.temperature * _log_ratio(scene, kind, c, i, doubted[c])
-                p = np.exp(log_p[c] + rise + method.offset / (2 * _transition(scene, i)[1]))
-            else:
-                p = np.exp(log_p[c])
-            log_p[c] = np.log(np.clip(p, method.p_min, method.p_max))
-        ps = {c: np.exp(log_p[c]) for c in method.contexts}
+                ps[c] = kind(torch.from_numpy(x), level).numpy()
+            elif i > 0 and not frozen:
+                rise = method.temperature * _log_ratio(method, kind, scene, c, i)
+                ps[c] = ps[c] * np.exp(rise + method.offset / (2 * _transition(scene, i)[1]))
+            elif kind == "ode" and not frozen:
+                ps[c] = ps[c] * np.exp(method.temperature * _from_pure_noise(scene, c))
+            ps[c] = np.clip(ps[c], method.p_min, method.p_max)
         posterior = np.minimum(sum(ps.values()), method.p_max)
         weights = {c: method.scale * p / (1 - posterior) for c, p in ps.items()}
-        null = _eps(scene, "null", i)
+        null = branch(scene, "null", i)
         prediction = null.copy()
         for c, weight in weights.items():
-            prediction -= _wide(weight, null) * (_eps(scene, c, i) - null)
+            prediction -= _wide(weight, null) * (branch(scene, c, i) - null)
         rows.append({"prediction": prediction, "posterior": posterior, "scale": sum(weights.values())})
     return rows
 
 
-def _log_ratio(scene: Script, kind: str, context: str, i: int, doubted: list[Any]) -> np.ndarray:
-    """log p(x_s | x_t, c-) - log p(x_s | x_t) for the step that ends at point i; (B,).
-
-    The divergence counts as zero at points that were reached with a posterior beyond doubt.
-    """
-    x_t, x_s, t, s = scene.points[i - 1], scene.points[i], scene.levels[i - 1], scene.levels[i]
-    null, negative = _eps(scene, "null", i - 1), _eps(scene, context, i - 1)
+def _log_ratio(method: Any, kind: str, scene: Script, context: str, i: int) -> np.ndarray:
+    """log p(x_s | x_t, c-) - log p(x_s | x_t) for the step that ends at point i; (B,)."""
+    x_t, x_s, t = scene.points[i - 1], scene.points[i], scene.levels[i - 1]
+    null, negative = branch(scene, "null", i - 1), branch(scene, context, i - 1)
     forward, reverse, shrink = _transition(scene, i)
     if kind == "ode":
-        # Trapezoid of d log r = g . dx - (b / 2) d(noise variance), along x / alpha
-        total = np.zeros(len(x_t))
-        moved = x_s / s.alpha - x_t / t.alpha
-        spread = (t.sigma / t.alpha) ** 2 - (s.sigma / s.alpha) ** 2
-        for j, le in ((i - 1, t), (i, s)):
-            # gradients with respect to x / alpha are alpha times those with respect to x
-            unit = -le.alpha / le.sigma
-            u, n = unit * _eps(scene, "null", j), unit * _eps(scene, context, j)
-            slope = unit * le.alpha * _contrast(scene, context, j) * doubted[j]
-            slope += _square(n) - _square(u)
-            total += _sum((n - u) * moved) / 2 - spread * slope / 4
-        return total
+        return _trapezoid(scene, context, i, method.softening)
     means = [(x_t - forward / t.sigma * e) / shrink for e in (negative, null)]
     away = _square(x_s - means[0]) - _square(x_s - means[1])
     if kind in ("kernel", "surrogate"):
@@ -122,8 +104,38 @@ def _log_ratio(scene: Script, kind: str, context: str, i: int, doubted: list[Any
     assert kind == "ito"
     ratio = -away / (2 * forward / shrink**2)
     if scene.stochastic < 1:
-        ratio += (1 - scene.stochastic) * forward / (2 * t.sigma) * _contrast(scene, context, i - 1) * doubted[i - 1]
+        ratio += (1 - scene.stochastic) * forward / (2 * t.sigma) * _contrast(scene, context, i - 1)
     return ratio
+
+
+def _trapezoid(scene: Script, context: str, i: int, softening: float) -> np.ndarray:
+    """The increment of log r from its derivatives at both ends of the step that ends at point i; (B,).
+
+    Along the coordinates y = x / (alpha k) and u = 1 / k with k = sigma**2 / alpha**2 + softening, in which a noised
+    Gaussian of variance ``softening`` has a log-density linear in (y, u) but for a term in y**2 / u; for infinite
+    softening, x / alpha and -sigma**2 / alpha**2.
+    """
+    ends = []
+    for j in (i - 1, i):
+        le = scene.levels[j]
+        x, v, unit = scene.points[j] / le.alpha, (le.sigma / le.alpha) ** 2, -le.alpha / le.sigma
+        null, negative = unit * branch(scene, "null", j), unit * branch(scene, context, j)
+        slope = negative - null  # of log r, along x / alpha
+        # the heat equation: d log p / dv = (div S + |S|**2) / 2
+        rate = (unit * le.alpha * _contrast(scene, context, j) + _square(negative) - _square(null)) / 2
+        if np.isinf(softening):
+            ends.append((x, -v, slope, -rate))
+        else:
+            k = v + softening
+            ends.append((x / k, 1 / k, k * slope, -k * _sum(slope * x) - k**2 * rate))
+    (y_t, u_t, dy_t, du_t), (y_s, u_s, dy_s, du_s) = ends
+    return (_sum((dy_t + dy_s) * (y_s - y_t)) + (du_t + du_s) * (u_s - u_t)) / 2
+
+
+def _from_pure_noise(scene: Script, context: str) -> np.ndarray:
+    """log r at the first point, from log r = 0 in pure noise: g . x, its leading term in alpha / sigma; (B,)."""
+    x, level = scene.points[0], scene.levels[0]
+    return _sum((branch(scene, "null", 0) - branch(scene, context, 0)) * x) / level.sigma
 
 
 def _transition(scene: Script, i: int) -> tuple[float, float, float]:
@@ -134,7 +146,8 @@ def _transition(scene: Script, i: int) -> tuple[float, float, float]:
     return forward, forward * s.sigma**2 / t.sigma**2, shrink
 
 
-def _eps(scene: Script, context: str, i: int, shift: np.ndarray | float = 0.0) -> np.ndarray:
+def branch(scene: Script, context: str, i: int, shift: np.ndarray | float = 0.0) -> np.ndarray:
+    """eps of one context at point i; (B, ...)."""
     level = scene.levels[i]
     return scene.networks[context](scene.points[i] + shift, level.alpha, level.sigma)
 
@@ -150,11 +163,8 @@ def _divergence(scene: Script, context: str, i: int, size: float = 1e-3) -> np.n
     for index in np.ndindex(*shape):
         unit = np.zeros(shape)
         unit[index] = size
-        one, two = (
-            _eps(scene, context, i, k * unit)[(slice(None), *index)] - _eps(scene, context, i, -k * unit)[(slice(None), *index)]
-            for k in (1, 2)
-        )
-        total += (8 * one - two) / (12 * size)
+        far, near = (branch(scene, context, i, k * unit) - branch(scene, context, i, -k * unit) for k in (2, 1))
+        total += (8 * near - far)[(slice(None), *index)] / (12 * size)
     return total
 
 

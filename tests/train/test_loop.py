@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -164,3 +165,23 @@ def test_accelerate_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ImportError, match=r"diffsteer\[train\]"):
         start(tmp_path / "run")
+
+
+@pytest.mark.full
+def test_two_processes_train_the_same_network_as_one(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; from pathlib import Path; from diffsteer.train import train\n"
+        "train('digits', Path(sys.argv[1]), parts=['denoiser'], steps=4, batch_size=6, num_samples=0)\n"
+    )
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, launcher in (("one", []), ("two", torchrun)):
+        subprocess.run([sys.executable, *launcher, script, tmp_path / name], check=True, env=env, timeout=300)
+    (one, _), (two, record) = (
+        read_checkpoint(tmp_path / n / "checkpoints" / "denoiser.safetensors") for n in ("one", "two")
+    )
+    assert record["device"].startswith("2 CPU")  # really two
+    for name, value in one.items():
+        if name.startswith("net."):
+            torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)

@@ -336,7 +336,8 @@ def bootstrap(fn: Callable[..., float], arrays: Sequence[ArrayLike], n: int = 10
     Arrays of one length are resampled by the same rows (row i is seed i in all of them; harmless if it is
     not), arrays of another length on their own. The percentiles are shifted so that the resampled mean falls
     on the estimate: distances and KL are biased upward by their sample size, and resampling would add that
-    bias a second time. A statistic that no resample makes negative gets no negative end.
+    bias a second time. A statistic that is negative neither here nor in any
+    resample gets no negative end.
 
     A distance to the rejection set, whose samples share seeds with the result, is narrower with joint rows:
     ``bootstrap(lambda x, u, ok: frechet_distance(x, u[ok]), [result, unguided, allowed])``.
@@ -372,8 +373,9 @@ def bootstrap(fn: Callable[..., float], arrays: Sequence[ArrayLike], n: int = 10
     for i in range(n):
         rows = {length: rng.integers(length, size=length) for length in lengths}
         values[i] = fn(*(x[rows[len(x)]] for x in samples))
-    interval = _centred(values, float(fn(*samples)))
-    return _not_negative(interval) if values.min() >= 0 else interval
+    estimate = float(fn(*samples))
+    interval = _centred(values, estimate)
+    return _not_negative(interval) if min(estimate, values.min()) >= 0 else interval
 
 
 def kl_interval(

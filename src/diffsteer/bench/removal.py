@@ -138,9 +138,7 @@ def run(
     labels = model.judge(result.samples).argmax(1)
     features = model.features(result.samples)
     record = {**context, **result.record}
-    outcome = Outcome(
-        labels, features, float(result.nfe.double().mean()), result.record["seconds"], record, result
-    )
+    outcome = Outcome(labels, features, float(result.nfe.double().mean()), result.record["seconds"], record, result)
     if path is not None:
         _write(path, outcome)
     return outcome

@@ -13,20 +13,24 @@ import secrets
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+import matplotlib.style
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
+from rich import get_console
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -43,12 +47,13 @@ __all__ = [
     "rows_to_csv",
     "rows_to_json",
     "write_report",
+    "write_text",
 ]
 
 Interval = tuple[float, float]
 SAMPLES = 48  # images shown per method
 LINES = 128  # trajectories drawn per method
-_COLUMNS = 6
+ACROSS = 6  # images in a row of the grid
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,8 @@ class RemovalReport:
         The command that makes this report again.
     levels_label : str
         What `levels` are.
+    target : array_like, shape (K,), optional
+        Class shares of the rejection set. Without it, the kept classes of the unguided panel.
 
     Raises
     ------
@@ -175,7 +182,8 @@ class RemovalReport:
     record: Mapping[str, Any]
     notes: Sequence[str] = ()
     command: str = ""
-    levels_label: str = "step"
+    levels_label: str = "log-SNR"
+    target: ArrayLike | None = None
 
     def __post_init__(self) -> None:
         _require(len(self.rows) > 0, "A report needs at least one row.")
@@ -185,6 +193,14 @@ class RemovalReport:
             f"The concepts {list(self.concepts)} need to be some, not all, of the classes {list(self.classes)}.",
         )
         _require(0 <= self.floor <= 1, f"The judge's floor is a share in [0, 1], got {self.floor}.")
+        _require(
+            self.target is None or to_numpy(self.target).shape == (len(self.classes),),
+            f"The target needs one share for each of the {len(self.classes)} classes, removed ones included.",
+        )
+        _require(
+            bool(np.isfinite(np.asarray(self.levels, dtype=np.float64)).all()),
+            "The levels of the traces need to be finite; leave out the clean end, or use step numbers.",
+        )
         for row in self.rows:
             _check_row(row)
         for panel in self.panels:
@@ -216,8 +232,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 def write_report(path: str | os.PathLike[str], report: RemovalReport) -> Path:
     """Write the report as one HTML file that needs no other file and no network.
 
-    The file appears complete or not at all: it is written beside its destination and then moved over it. Equal reports
-    give equal files.
+    The file appears complete or not at all, and equal reports give equal files.
 
     Parameters
     ----------
@@ -236,20 +251,31 @@ def write_report(path: str | os.PathLike[str], report: RemovalReport) -> Path:
         The file cannot be written. An older report at that path is left as it was.
     """
     check_writable(path)
-    html = render_report(report)
+    return write_text(path, render_report(report))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a text file completely or not at all, in UTF-8; folders that are missing are made.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written. An older file at that path is left as it was.
+    """
     path = Path(path)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "x", encoding="utf-8", newline="\n") as file:
-            file.write(html)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # the error above says why
+            part.unlink()
     return path
 
 
@@ -269,14 +295,13 @@ def render_report(report: RemovalReport) -> str:
         concepts=_listed(report.concepts),
         most=f"{max(row.n for row in report.rows):,}",
         floor=_percent(report.floor),
-        table=[(label, list(rows)) for label, rows in groupby(report.rows, key=lambda row: row.label)],
-        columns=_TABLE,
-        cells=_cells,
+        columns=_HEADINGS[_first_column(report.rows) :],
+        table=_table(report.rows),
         front=_front(report),
         samples=[(p.label, _grid(p, unguided), _tally(p)) for p in report.panels],
         shown=min(SAMPLES, len(to_numpy(unguided.forbidden))),
         traces=[(p.label, _posterior_plot(p, report), _scale_plot(p, report)) for p in traced],
-        lines=LINES,
+        lines=min(LINES, len(to_numpy(unguided.forbidden))),
         histograms=[(p.label, _histogram(p, report)) for p in report.panels],
         record=[(key, _plain(value)) for key, value in report.record.items()],
     )
@@ -284,33 +309,36 @@ def render_report(report: RemovalReport) -> str:
 
 # --- tables -------------------------------------------------------------------------------------------------
 
-_TABLE = (  # heading, what is below it
-    ("Forbidden", "share of samples"),
-    ("KL", "to rejection set"),
-    ("KL", "to uniform"),
-    ("Distance", "to rejection set"),
-    ("Distance", "to data"),
-    ("NFE", "per sample"),
-    ("Time", "seconds"),
-)
 
+def rich_table(report: RemovalReport, width: int | None = None) -> Table:
+    """Return the report's table for the terminal.
 
-def rich_table(report: RemovalReport) -> Table:
-    """Return the report's table for the terminal, at most 120 columns wide for customary labels."""
+    Parameters
+    ----------
+    report : RemovalReport
+    width : int, optional
+        Columns of the terminal, at least 80; by default those of the current one. Below 120 the counts and the
+        secondary measures (KL to uniform, distance to data) are left to the report.
+    """
+    hidden = {("N", "samples"), ("KL", "to uniform"), ("Distance", "to data")}
+    headings = _HEADINGS[_first_column(report.rows) :]
+    shown = [i for i, h in enumerate(headings) if h not in hidden or (width or get_console().width) >= 120]
     table = Table(
         title=Text(report.title),
-        caption=Text(f"{_percent(report.floor)} of real allowed images look forbidden to the judge (its floor)"),
+        caption=Text(f"Small figures: 95% intervals. Judge's floor: {_percent(report.floor)}."),
         title_justify="left",
         caption_justify="left",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
     )
     table.add_column("Method", overflow="fold")
-    table.add_column("Scale", justify="right")
-    for heading, below in _TABLE:
-        table.add_column(Text.assemble(heading, "\n", (below.removeprefix("share of "), "dim")), justify="right")
-    for label, rows in groupby(report.rows, key=lambda row: row.label):
-        for i, row in enumerate(rows):
-            cells = [Text.assemble(value, "\n", (interval, "dim")) for value, interval in _cells(row)]
-            table.add_row(Text(label if i == 0 else ""), Text(row.scale), *cells)
+    for heading, below in (headings[i] for i in shown):
+        short = below.removeprefix("to ").removeprefix("per ")
+        table.add_column(Text.assemble(heading, "\n", (short, "dim")), justify="right", no_wrap=True)
+    for label, lines in _table(report.rows):
+        for line, cells in enumerate(lines):
+            texts = (Text.assemble(cells[i][0], "\n" * bool(cells[i][1]), (cells[i][1], "dim")) for i in shown)
+            table.add_row(Text(label if line == 0 else ""), *texts)
         table.add_section()
     return table
 
@@ -333,37 +361,66 @@ def rows_to_csv(rows: Iterable[MethodRow]) -> str:
 
 def rows_to_json(rows: Iterable[MethodRow]) -> str:
     """Return the rows as a JSON list of objects; None becomes null."""
-    return json.dumps([asdict(row) for row in rows], indent=2, allow_nan=False) + "\n"
+    return json.dumps([asdict(row) for row in rows], indent=2, allow_nan=False, default=np.generic.item) + "\n"
 
 
-def _cells(row: MethodRow) -> list[tuple[str, str]]:
-    """Value and interval of every column of `_TABLE`."""
-    large = row.n >= 10_000
-    return [
-        _cell(row.forbidden_share, row.forbidden_interval, 2 if large else 1, percent=True),
-        _cell(row.kl_rejection, row.kl_rejection_interval, 4 if large else 3),
-        _cell(row.kl_uniform, row.kl_uniform_interval, 4 if large else 3),
-        _cell(row.fd_rejection, row.fd_rejection_interval),
-        _cell(row.fd_data, row.fd_data_interval),
-        _cell(row.nfe, None, 0 if row.nfe == round(row.nfe) else 1),
-        _cell(row.seconds, None),
+_HEADINGS = (  # of the table's columns, and what is below them
+    ("Scale", ""),
+    ("N", "samples"),
+    ("Forbidden", "share"),
+    ("KL", "to rejection"),
+    ("KL", "to uniform"),
+    ("Distance", "to rejection"),
+    ("Distance", "to data"),
+    ("NFE", "per sample"),
+    ("Time", "seconds"),
+)
+
+
+def _first_column(rows: Sequence[MethodRow]) -> int:
+    """Leave the scales out where there are none."""
+    return 0 if any(row.scale for row in rows) else 1
+
+
+def _table(rows: Sequence[MethodRow]) -> list[tuple[str, list[list[tuple[str, str]]]]]:
+    """Neighbouring rows of one label, each with value and interval of every column; one precision per column."""
+    fine = max(row.n for row in rows) >= 10_000
+    whole = all(row.nfe == round(row.nfe) for row in rows)
+    columns = [
+        [(row.scale, "") for row in rows],
+        [(f"{row.n:,}", "") for row in rows],
+        [_cell(100 * row.forbidden_share, _times(100, row.forbidden_interval), 1 + fine, "%") for row in rows],
+        [_cell(row.kl_rejection, row.kl_rejection_interval, 3 + fine) for row in rows],
+        [_cell(row.kl_uniform, row.kl_uniform_interval, 3 + fine) for row in rows],
+        _column([(row.fd_rejection, row.fd_rejection_interval) for row in rows]),
+        _column([(row.fd_data, row.fd_data_interval) for row in rows]),
+        [_cell(row.nfe, None, 1 - whole) for row in rows],
+        _column([(row.seconds, None) for row in rows]),
     ]
+    lines = zip((row.label for row in rows), map(list, zip(*columns[_first_column(rows) :], strict=True)), strict=True)
+    return [(label, [cells for _, cells in group]) for label, group in groupby(lines, key=itemgetter(0))]
 
 
-def _cell(value: float | None, interval: Interval | None, places: int | None = None, percent: bool = False) -> tuple[str, str]:
-    """Value and interval with one number of decimals; by default three significant digits of the largest."""
+def _times(factor: float, interval: Interval | None) -> Interval | None:
+    return None if interval is None else (factor * interval[0], factor * interval[1])
+
+
+def _column(cells: list[tuple[float | None, Interval | None]]) -> list[tuple[str, str]]:
+    """Two significant digits for the smallest value, unless that gives the largest more than five."""
+    sizes = [math.floor(math.log10(abs(value))) for value, _ in cells if value]
+    places = max(0, min(1 - min(sizes), 4 - max(sizes))) if sizes else 0
+    return [_cell(value, interval, places) for value, interval in cells]
+
+
+def _cell(value: float | None, interval: Interval | None, places: int, unit: str = "") -> tuple[str, str]:
     if value is None:
         return "–", ""
-    numbers = [value, *(interval or ())]
-    if places is None:
-        size = max(map(abs, numbers))
-        places = min(6, max(0, 2 - math.floor(math.log10(size)))) if size else 0
-    first, *ends = (f"{number * (100 if percent else 1):,.{places}f}".replace("-", "−") for number in numbers)
-    return first + (" %" if percent else ""), _range(*ends) if ends else ""
+    first, *ends = (f"{number:,.{places}f}".replace("-", "−") for number in (value, *(interval or ())))
+    return first + unit, _range(*ends) if ends else ""
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+    return f"{100 * share:.2f}".rstrip("0").rstrip(".") + "%"
 
 
 def _range(low: str, high: str) -> str:
@@ -379,8 +436,18 @@ def _tally(panel: MethodPanel) -> str:
     return f"{int(forbidden.sum())} of {len(forbidden)} forbidden"
 
 
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, indent=2, default=str, ensure_ascii=False)
+def _plain(value: Any, indent: str = "") -> str:
+    """Nested settings as indented lines."""
+    if isinstance(value, Mapping):
+        lines = []
+        for key, inner in value.items():
+            nested = isinstance(inner, Mapping) and bool(inner)
+            text = _plain(inner, indent + "  ")
+            lines.append(f"{indent}{key}:\n{text}" if nested else f"{indent}{key}: {text}")
+        return "\n".join(lines)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -392,7 +459,7 @@ _VARIABLES = {_INK: "ink", _MUTED: "muted", _RULE: "rule", _BAD: "bad", _BAR: "b
     colour: f"s{i}" for i, colour in enumerate(_SERIES)
 }
 _MARKERS = "osD^vP"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it follows the page's font and can be searched
     "svg.hashsalt": "diffsteer",
     "text.parse_math": False,  # a class may be called "$\\frac"
@@ -407,71 +474,77 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.unicode_minus": True,
-    "font.size": 8.5,
-    "axes.labelsize": 8.5,
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
     "lines.solid_joinstyle": "round",
 }
 
 
-def _svg(draw: Callable[[Axes], None], key: str, width: float = 4.3, height: float = 2.7) -> Markup:
+def _svg(draw: Callable[[Axes], None], key: str, width: float = 5.4, height: float = 2.8) -> Markup:
     """Draw on one pair of axes and return SVG to be set inside the page; `key` keeps its identifiers apart."""
     out = io.StringIO()
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's browser has the glyph
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.subplots())
-        figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<svg .*?(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1 aria-hidden="true">', svg, count=1, flags=re.DOTALL)
-    svg = re.sub(r' id="\w+_\d+"', "", svg)
-    svg = re.sub(r'(id="|url\(#|xlink:href="#)(\w)', rf"\g<1>{key}-\2", svg).replace("xlink:href", "href")
-    svg = re.sub(r"font: ([^;\"]*?)([\d.]+px)[^;\"]*", r"font-size: \2", svg)
-    svg = re.sub(r"(?<=[ \"(-])\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), svg)
-    svg = re.sub("|".join(_VARIABLES), lambda colour: f"var(--{_VARIABLES[colour[0]]})", svg)
+        figure.savefig(
+            out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", out.getvalue(), flags=re.DOTALL)
+    svg = re.sub(r"<[^>]*>", lambda tag: _inline(tag[0], key), svg[svg.index("<svg") :])  # tags, never text
     return Markup(re.sub(r"\n\s*", "\n", svg))
 
 
-def _front(report: RemovalReport) -> Markup | None:
-    """Forbidden share against KL to the rejection set, one line per method."""
+def _inline(tag: str, key: str) -> str:
+    """Make one SVG tag fit for a page: the page's colours and font, unique identifiers, short numbers."""
+    if tag.startswith("<svg"):
+        return re.sub(r".*?(viewBox=\"[^\"]*\").*", r'<svg \1 aria-hidden="true">', tag, flags=re.DOTALL)
+    tag = re.sub(r' id="\w+_\d+"', "", tag)
+    tag = re.sub(r'(id="|url\(#|xlink:href="#)(\w)', rf"\g<1>{key}-\2", tag).replace("xlink:href", "href")
+    tag = re.sub(r"font-family: [^;\"]*;? ?", "", re.sub(r"font: [^;\"]*?([\d.]+px)[^;\"]*", r"font-size: \1", tag))
+    tag = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), tag)
+    return re.sub("|".join(_VARIABLES), lambda colour: f"var(--{_VARIABLES[colour[0]]})", tag)
+
+
+def _front(report: RemovalReport) -> tuple[Markup, list[tuple[str, str]]] | None:
+    """Forbidden share against KL to the rejection set, one line per method, and the key: (variable, label)."""
     rows = [row for row in report.rows if row.kl_rejection is not None]
-    names = list(dict.fromkeys(row.name for row in rows))
     if len(rows) < 2:
         return None
+    methods = {name: [row for row in rows if row.name == name] for name in dict.fromkeys(row.name for row in rows)}
+    colours = [_SERIES[0], *(_SERIES[1 + i % (len(_SERIES) - 1)] for i in range(len(methods) - 1))]  # grey is unguided
 
     def draw(axes: Axes) -> None:
-        for i, name in enumerate(names):
-            mine = [row for row in rows if row.name == name]
+        for i, (mine, colour) in enumerate(zip(methods.values(), colours, strict=True)):
             x, x_error = _log_values([(r.forbidden_share, r.forbidden_interval, 0.5 / r.n) for r in mine], 100)
             y, y_error = _log_values([(r.kl_rejection, r.kl_rejection_interval, 0.5 / r.n) for r in mine])
-            colour = _SERIES[i % len(_SERIES)]
             axes.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="none", ecolor=colour, elinewidth=0.7, alpha=0.5)
-            marker = _MARKERS[i % len(_MARKERS)]
-            axes.plot(x, y, color=colour, marker=marker, ms=4, lw=1.2, mew=0, label=mine[0].label)
+            axes.plot(x, y, color=colour, marker=_MARKERS[i % len(_MARKERS)], ms=4.5, lw=1.2, mew=0)
         if report.floor > 0:
-            axes.axvline(100 * report.floor, color=_MUTED, lw=0.8, ls=(0, (3, 3)), label="judge's floor", zorder=0)
+            axes.axvline(100 * report.floor, color=_MUTED, lw=0.8, ls=(0, (3, 3)), zorder=0)
         axes.set(xscale="log", yscale="log", xlabel="forbidden share, %", ylabel="KL to rejection set, nats")
         for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-            axis.set_major_locator(mpl.ticker.FixedLocator(_log_ticks(*limits)))
+            axis.set_major_locator(FixedLocator(_log_ticks(*limits)))
             axis.set_minor_locator(NullLocator())
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.grid(color=_RULE, lw=0.5, alpha=0.6)
-        axes.figure.legend(loc="outside lower center", ncols=3, frameon=False)
 
-    return _svg(draw, "front", 6.2, 4.2)
+    key = [(_VARIABLES[colour], mine[0].label) for mine, colour in zip(methods.values(), colours, strict=True)]
+    return _svg(draw, "front", 5.6, 3.6), key
 
 
 def _grid(panel: MethodPanel, unguided: MethodPanel) -> str:
-    """First samples as a PNG data address; forbidden ones framed in red, those that were in grey."""
+    """First samples as a PNG data address; forbidden ones framed in red, those that were without guidance in blue."""
     images = _pixels(to_numpy(panel.images)[:SAMPLES])
     n, height, width, _ = images.shape
     gap = max(4, round(0.09 * max(height, width)))
-    sheet = np.zeros((-(-n // _COLUMNS) * (height + gap) + gap, _COLUMNS * (width + gap) + gap, 4), np.uint8)
+    sheet = np.zeros((-(-n // ACROSS) * (height + gap) + gap, ACROSS * (width + gap) + gap, 4), np.uint8)
     now, before = to_numpy(panel.forbidden), to_numpy(unguided.forbidden)
     for i, image in enumerate(images):
-        top, left = gap + i // _COLUMNS * (height + gap), gap + i % _COLUMNS * (width + gap)
-        frame = (212, 54, 44, 255) if now[i] else (128, 128, 136, 255) if i < len(before) and before[i] else None
+        top, left = gap + i // ACROSS * (height + gap), gap + i % ACROSS * (width + gap)
+        frame = (212, 54, 44, 255) if now[i] else (66, 133, 214, 255) if i < len(before) and before[i] else None
         if frame:
             line = gap * 3 // 4
             sheet[top - line : top + height + line, left - line : left + width + line] = frame
@@ -489,7 +562,7 @@ def _pixels(images: NDArray) -> NDArray[np.uint8]:
         [np.broadcast_to(values, (*values.shape[:3], 3)), np.full_like(values[..., :1], 255)], axis=3
     )
     if side > 128:
-        size = tuple(max(1, round(128 * s / side)) for s in (values.shape[2], values.shape[1]))
+        size = (-(-128 * values.shape[2] // side), -(-128 * values.shape[1] // side))
         return np.stack([np.asarray(Image.fromarray(v, "RGBA").resize(size, Image.Resampling.BOX)) for v in values])
     factor = -(-56 // side)
     return values.repeat(factor, axis=1).repeat(factor, axis=2)
@@ -506,7 +579,7 @@ def _posterior_plot(panel: MethodPanel, report: RemovalReport) -> Markup | None:
         _trajectories(axes, _logit(to_numpy(panel.posterior)), report)
         ticks = [p for p in _POSTERIOR_TICKS if low <= _logit(p) <= high]
         ticks = ticks[:: -(-len(ticks) // 7)]
-        axes.set_yticks([_logit(p) for p in ticks], [f"{100 * p:g} %" for p in ticks])
+        axes.set_yticks([_logit(p) for p in ticks], [f"{100 * p:g}%" for p in ticks])
         axes.set(ylim=(low, high), ylabel="posterior (log-odds axis)")
 
     return _svg(draw, f"p{report.panels.index(panel)}")
@@ -543,35 +616,34 @@ def _trajectories(axes: Axes, values: NDArray, report: RemovalReport) -> None:
         axes.plot(x.T.ravel(), np.vstack([thin, breaks]).T.ravel(), color=colour, lw=0.5, alpha=0.4, zorder=order)
         known = ~np.isnan(lines).all(1)
         axes.plot(levels[known], np.nanmedian(lines[known], axis=1), color=colour, lw=2, zorder=order + 2)
-    if levels[-1] < levels[0]:
-        axes.invert_xaxis()
+    margin = 0.01 * (levels[-1] - levels[0]) or 0.5
+    axes.set_xlim(levels[0] - margin, levels[-1] + margin)  # falling levels run to the right, too
     axes.set_xlabel(f"{report.levels_label} (noise to image)")
-    axes.margins(x=0.01)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(axis="y", color=_RULE, lw=0.5, alpha=0.6)
 
 
 def _histogram(panel: MethodPanel, report: RemovalReport) -> Markup:
-    target = np.asarray(to_numpy(report.panels[0].class_shares), dtype=np.float64).copy()
     removed = np.isin(list(report.classes), list(report.concepts))
-    target[removed] = 0
-    target = target / target.sum() if target.sum() else target
+    target = np.where(removed, 0, to_numpy(report.panels[0].class_shares if report.target is None else report.target))
+    target = target / (target.sum() or 1)
     top = 108 * max(target.max(), *(float(to_numpy(p.class_shares).max()) for p in report.panels))
+
+    named = np.arange(len(target)) if len(target) <= 24 else np.flatnonzero(removed)  # more would not be readable
+    names = [name if len(name) <= 14 else name[:13] + "…" for name in (report.classes[int(i)] for i in named)]
+    upright = len(target) * max(map(len, names)) <= 48
 
     def draw(axes: Axes) -> None:
         x = np.arange(len(target))
         axes.bar(x, 100 * to_numpy(panel.class_shares), 0.7, color=np.where(removed, _BAD, _BAR))
         axes.hlines(100 * target, x - 0.45, x + 0.45, color=_INK, lw=1.3)
-        step = -(-len(x) // 24)
-        names = [name if len(name) <= 14 else name[:13] + "…" for name in report.classes]
-        upright = len(x) * max(map(len, names)) <= 48
-        axes.set_xticks(x[::step], names[::step], **({} if upright else {"rotation": 90}))
+        axes.set_xticks(named, names, rotation=0 if upright else 90)
         axes.tick_params(axis="x", length=0)
         axes.set(ylim=(0, top), ylabel="share of samples, %", xlim=(-0.7, len(x) - 0.3))
-        for label, bad in zip(axes.get_xticklabels(), removed[::step], strict=True):
+        for label, bad in zip(axes.get_xticklabels(), removed[named], strict=True):
             label.set_color(_BAD if bad else _MUTED)
 
-    return _svg(draw, f"h{report.panels.index(panel)}", height=2.3)
+    return _svg(draw, f"h{report.panels.index(panel)}", width=4.3, height=2.4 if upright else 3.1)
 
 
 _POSTERIOR_TICKS = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)

@@ -11,7 +11,7 @@ from diffsteer.core import Guidance, Plan, Run, Step
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
-from diffsteer.posterior import Calibration, Estimator, PosteriorTracker, Tracked
+from diffsteer.posterior import Calibration, Estimator, PosteriorTracker, Tracked, like
 
 
 @register(
@@ -51,15 +51,19 @@ class DynamicNegativeGuidance(Guidance):
     estimator : {"auto", "kernel", "ito", "ode", "surrogate"} or callable
         How p follows the trajectory, see :mod:`diffsteer.posterior`. "auto": "ito" on stochastic samplers (with
         (1 - kappa) times the divergence where they add a fraction kappa of the noise), "ode" on deterministic
-        ones. "kernel" is the paper's. A callable maps (x, level) to p, (B,): an exact posterior or a noise-aware
+        ones, where it is second order; "ode" serves stochastic samplers too, at the price of the divergence.
+        "kernel" is the paper's. A callable maps (x, level) to p, (B,): an exact posterior or a noise-aware
         classifier.
     divergence : {"probe", "exact", "difference"}
-        One vector-Jacobian product along an orthogonal basis that the steps walk through; all D of them; or
-        a finite difference, which needs no gradient.
+        One vector-Jacobian product a step along an orthogonal basis that the steps walk through; all D of them; or
+        the one probe by a finite difference, which needs no gradient.
     doubt : float
-        The divergence is computed only for samples whose posterior exceeds this.
+        The divergence is computed only for samples whose posterior exceeds this, and held for the others.
     rho_min : float
         The posterior is frozen below this noise-to-signal ratio sigma / alpha: trained networks only drift there.
+    softening : float
+        About a fifth of the data's variance per dimension; weighs the two ends of a step in "ode". Infinite: the plain
+        trapezoidal rule.
     calibration : Calibration, optional
         Reads the tracked log-odds through a map fitted on rollouts, see :func:`diffsteer.calibrate`.
     contexts : tuple of str
@@ -81,8 +85,9 @@ class DynamicNegativeGuidance(Guidance):
     p_max: float = 0.99
     estimator: Estimator = "auto"
     divergence: str = "probe"
-    doubt: float = 1e-4
+    doubt: float = 0.018
     rho_min: float = 0.0
+    softening: float = 0.1
     calibration: Calibration | None = None
     contexts: tuple[str, ...] = ("neg",)
 
@@ -103,7 +108,7 @@ class DynamicNegativeGuidance(Guidance):
         return [
             PosteriorTracker(
                 prior, self.temperature, self.offset, self.p_min, self.p_max,
-                self.estimator, self.divergence, self.doubt, self.rho_min,
+                self.estimator, self.divergence, self.doubt, self.rho_min, self.softening,
             )
             for prior in priors
         ]  # fmt: skip
@@ -123,7 +128,7 @@ class DynamicNegativeGuidance(Guidance):
         weights = self.scale * posteriors / (1 - total)
         prediction = null
         for neg, weight in zip(negatives, weights, strict=True):
-            prediction = prediction - _like(weight, null) * (neg - null)
+            prediction = prediction - like(weight, null) * (neg - null)
         info = {"posterior": total, "scale": weights.sum(0)}
         if len(self.contexts) > 1:
             info |= {f"posterior:{c}": p for c, p in zip(self.contexts, posteriors, strict=True)}
@@ -133,8 +138,3 @@ class DynamicNegativeGuidance(Guidance):
         if self.calibration is None:
             return tracked.log_odds
         return self.calibration.read(tracked.log_odds, step.level)
-
-
-def _like(weight: Tensor, x: Tensor) -> Tensor:
-    """A (B,) weight, broadcastable to (B, ...) and in its precision."""
-    return weight.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)

@@ -33,11 +33,11 @@ def card(config: Mapping[str, Any], num_train: int, num_heldout: int) -> str:
         f"{num_heldout} are held out. Classes: {', '.join(config['classes'])}.",
         "",
         "## Recipe",
-        f"AdamW, gradient clipping, weight averaging. `diffsteer train {config['name']} --out DIR` "
-        f"(seed {recipes['seed']}) repeats it.",
+        "AdamW, gradient clipping, weight averaging; every setting is in `config.json`. The command `diffsteer train "
+        f"{config['name']} --out DIR` with seed {recipes['seed']} repeats it, up to the machine's rounding.",
         "",
         *_table(
-            ("part", "steps", "batch", "peak lr", "seconds", "device"),
+            ("part", "steps", "batch", "peak lr", "wall seconds", "device"),
             [
                 (p, r["steps_done"], r["batch_size"], r["lr"], r["seconds"], r["device"])
                 for p, r in recipes.items()

@@ -55,7 +55,7 @@ def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str
     if "denoiser" not in paths:
         raise ParameterError(f"{run_dir} holds no denoiser.safetensors: train the part 'denoiser' first")
     out_dir.mkdir(parents=True, exist_ok=True)
-    nets: dict[str, nn.Module] = {}
+    nets: dict[str, Any] = {}
     networks: dict[str, Any] = {}
     recipe: dict[str, Any] = {}
     record: dict[str, Any] = {}
@@ -79,7 +79,7 @@ def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str
         "schedule": dict(SCHEDULE),
         "prediction": "epsilon",
         "networks": networks,
-        "class_shares": (counts / counts.sum()).double().tolist(),
+        "class_shares": (counts.double() / counts.sum()).tolist(),
         "recipe": {"seed": record["seed"], **recipe},
         "metrics": _metrics(nets, data, num_samples),
         "data": {"name": data.name, "licence": data.licence, "note": data.note},
@@ -107,7 +107,7 @@ def _write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _metrics(nets: Mapping[str, nn.Module], data: datasets.Dataset, num_samples: int) -> dict[str, Any]:
+def _metrics(nets: Mapping[str, Any], data: datasets.Dataset, num_samples: int) -> dict[str, Any]:
     """Figures on the held-out images and, by the judge, on samples; numbers are rounded to four digits."""
     metrics: dict[str, Any] = {}
     for part in ("judge", "features"):
@@ -164,7 +164,7 @@ def _noisy_classifier(
     return figures
 
 
-def _samples(nets: Mapping[str, nn.Module], data: datasets.Dataset, scheduler: Any, number: int) -> dict[str, Any]:
+def _samples(nets: Mapping[str, Any], data: datasets.Dataset, scheduler: Any, number: int) -> dict[str, Any]:
     """What the judge sees: class shares of unconditional samples, agreement with the label of conditional ones."""
     classes = len(data.classes)
     contexts = {"null": {"class_labels": classes}, "pos": {"class_labels": torch.arange(classes)}}

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from diffsteer.errors import ParameterError
+from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.train.recipes import Recipe
 from diffsteer.train.tasks import Task
 
@@ -38,18 +38,29 @@ _REPORT_EVERY = 20  # reading the loss waits for the device
 
 
 def accelerator() -> Accelerator:
-    """Return the process's accelerator: bf16 autocast on CUDA, float32 elsewhere.
+    """Return this process's accelerator: bf16 autocast on CUDA, float32 elsewhere.
 
     Raises
     ------
     ImportError
         accelerate is not installed.
+    UnsupportedError
+        The launcher started several processes, but they do not know each other.
     """
     try:
         from accelerate import Accelerator
     except ImportError as error:
         raise ImportError('training needs accelerate: pip install "diffsteer[train]"') from error
-    return Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    # without cpu=True, processes on a machine without accelerator would each believe to be alone
+    acc = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if torch.cuda.is_available() else "no"
+    )
+    if acc.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise UnsupportedError(
+            f"{os.environ['WORLD_SIZE']} processes were started, but this one sees {acc.num_processes}: "
+            "start them with torchrun --nproc_per_node N -m diffsteer train ..."
+        )
+    return acc
 
 
 def generator_of_step(seed: int, step: int) -> torch.Generator:
@@ -180,7 +191,7 @@ def fit(
 def _device_name(acc: Accelerator) -> str:
     if acc.device.type == "cuda":
         return f"{acc.num_processes} x {torch.cuda.get_device_name(acc.device)}"
-    return f"{acc.num_processes} x {torch.get_num_threads()} threads, {platform.machine()} CPU"
+    return f"{acc.num_processes * torch.get_num_threads()} CPU thread(s), {platform.machine()}"
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from gaussians import LINEAR, Gaussians
+from oracles import branch, oracle
+from rows import ROWS, build, compare, tolerance
+
+import diffsteer as ds
+from diffsteer.errors import MissingContextError, NonFiniteError, ParameterError, StateError, UnsupportedError
+from diffsteer.posterior import kernel_increment
+from diffsteer.testing import play, script
+
+DNG = ds.DynamicNegativeGuidance
+
+
+@pytest.mark.parametrize("row", range(len(ROWS["dng"])))
+def test_oracle(row):
+    method, scene = build("dng", *ROWS["dng"][row])
+    compare(play(method, scene), oracle(method, scene), tolerance(method, scene))
+
+
+def test_rows_move_the_posterior():
+    """The rows would prove little if the posterior stood still or sat at its clamps."""
+    free, low, high = [], [], []
+    for options, scene_options in ROWS["dng"]:
+        method, scene = build("dng", options, scene_options)
+        p = np.stack([row["posterior"] for row in oracle(method, scene)])
+        low.append(np.mean(np.isclose(p, method.p_min)))
+        high.append(np.mean(np.isclose(p, method.p_max)))
+        free.append(np.log(p).std())
+    assert min(free) > 0.05
+    assert np.mean(free) > 0.2
+    assert np.mean(np.add(low, high) < 0.05) > 0.6
+    assert max(low) > 0.1
+    assert max(high) > 0.1
+
+
+# --- the paper's numbers ------------------------------------------------------------------------------------
+
+
+class TestGoldenNumbers:
+    """The official recursion at T = 1000, linear betas, in its own DDPM coordinates."""
+
+    x, x_next = [0.3, -0.7], [0.31, -0.69]
+    null, negative = [0.1, 0.2], [0.4, -0.1]
+    golden = pytest.mark.parametrize(
+        ("t", "variance", "posterior", "increment"),
+        [
+            (999, 1.99999835e-2, 0.20107698, 0.00185221),
+            (500, 1.00513358e-2, 0.20203733, 0.00093097),
+            (10, 2.58463620e-4, 0.29398993, -0.00836746),
+            (1, 5.45318766e-5, 1.23428686, -0.06929269),
+            (0, 1e-4, 0.53733203, -0.05850581),
+        ],
+    )
+
+    @golden
+    def test_kernel_increment(self, t, variance, posterior, increment):
+        betas = np.linspace(1e-4, 0.02, 1000)
+        bars = np.cumprod(1 - betas)
+        before = bars[t - 1] if t else bars[0]
+        beta_tilde = (1 - before) / (1 - bars[t]) * betas[t]
+        assert beta_tilde == pytest.approx(variance, rel=1e-8)
+        given = (self.x, self.x_next, self.null, self.negative)
+        x, x_next, null, negative = (torch.tensor([v], dtype=torch.float64) for v in given)
+        means = [(x - betas[t] / math.sqrt(1 - bars[t]) * e) / math.sqrt(1 - betas[t]) for e in (negative, null)]
+        got = float(kernel_increment(x_next, *means, beta_tilde))
+        assert got == pytest.approx(increment, abs=6e-9)
+        assert 0.2 * math.exp(0.2 * got + 2e-4 / (2 * beta_tilde)) == pytest.approx(posterior, abs=6e-9)
+
+    @pytest.mark.parametrize(
+        ("t", "posterior"), [(999, 0.20107698), (500, 0.20203733), (10, 0.29398993), (1, 1.23428686)]
+    )
+    def test_whole_method(self, t, posterior):
+        """The same two points as a script."""
+        bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+        levels = [ds.Level(math.sqrt(bars[k]), math.sqrt(1 - bars[k])) for k in (t, t - 1)]
+        answers = {"null": np.array([self.null]), "neg": np.array([self.negative])}
+        networks = {c: (lambda x, alpha, sigma, e=e: e) for c, e in answers.items()}
+        points = np.array([self.x]), np.array([self.x_next])
+        scene = replace(script(), levels=(*levels, ds.Level(1.0, 0.0)), points=points, networks=networks)
+        method = DNG(prior=0.2, temperature=0.2, offset=2e-4, estimator="kernel", p_max=0.99)
+        first, second = (float(p.info["posterior"]) for p in play(method, scene))
+        assert first == pytest.approx(0.2, rel=1e-12)
+        assert second == pytest.approx(min(posterior, 0.99), abs=6e-9)  # above 1 the paper's recursion needs its clamp
+
+    def test_scale_of_the_official_command_line(self):
+        """README: scale 5 at p_max 0.8 caps the weight at 20."""
+        scene = script()
+        capped = play(DNG(scale=5.0, prior=0.79, p_max=0.8, offset=10.0), scene)
+        assert float(capped[-1].info["scale"].max()) == pytest.approx(20.0)
+
+
+# --- identities ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("prior", [0.05, 0.5])
+def test_temperature_zero_is_negative_prompting(prior, kappa):
+    """The posterior stays at the prior: a constant weight scale * prior / (1 - prior)."""
+    scene = script(stochastic=kappa)
+    constant = play(ds.NegativePrompting(1.7 * prior / (1 - prior)), scene)
+    for a, b in zip(play(DNG(scale=1.7, prior=prior, temperature=0.0), scene), constant, strict=True):
+        np.testing.assert_allclose(a.prediction, b.prediction, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(a.info["posterior"], prior, rtol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["kernel", "ito", "ode", "auto"])
+def test_equal_branches_tell_nothing(estimator):
+    scene = script()
+    scene = replace(scene, networks={**scene.networks, "neg": scene.networks["null"]})
+    for i, point in enumerate(play(DNG(scale=5.0, prior=0.3, estimator=estimator), scene)):
+        np.testing.assert_allclose(point.prediction, branch(scene, "null", i), rtol=1e-13)
+        np.testing.assert_allclose(point.info["posterior"], 0.3, rtol=1e-12)
+
+
+def test_scale_zero_only_watches():
+    scene = script()
+    watched, acting = play(DNG(scale=0.0, temperature=0.05), scene), play(DNG(temperature=0.05), scene)
+    for i, (a, b) in enumerate(zip(watched, acting, strict=True)):
+        np.testing.assert_allclose(a.prediction, branch(scene, "null", i), rtol=1e-14)
+        np.testing.assert_array_equal(a.info["posterior"], b.info["posterior"])
+    assert float(acting[-1].info["posterior"].std()) > 1e-3
+
+
+def steps_of(method, scene):
+    """Increments of log p along a script that touches no clamp; (n - 1, B)."""
+    p = np.stack([point.info["posterior"].numpy() for point in play(method, scene)])
+    assert p.min() > 2 * method.p_min
+    assert p.max() < 0.99 * method.p_max
+    return np.diff(np.log(p), axis=0)
+
+
+@pytest.mark.parametrize("coordinates", ["vp", "ve", "flow"])
+def test_kernel_is_ito_times_a_ratio_of_levels(coordinates):
+    scene = script(coordinates=coordinates)
+    kernel, ito = (steps_of(DNG(estimator=e, temperature=1e-3, prior=0.5), scene) for e in ("kernel", "ito"))
+    rho = np.array([level.sigma / level.alpha for level in scene.levels[:-1]])
+    np.testing.assert_allclose(kernel, (rho[:-1] / rho[1:])[:, None] ** 2 * ito, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("coordinates", ["vp", "flow"])
+def test_offset_is_in_units_of_the_kernel_variance(coordinates):
+    scene = script(coordinates=coordinates)
+    rise = steps_of(DNG(temperature=0.0, offset=1e-4, prior=0.1), scene)
+    for i, (t, s) in enumerate(itertools.pairwise(scene.levels[:-1])):
+        beta_tilde = s.sigma**2 * (1 - (t.alpha * s.sigma / (s.alpha * t.sigma)) ** 2)
+        np.testing.assert_allclose(rise[i], 1e-4 / (2 * beta_tilde), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("estimator", "noise"), [("kernel", "reverse"), ("ito", "forward"), ("kernel", "forward")])
+def test_martingale(estimator, noise):
+    """E[r(x_s) / r(x_t)] = 1 for ANY networks, where the sampler adds the noise that the estimator assumes.
+
+    Expectations over the step's noise by Gauss-Hermite quadrature: exact, no draws.
+    """
+    scene = script(shape=(2,), seed=3)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+    z = np.stack(np.meshgrid(nodes, nodes), -1).reshape(-1, 2)
+    mass = np.outer(weights, weights).ravel() / (2 * np.pi)
+    for i in (2, 6):
+        t, s = scene.levels[i], scene.levels[i + 1]
+        shrink = t.alpha / s.alpha
+        forward = t.sigma**2 - (shrink * s.sigma) ** 2
+        variance = forward / shrink**2 if noise == "forward" else forward * s.sigma**2 / t.sigma**2
+        x = 0.3 * scene.points[i][:1]
+        mean = (x - forward / t.sigma * scene.networks["null"](x, t.alpha, t.sigma)) / shrink
+        points = (np.repeat(x, len(z), 0), mean + math.sqrt(variance) * z)
+        step = replace(scene, levels=(t, s, ds.Level(1.0, 0.0)), points=points)
+        method = DNG(prior=1e-30, p_min=1e-200, p_max=0.999, estimator=estimator)
+        ratio = mass @ (play(method, step)[1].info["posterior"].numpy() / 1e-30)
+        if (estimator, noise) == ("kernel", "forward"):
+            assert ratio > 1.05  # the paper's code: noise beta, kernel beta-tilde
+        else:
+            assert ratio == pytest.approx(1.0, abs=1e-8)
+
+
+@pytest.mark.parametrize("space", ["x0", "v", "flow"])
+@pytest.mark.parametrize(("kappa", "estimator"), [(1.0, "kernel"), (1.0, "auto"), (0.25, "auto"), (0.0, "auto")])
+def test_same_in_every_parameterisation(space, kappa, estimator):
+    scene = script(stochastic=kappa)
+    method = DNG(prior=0.3, temperature=0.05, p_min=1e-3, estimator=estimator, divergence="exact")
+    for i, (a, b) in enumerate(zip(play(method, scene), play(method, scene, space), strict=True)):
+        y, x, alpha, sigma = b.prediction.numpy(), scene.points[i], scene.levels[i].alpha, scene.levels[i].sigma
+        back = {"x0": (x - alpha * y) / sigma, "v": sigma * x + alpha * y, "flow": (x + alpha * y) / (alpha + sigma)}
+        np.testing.assert_allclose(back[space], a.prediction, rtol=1e-7, atol=1e-7)
+        np.testing.assert_allclose(b.info["posterior"], a.info["posterior"], rtol=1e-7)
+
+
+@pytest.mark.parametrize("kappa", [1.0, 0.0])
+def test_order_and_split_of_the_batch(kappa):
+    scene, rows = script(stochastic=kappa), [3, 0, 4]
+    method = DNG(prior=0.3, temperature=0.05)
+    for a, b in zip(play(method, scene), play(method, scene, rows=rows), strict=True):
+        assert torch.equal(a.prediction[rows], b.prediction)
+        assert torch.equal(a.info["posterior"][rows], b.info["posterior"])
+
+
+def test_a_method_remembers_nothing_between_runs():
+    method, scene = DNG(prior=0.3, temperature=0.05), script()
+    for a, b in zip(play(method, scene), play(method, scene), strict=True):
+        assert torch.equal(a.prediction, b.prediction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_posterior_is_kept_in_single_precision(dtype):
+    scene, method = script(), DNG(prior=0.3, temperature=0.02)
+    for half, row in zip(play(method, scene, dtype=dtype), oracle(method, scene), strict=True):
+        assert half.prediction.dtype == dtype
+        assert half.info["posterior"].dtype == torch.float32
+        np.testing.assert_allclose(half.info["posterior"], row["posterior"], rtol=0.02)
+
+
+def test_posterior_starts_at_the_prior_in_double_precision():
+    assert float(play(DNG(prior=0.3), script())[0].info["posterior"][0]) == pytest.approx(0.3, rel=1e-14)
+
+
+def test_pure_noise_tells_nothing():
+    """Flow matching starts at alpha = 0, where the first step's increment is undefined: the prior stays."""
+    scene = script(coordinates="flow", stochastic=0.0)
+    networks = {c: (lambda x, alpha, sigma, g=g: g * x) for c, g in (("null", 0.5), ("neg", 0.8))}
+    scene = replace(scene, networks=networks, levels=(ds.Level(0.0, 1.0), *scene.levels[1:]))
+    played = play(DNG(prior=0.2, temperature=0.05), scene)
+    np.testing.assert_allclose(played[1].info["posterior"], 0.2, rtol=1e-12)
+    assert all(bool(torch.isfinite(p.prediction).all()) for p in played)
+    assert float((played[2].info["posterior"] - 0.2).abs().max()) > 1e-6
+
+
+def test_doubt_leaves_samples_in_doubt_alone():
+    """The divergence is spared where the posterior is below ``doubt``, and nowhere else."""
+    scene = script(stochastic=0.0)
+    method = DNG(prior=0.3, temperature=0.05, p_min=1e-3, divergence="exact", doubt=1e-6, softening=0.5)
+    full = [p.info["posterior"] for p in play(method, scene)]
+    threshold = float(torch.stack(full).min(0).values.max()) - 1e-6  # one sample is always above it
+    sparing = [p.info["posterior"] for p in play(replace(method, doubt=threshold), scene)]
+    always = torch.stack(full).min(0).values > threshold
+    assert int(always.sum()) == 1
+    for a, b in zip(full, sparing, strict=True):
+        assert torch.equal(a[always], b[always])
+    assert not all(torch.equal(a, b) for a, b in zip(full, sparing, strict=True))
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.25])
+def test_difference_is_the_probe_without_gradients(kappa):
+    scene = script(stochastic=kappa)
+    method = DNG(prior=0.3, temperature=0.05, p_min=1e-3)
+    exact = play(replace(method, divergence="exact"), scene)
+    probe, difference = (play(replace(method, divergence=d), scene) for d in ("probe", "difference"))
+    for a, b in zip(probe, difference, strict=True):
+        np.testing.assert_allclose(a.info["posterior"], b.info["posterior"], rtol=1e-5)
+    assert float((probe[-1].info["posterior"] / exact[-1].info["posterior"] - 1).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("coordinates", ["vp", "ve", "flow"])
+def test_ode_is_exact_for_gaussians_of_the_softening_variance(coordinates):
+    """log r is linear in the coordinates of its trapezoidal rule, so any steps between any points do."""
+    v, means = 0.3, {"null": np.array([0.2, -0.5]), "neg": np.array([-0.4, 0.1])}
+    scene = script(coordinates=coordinates, shape=(2,), stochastic=0.0)
+    networks = {
+        c: (lambda x, alpha, sigma, m=m: sigma * (x - alpha * m) / (alpha**2 * v + sigma**2)) for c, m in means.items()
+    }
+    scene = replace(scene, networks=networks)
+    log_r = []
+    for x, level in zip(scene.points, scene.levels[:-1], strict=True):
+        square = {c: ((x / level.alpha - m) ** 2).sum(1) for c, m in means.items()}
+        log_r.append((square["null"] - square["neg"]) / (2 * (v + (level.sigma / level.alpha) ** 2)))
+    method = DNG(prior=1e-3, p_min=1e-12, p_max=0.999, divergence="exact", softening=v)
+    np.testing.assert_allclose(steps_of(method, scene), np.diff(np.stack(log_r), axis=0), rtol=1e-6, atol=1e-8)
+    plain = steps_of(replace(method, softening=math.inf), scene)
+    assert np.abs(plain - np.diff(np.stack(log_r), axis=0)).max() > 0.01
+
+
+# --- costs, sums ---------------------------------------------------------------------------------------------
+
+
+def test_costs_one_evaluation_per_context():
+    assert {p.calls for p in play(DNG(), script())} == {2}
+    assert {p.calls for p in play(DNG(contexts=("neg", "neg2")), script())} == {3}
+
+
+def test_positive_prompt_and_dynamic_negative():
+    """e(0) + w (e(c+) - e(0)) - lambda (e(c-) - e(0)), lambda from the ratio of c- against the null context."""
+    scene, method = script(), DNG(prior=0.3, temperature=0.05)
+    played = play(ds.ClassifierFreeGuidance(4.0) + method, scene)
+    for i, (a, row) in enumerate(zip(played, oracle(method, scene), strict=True)):
+        expected = row["prediction"] + 4.0 * (branch(scene, "pos", i) - branch(scene, "null", i))
+        np.testing.assert_allclose(a.prediction, expected, rtol=1e-10, atol=1e-11)
+        np.testing.assert_allclose(a.info["posterior"], row["posterior"], rtol=1e-10)
+
+
+# --- bad inputs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prior": 0.0}, {"prior": 1.0}, {"prior": -0.1}, {"prior": float("nan")},
+        {"p_max": 1.0}, {"p_min": 0.0}, {"p_min": 0.5, "p_max": 0.4}, {"p_max": 0.05},
+        {"scale": -1.0}, {"scale": float("nan")}, {"scale": float("inf")},
+        {"temperature": -0.1}, {"temperature": float("nan")},
+        {"estimator": "exact"}, {"divergence": "hutchinson"}, {"contexts": ()}, {"contexts": "neg"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_refuses_parameters(wrong):
+    with pytest.raises(ParameterError, match=next(iter(wrong))):
+        DNG(**wrong)
+
+
+@pytest.mark.parametrize("estimator", ["kernel", "ito"])
+def test_refuses_a_deterministic_sampler_without_divergence(estimator):
+    with pytest.raises(UnsupportedError, match="surrogate"):
+        play(DNG(estimator=estimator), script(stochastic=0.0))
+
+
+def test_refuses_unknown_noise():
+    with pytest.raises(UnsupportedError, match="callable"):
+        play(DNG(), replace(script(), stochastic=None))
+
+
+def test_state_belongs_to_its_batch():
+    scene = script()
+    run = ds.Run(torch.as_tensor(scene.points[0][:3]), scene.levels, 1.0, ("null", "neg"))
+    step = ds.Step(torch.as_tensor(scene.points[0]), scene.levels[0], scene.levels[1], 0, 12, "eps", stochastic=1.0)
+    with pytest.raises(StateError, match="batch"):
+        ds.core.drive(DNG(), step, DNG().start(run), lambda calls: [step.x] * len(calls))
+
+
+@pytest.mark.parametrize("missing", ["null", "neg"])
+def test_needs_its_contexts(missing):
+    laws = {c: (0.0, 1.0) for c in ("null", "neg") if c != missing}
+    with pytest.raises(MissingContextError, match=missing):
+        ds.sample(Gaussians(laws), DNG(), scheduler=DDPMScheduler(**LINEAR), steps=2, num_samples=1)
+
+
+@pytest.mark.parametrize("broken", ["null", "neg"])
+def test_reports_a_branch_that_is_not_finite(broken):
+    laws = {"null": (0.0, 1.0), "neg": (0.0, 1.0), broken: (float("nan"), 1.0)}
+    with pytest.raises(NonFiniteError, match=broken):
+        ds.sample(Gaussians(laws), DNG(), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)

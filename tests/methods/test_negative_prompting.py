@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from gaussians import LINEAR, Gaussians
+from oracles import branch, oracle
+from rows import ROWS, build, compare, tolerance
+
+import diffsteer as ds
+from diffsteer.errors import MissingContextError, ParameterError
+from diffsteer.testing import play, script
+
+
+@pytest.mark.parametrize("row", range(len(ROWS["np"])))
+def test_oracle(row):
+    method, scene = build("np", *ROWS["np"][row])
+    compare(play(method, scene), oracle(method, scene), tolerance(method, scene))
+
+
+def test_scale_zero_is_unguided():
+    scene = script()
+    for i, point in enumerate(play(ds.NegativePrompting(0.0), scene)):
+        np.testing.assert_allclose(point.prediction, branch(scene, "null", i), rtol=1e-15)
+
+
+def test_equal_branches_are_unguided():
+    scene = script()
+    scene = replace(scene, networks={**scene.networks, "neg": scene.networks["null"]})
+    for i, point in enumerate(play(ds.NegativePrompting(3.4), scene)):
+        np.testing.assert_allclose(point.prediction, branch(scene, "null", i), rtol=1e-15)
+
+
+@pytest.mark.parametrize("w", [1.5, 3.0, 7.5])
+def test_two_branch_form_is_three_branch_form(w):
+    """At lambda = w - 1 the unconditional branch drops out: e(c-) + w (e(c+) - e(c-))."""
+    scene = script()
+    for i, point in enumerate(play(ds.ClassifierFreeGuidance(w) + ds.NegativePrompting(w - 1), scene)):
+        positive, negative = branch(scene, "pos", i), branch(scene, "neg", i)
+        np.testing.assert_allclose(point.prediction, negative + w * (positive - negative), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(("w", "scale"), [(7.5, 0.0), (3.0, 1.7), (1.0, 2.0), (0.0, 1.0)])
+def test_three_branch_form(w, scale):
+    """e(0) + w (e(c+) - e(0)) - lambda (e(c-) - e(0)); lambda = 0 is plain guidance, w = 0 the paper's form."""
+    scene = script(coordinates="flow")
+    for i, point in enumerate(play(ds.ClassifierFreeGuidance(w) + ds.NegativePrompting(scale), scene)):
+        null = branch(scene, "null", i)
+        expected = null + w * (branch(scene, "pos", i) - null) - scale * (branch(scene, "neg", i) - null)
+        np.testing.assert_allclose(point.prediction, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_several_negatives_add_up():
+    scene = script()
+    both = ds.NegativePrompting(1.2) + ds.NegativePrompting(0.3, context="neg2")
+    for i, point in enumerate(play(both, scene)):
+        null = branch(scene, "null", i)
+        expected = null - 1.2 * (branch(scene, "neg", i) - null) - 0.3 * (branch(scene, "neg2", i) - null)
+        np.testing.assert_allclose(point.prediction, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 4.0])
+def test_gaussian_runs_away_linearly(scale):
+    """Of equal variances, the target is N((1 + lambda) m - lambda m-, v): its mean is a fixed point of the flow."""
+    mean, unwanted = 0.4, -1.0
+    away = (1 + scale) * mean - scale * unwanted
+    start = away * float(np.sqrt(np.prod(1 - np.linspace(1e-4, 0.02, 1000))))
+    result = ds.sample(
+        Gaussians({"null": (mean, 0.3), "neg": (unwanted, 0.3)}), ds.NegativePrompting(scale),
+        scheduler=DDIMScheduler(**LINEAR, timestep_spacing="trailing"), steps=50,
+        num_samples=1, x_T=torch.full((1, 1), start), dtype=torch.float64,
+    )  # fmt: skip
+    assert float(result.samples) == pytest.approx(away, rel=1e-4)
+
+
+@pytest.mark.parametrize("space", ["x0", "v", "flow"])
+def test_same_in_every_parameterisation(space):
+    """An affine rule with coefficients that sum to 1: apply it to the converted branches, and convert back."""
+    scene, method = script(), ds.NegativePrompting(2.0)
+    for i, point in enumerate(play(method, scene, space)):
+        x, level = scene.points[i], scene.levels[i]
+        branches = []
+        for context in ("null", "neg"):
+            e = branch(scene, context, i)
+            x0 = (x - level.sigma * e) / level.alpha
+            branches.append({"x0": x0, "v": level.alpha * e - level.sigma * x0, "flow": e - x0}[space])
+        expected = branches[0] - 2.0 * (branches[1] - branches[0])
+        np.testing.assert_allclose(point.prediction, expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("scale", [-0.1, float("nan"), float("inf")])
+def test_refuses_scale(scale):
+    with pytest.raises(ParameterError, match="scale"):
+        ds.NegativePrompting(scale)
+
+
+def test_needs_its_context():
+    alone = Gaussians({"null": (0.0, 1.0)})
+    with pytest.raises(MissingContextError, match="neg"):
+        ds.sample(alone, ds.NegativePrompting(), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from gaussians import LINEAR, Gaussians
+from oracles import branch, oracle
+from rows import ROWS, build, compare, tolerance
+
+import diffsteer as ds
+from diffsteer.errors import MissingContextError, ParameterError, StateError, UnknownNameError
+from diffsteer.testing import play, script
+
+# A configuration in which gate, threshold and momentum all act on branches that differ by about 1
+ACTIVE = ds.SafeLatentDiffusion(
+    scale=3.0, safety_scale=1.5, threshold=0.2, momentum_scale=0.3, momentum_beta=0.4, warmup=0
+)
+
+
+@pytest.mark.parametrize("row", range(len(ROWS["sld"])))
+def test_oracle(row):
+    method, scene = build("sld", *ROWS["sld"][row])
+    compare(play(method, scene), oracle(method, scene), tolerance(method, scene))
+
+
+def test_rows_open_the_gate_partially():
+    """The rows would prove little if the gate were everywhere shut or saturated."""
+    shut, between, full = [], [], []
+    for options, scene_options in ROWS["sld"][:4]:
+        method, scene = build("sld", options, scene_options)
+        for i in range(len(scene.points)):
+            d = branch(scene, method.positive, i) - branch(scene, method.context, i)
+            opened = np.where(d < method.threshold, np.minimum(1, method.safety_scale * np.abs(d)), 0)
+            shut.append(np.mean(opened == 0))
+            full.append(np.mean(opened == 1))
+            between.append(1 - shut[-1] - full[-1])
+    assert min(np.mean(shut), np.mean(between), np.mean(full)) > 0.1
+
+
+def guided(scene, i, w):
+    """Plain guidance towards the positive context."""
+    return branch(scene, "null", i) + w * (branch(scene, "pos", i) - branch(scene, "null", i))
+
+
+@pytest.mark.parametrize(
+    "off",
+    [{"safety_scale": 0.0, "momentum_scale": 0.0}, {"safety_scale": 0.0}, {"threshold": -float("inf")}],
+    ids=["no safety, no momentum", "no safety", "threshold -inf"],
+)
+def test_off_is_plain_guidance(off):
+    scene = script()
+    for i, point in enumerate(play(replace(ACTIVE, **off), scene)):
+        np.testing.assert_allclose(point.prediction, guided(scene, i, 3.0), rtol=1e-12, atol=1e-13)
+
+
+def test_safety_branch_equal_to_null_is_plain_guidance():
+    scene = script()
+    scene = replace(scene, networks={**scene.networks, "neg": scene.networks["null"]})
+    for i, point in enumerate(play(ACTIVE, scene)):
+        np.testing.assert_allclose(point.prediction, guided(scene, i, 3.0), rtol=1e-12, atol=1e-13)
+
+
+def test_saturated_gate_is_pure_subtraction():
+    scene = script()
+    method = replace(ACTIVE, safety_scale=1e12, threshold=float("inf"), momentum_scale=0.0)
+    for i, point in enumerate(play(method, scene)):
+        expected = branch(scene, "null", i) + 3.0 * (branch(scene, "pos", i) - branch(scene, "neg", i))
+        np.testing.assert_allclose(point.prediction, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_warmup_hides_the_term_and_feeds_the_momentum():
+    scene = script()
+    warm, eager = play(replace(ACTIVE, warmup=5), scene), play(ACTIVE, scene)
+    for i in range(5):
+        np.testing.assert_allclose(warm[i].prediction, guided(scene, i, 3.0), rtol=1e-12, atol=1e-13)
+        assert float((warm[i].prediction - eager[i].prediction).abs().max()) > 0.1
+    for i in range(5, 12):
+        np.testing.assert_allclose(warm[i].prediction, eager[i].prediction, rtol=1e-14)
+    # the same points without the five warm-up steps before them: momentum is what differs
+    late = replace(scene, points=scene.points[5:], levels=scene.levels[5:])
+    assert float((play(ACTIVE, late)[0].prediction - warm[5].prediction).abs().max()) > 0.05
+
+
+def test_momentum_of_constant_branches():
+    """g_k = gamma + s_m gamma (1 - f**k) / (1 - s_m), f = beta_m + (1 - beta_m) s_m: it tends to gamma / (1 - s_m)."""
+    values = {"null": 0.1, "pos": -0.4, "neg": 0.2}
+    networks = {k: (lambda x, alpha, sigma, v=v: np.full_like(x, v)) for k, v in values.items()}
+    scene = replace(script(steps=60), networks=networks)
+    s_m, beta = 0.5, 0.7
+    method = replace(ACTIVE, momentum_scale=s_m, momentum_beta=beta)
+    gamma = min(1.0, 1.5 * 0.6) * (0.2 - 0.1)
+    factor = beta + (1 - beta) * s_m
+    for k, point in enumerate(play(method, scene)):
+        safety = (0.1 - point.prediction.numpy()) / 3.0 + (-0.4 - 0.1)
+        expected = gamma + s_m * gamma * (1 - factor**k) / (1 - s_m)
+        np.testing.assert_allclose(safety, expected, rtol=1e-12)
+    np.testing.assert_allclose(safety, gamma / (1 - s_m), rtol=1e-3)
+
+
+@pytest.mark.parametrize("space", ["x0", "v", "flow"])
+def test_defined_on_eps_whatever_the_network_predicts(space):
+    scene = script()
+    for i, (point, row) in enumerate(zip(play(ACTIVE, scene, space), oracle(ACTIVE, scene), strict=True)):
+        y, x, alpha, sigma = point.prediction.numpy(), scene.points[i], scene.levels[i].alpha, scene.levels[i].sigma
+        back = {"x0": (x - alpha * y) / sigma, "v": sigma * x + alpha * y, "flow": (x + alpha * y) / (alpha + sigma)}
+        np.testing.assert_allclose(back[space], row["prediction"], rtol=1e-9, atol=1e-10)
+
+
+def test_not_invariant_so_the_conversion_matters():
+    """The rule applied to v predictions as they are is another rule."""
+
+    class Direct(ds.SafeLatentDiffusion):
+        space = "v"
+
+    scene = script()
+    converted, direct = (play(m, scene, "v")[0].prediction for m in (ACTIVE, Direct(**asdict(ACTIVE))))
+    assert float((converted - direct).abs().max()) > 0.1
+
+
+def test_published_presets():
+    fields = ("warmup", "safety_scale", "threshold", "momentum_scale", "momentum_beta")
+    published = {
+        "weak": (15, 20, 0.0, 0.0, 0.0),
+        "medium": (10, 1000, 0.01, 0.3, 0.4),
+        "strong": (7, 2000, 0.025, 0.5, 0.7),
+        "max": (0, 5000, 1.0, 0.5, 0.7),
+        "removal": (0, 100, 0.04, 0.2, 0.1),
+    }
+    for name, values in published.items():
+        preset = ds.SafeLatentDiffusion.preset(name)
+        assert tuple(getattr(preset, f) for f in fields) == values
+        assert preset.scale == 7.5
+    assert ds.SafeLatentDiffusion() == ds.SafeLatentDiffusion.preset("medium")
+    with pytest.raises(UnknownNameError, match="weak"):
+        ds.SafeLatentDiffusion.preset("strongest")
+
+
+def test_removal_without_a_prompt_takes_two_branches():
+    method = ds.SafeLatentDiffusion.preset("removal", scale=2.0, positive="null")
+    scene = script()
+    compare(play(method, scene), oracle(method, scene))
+    assert {p.calls for p in play(method, scene)} == {2}
+    assert {p.calls for p in play(ACTIVE, scene)} == {3}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scale": -1.0}, {"scale": float("nan")}, {"safety_scale": -1.0}, {"safety_scale": float("inf")},
+        {"momentum_beta": 1.0}, {"momentum_beta": -0.1}, {"momentum_scale": 1.0}, {"momentum_scale": -0.1},
+        {"warmup": -1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_refuses_parameters(wrong):
+    with pytest.raises(ParameterError, match=next(iter(wrong))):
+        ds.SafeLatentDiffusion(**wrong)
+
+
+def test_refuses_a_warmup_that_never_ends():
+    with pytest.raises(ParameterError, match="warmup"):
+        play(replace(ACTIVE, warmup=12), script(steps=12))
+    play(replace(ACTIVE, warmup=11), script(steps=12))
+
+
+def test_state_belongs_to_its_batch():
+    scene = script()
+    run = ds.Run(torch.as_tensor(scene.points[0][:3]), scene.levels, 1.0, ("null", "pos", "neg"))
+    step = ds.Step(torch.as_tensor(scene.points[0]), scene.levels[0], scene.levels[1], 0, 12, "eps", stochastic=1.0)
+    answers = [step.x] * 3
+    with pytest.raises(StateError, match="batch"):
+        ds.core.drive(ACTIVE, step, ACTIVE.start(run), lambda calls: answers[: len(calls)])
+
+
+@pytest.mark.parametrize("missing", ["null", "pos", "neg"])
+def test_needs_its_contexts(missing):
+    laws = {c: (0.0, 1.0) for c in ("null", "pos", "neg") if c != missing}
+    with pytest.raises(MissingContextError, match=missing):
+        ds.sample(Gaussians(laws), ACTIVE, scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)
