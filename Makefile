@@ -22,7 +22,7 @@ check: $(VENV)/dev style
 style: $(VENV)/dev
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/pyright
+	$(BIN)/mypy
 
 # Build a wheel, install it outside the checkout, and run the main job from there.
 wheel: $(VENV)/dev

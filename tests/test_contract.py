@@ -34,9 +34,7 @@ def test_every_method_has_a_row() -> None:
     assert sorted(ROWS) == ds.list_methods()
 
 
-@pytest.mark.parametrize(
-    ("name", "index"), [(name, i) for name, rows in ROWS.items() for i in range(len(rows))]
-)
+@pytest.mark.parametrize(("name", "index"), [(name, i) for name, rows in ROWS.items() for i in range(len(rows))])
 def test_contract(name: str, index: int) -> None:
     method, stochastic = ROWS[name][index]
     declared = entry(name).nfe if index == 0 else None

@@ -1,10 +1,10 @@
 """diffsteer: every published guidance method for diffusion models, behind one small interface.
 
-    import diffsteer as ds
+import diffsteer as ds
 
-    model = ds.zoo.load("digits")
-    out = ds.sample(model.denoiser(neg=3), ds.DynamicNegativeGuidance(), scheduler=model.scheduler(),
-                    num_samples=64, steps=50)
+model = ds.zoo.load("digits")
+out = ds.sample(model.denoiser(neg=3), ds.DynamicNegativeGuidance(), scheduler=model.scheduler(),
+                num_samples=64, steps=50)
 """
 
 import importlib
@@ -19,15 +19,20 @@ _HOMES = {
     "list_methods": "methods", "register": "methods",
     "Level": "paths",
     "Calibration": "posterior", "PosteriorTracker": "posterior",
+    "calibrate": "calibration",
     "denoiser": "denoisers",
     "Result": "sampling", "Unguided": "sampling", "sample": "sampling",
 }  # fmt: skip
-_MODULES = ("bench", "core", "denoisers", "errors", "methods", "paths", "posterior", "sampling", "testing", "toy", "zoo")
+_MODULES = (
+    "bench", "calibration", "core", "denoisers", "errors", "methods", "paths", "posterior", "sampling", "testing",
+    "toy", "zoo",
+)  # fmt: skip
 
 __all__ = [*_HOMES, *_MODULES]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from diffsteer import bench, errors, methods, paths, posterior, testing, toy, zoo
+    from diffsteer.calibration import calibrate
     from diffsteer.core import Call, Guidance, Run, Step, Sum, gather
     from diffsteer.denoisers import denoiser
     from diffsteer.methods import (

@@ -137,12 +137,11 @@ def train(
     resume
         Go on from the last checkpoint.
     """
-    from diffsteer.train import PARTS
     from diffsteer.train import train as run
+    from diffsteer.train.recipes import PARTS
 
-    run(
-        dataset, out, parts=tuple(part or PARTS), seed=seed, steps=steps, batch_size=batch_size, lr=lr, resume=resume
-    )
+    parts = tuple(part or PARTS)
+    run(dataset, out, parts=parts, seed=seed, steps=steps, batch_size=batch_size, lr=lr, resume=resume)
 
 
 @app.command
@@ -175,6 +174,7 @@ def main() -> None:
     except DiffsteerError as error:
         print(f"diffsteer: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("diffsteer: interrupted; nothing half-written was left, run again to resume", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        said = str(stop) or "nothing half-written was left; finished runs of a benchmark are kept"
+        print(f"diffsteer: interrupted: {said}", file=sys.stderr)
         raise SystemExit(130) from None

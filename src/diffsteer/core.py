@@ -102,7 +102,9 @@ def guide_in(method: Guidance, step: Step, state: State) -> Plan:
         calls = next(plan)
         while True:
             predictions = yield calls
-            calls = plan.send([_between(p, c, step, step.space, inner.space) for p, c in zip(predictions, calls)])
+            calls = plan.send(
+                [_between(p, c, step, step.space, inner.space) for p, c in zip(predictions, calls, strict=True)]
+            )
     except StopIteration as done:
         prediction, state, info = done.value
         return convert(prediction, step.x, step.level, inner.space, step.space), state, info
@@ -171,7 +173,8 @@ def drive(
         while True:
             calls = plan.send(evaluate(calls))
     except StopIteration as done:
-        return done.value
+        result: tuple[Tensor, State, Info] = done.value
+        return result
 
 
 def gather(state: State, rows: Tensor) -> State:

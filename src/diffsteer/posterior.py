@@ -26,6 +26,7 @@ smoothed over noisy probes and held where the posterior is in no doubt.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -35,7 +36,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import Call, Run, Step
-from diffsteer.errors import ParameterError, StateError, UnsupportedError
+from diffsteer.errors import CalibrationWarning, ParameterError, StateError, UnsupportedError
 from diffsteer.paths import Level, reverse_kernel, ve_score
 
 Estimator = Literal["auto", "kernel", "ito", "ode", "surrogate"] | Callable[[Tensor, Level], Tensor]
@@ -97,14 +98,31 @@ class Calibration:
         Levels of the fit, log(alpha**2 / sigma**2).
     intercept, slope : tuple of float
         One per level.
-    made_for : str
-        The concept, sampler and tracker settings that it holds for.
+    stochastic : float
+        kappa of the sampler that it holds for.
+    steps : int
+        Steps of the sampler that it was fitted on.
     """
 
     log_snr: tuple[float, ...]
     intercept: tuple[float, ...]
     slope: tuple[float, ...]
-    made_for: str = ""
+    stochastic: float
+    steps: int
+
+    def check(self, run: Run) -> None:
+        """Refuse another kind of sampler; warn of another number of steps."""
+        if run.stochastic != self.stochastic:
+            raise UnsupportedError(
+                f"the calibration was fitted on a sampler with kappa = {self.stochastic:g}, this one has "
+                f"{run.stochastic}; calibrate for it with diffsteer.calibrate(), or pass calibration=None"
+            )
+        if len(run.levels) - 1 != self.steps:
+            warnings.warn(
+                f"the calibration was fitted at {self.steps} steps and is interpolated to {len(run.levels) - 1}",
+                CalibrationWarning,
+                stacklevel=6,
+            )
 
     def read(self, log_odds: Tensor, level: Level) -> Tensor:
         """Calibrated log-odds at ``level``, (B,); linear between the fitted levels, constant beyond them."""
@@ -218,10 +236,9 @@ class PosteriorTracker:
         )
         if state.last is not None:
             gain = self._increment(state.last, now, kind, step.stochastic)
-        else:  # the prior holds at infinite noise, not at x_T
-            gain = dot(now.alt - now.ref, now.x) if kind == "ode" and step.level.rho > _PURE_NOISE else None
-        if gain is not None:
             state = replace(state, log_odds=self._add(state.log_odds, gain))
+        elif kind == "ode" and step.level.rho > _PURE_NOISE:  # the prior holds at infinite noise, not at x_T
+            state = replace(state, log_odds=self._add(state.log_odds, dot(now.alt - now.ref, now.x)))
         return p_alt, p_ref, replace(state, last=now)
 
     def _rows_in_doubt(self, step: Step, state: Tracked) -> Tensor:

@@ -12,6 +12,7 @@ import importlib.metadata
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -149,7 +150,8 @@ def sample(
     record = {
         "method": describe(method),
         "scheduler": {"name": type(scheduler).__name__, "config": _plain(dict(scheduler.config))},
-        "steps": steps, "eta": eta, "seed": seed, "num_samples": num_samples, "batch_size": batch,
+        "steps": steps, "eta": eta, "stochastic": view.stochastic,
+        "seed": seed, "num_samples": num_samples, "batch_size": batch,
         "dtype": str(dtype), "device": str(device),
         "log_snr": [round(level.log_snr, 6) for level in view.levels],
         "seconds": time.perf_counter() - started,
@@ -197,7 +199,8 @@ class _Chunk:
                 generators=self.method_streams,
             )
             answered: dict[Any, tuple[Call, Tensor]] = {}
-            prediction, state, info = drive(self.method, step, state, lambda c: self.evaluate(c, step, answered))
+            answer = partial(self.evaluate, step=step, answered=answered)
+            prediction, state, info = drive(self.method, step, state, answer)
             self.x = view.step(prediction, main.space, index, self.x, self.noise_streams)
             self.x, state = self.method.after(step, self.x, state)
             yield index, self.x, info
@@ -249,8 +252,8 @@ def describe(method: Guidance) -> dict[str, Any]:
     """A method's configuration as plain data, for records."""
     if isinstance(method, Sum):
         return {"name": "Sum", "methods": [describe(m) for m in method.methods]}
-    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)} if dataclasses.is_dataclass(method) else {}
-    return {"name": type(method).__name__, **_plain(values)}
+    fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+    return {"name": type(method).__name__, **{f.name: _plain(getattr(method, f.name)) for f in fields}}
 
 
 def _plain(value: Any) -> Any:
@@ -260,6 +263,10 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
     return value if isinstance(value, (int, float, str, bool, type(None))) else repr(value)
 
 

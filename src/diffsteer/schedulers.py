@@ -18,8 +18,14 @@ from diffsteer.paths import FlowPath, Level, Path, VEPath, VPPath, convert
 # The coordinates that a scheduler's samples live in, by class name (bases count).
 _ALPHAS = ("DDPM", "DDIM", "PNDM", "LCM", "TCD")  # x = alpha x0 + sigma eps, levels by timestep
 _VP_SIGMAS = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver")
-_VE_SIGMAS = ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete", "KDPM2Discrete",
-              "KDPM2AncestralDiscrete")  # x = x0 + sigma eps, the network sees x / sqrt(1 + sigma**2)
+_VE_SIGMAS = (
+    "EulerDiscrete",
+    "EulerAncestralDiscrete",
+    "HeunDiscrete",
+    "LMSDiscrete",
+    "KDPM2Discrete",
+    "KDPM2AncestralDiscrete",
+)  # x = x0 + sigma eps, the network sees x / sqrt(1 + sigma**2)
 _EDM = ("EDMEuler", "EDMDPMSolverMultistep")  # x = x0 + sigma eps, with EDM's preconditioning inside step()
 _FLOW = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete")  # x = (1 - sigma) x0 + sigma eps
 

@@ -63,7 +63,7 @@ def script(
     rng = np.random.default_rng(seed)
     size = int(np.prod(shape))
     angles = np.linspace(1.4, 0.1, steps)
-    levels = tuple(_level(coordinates, float(np.tan(a))) for a in angles) + (Level(1.0, 0.0),)
+    levels = (*(_level(coordinates, float(np.tan(a))) for a in angles), Level(1.0, 0.0))
     points = tuple(rng.normal(size=(batch, *shape)) * np.hypot(le.alpha, le.sigma) for le in levels[:-1])
     networks = {}
     for context in ("null", "pos", "neg", "neg2"):
@@ -138,9 +138,7 @@ def play(
         )
         asked: dict[Any, tuple[Call, Tensor]] = {}
 
-        def answer(
-            calls: list[Call], step: Step = step, asked: dict[Any, tuple[Call, Tensor]] = asked
-        ) -> list[Tensor]:
+        def answer(calls: list[Call], step: Step = step, asked: dict[Any, tuple[Call, Tensor]] = asked) -> list[Tensor]:
             for call in calls:
                 if call.key not in asked:
                     asked[call.key] = call, _answer(scene, call, step)
@@ -252,7 +250,7 @@ def _precisions_agree(method: Guidance, scene: Script) -> None:
 
 
 def _agreeing_contexts_change_nothing(method: Guidance, scene: Script) -> None:
-    same = replace(scene, networks={name: scene.networks["null"] for name in scene.networks})
+    same = replace(scene, networks=dict.fromkeys(scene.networks, scene.networks["null"]))
     plain = play(_Reference("null"), same)
     for a, b in zip(play(method, same), plain, strict=True):
         assert torch.allclose(a.prediction, b.prediction, rtol=1e-12, atol=1e-12), "acts where all contexts agree"
@@ -267,9 +265,7 @@ def _differing_contexts_change_something(method: Guidance, scene: Script) -> Non
 def _closed_window_is_unguided(method: Guidance, scene: Script) -> None:
     from diffsteer.methods import Window
 
-    for a, b in zip(
-        play(Window(method, high=0.0), scene), play(_Reference(method.reference), scene), strict=True
-    ):
+    for a, b in zip(play(Window(method, high=0.0), scene), play(_Reference(method.reference), scene), strict=True):
         assert torch.equal(a.prediction, b.prediction), "a closed window is not bit-identical to its reference"
 
 

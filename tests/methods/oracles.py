@@ -67,7 +67,8 @@ def dynamic_negative_guidance(method: Any, scene: Script) -> list[Row]:
     kind = method.estimator
     if kind == "auto":
         kind = "ode" if scene.stochastic == 0 else "ito"
-    ps = {c: np.full(len(scene.points[0]), method.prior) for c in method.contexts}
+    priors = np.broadcast_to(method.prior, len(method.contexts))
+    ps = {c: np.full(len(scene.points[0]), prior) for c, prior in zip(method.contexts, priors, strict=True)}
     rows = []
     for i, (x, level) in enumerate(zip(scene.points, scene.levels[:-1], strict=True)):
         frozen = level.sigma / level.alpha < method.rho_min

@@ -81,6 +81,7 @@ ROWS: dict[str, list[tuple[Options, Options]]] = {
         # several unwanted contexts
         (_CALM | {"contexts": ("neg", "neg2")}, {"stochastic": 0.0, "seed": 18}),
         (_CALM | {"contexts": ("neg2", "neg"), "p_max": 0.5}, {"coordinates": "flow", "seed": 19}),
+        (_CALM | {"contexts": ("neg", "neg2"), "prior": (0.1, 0.3)}, {"coordinates": "ve", "shape": (4,), "seed": 16}),
         # clamped, at both ends
         (_CALM | {"temperature": 0.3, "p_min": 0.05, "p_max": 0.6}, {"stochastic": 0.0, "seed": 20}),
         (_CALM | {"temperature": 1.0, "p_min": 0.1, "p_max": 0.8}, {"coordinates": "ve", "seed": 21}),

@@ -14,7 +14,7 @@ from rows import ROWS, build, compare, tolerance
 
 import diffsteer as ds
 from diffsteer.errors import MissingContextError, NonFiniteError, ParameterError, StateError, UnsupportedError
-from diffsteer.posterior import kernel_increment
+from diffsteer.posterior import kernel_increment, walsh
 from diffsteer.testing import play, script
 
 DNG = ds.DynamicNegativeGuidance
@@ -256,6 +256,51 @@ def test_difference_is_the_probe_without_gradients(kappa):
     for a, b in zip(probe, difference, strict=True):
         np.testing.assert_allclose(a.info["posterior"], b.info["posterior"], rtol=1e-5)
     assert float((probe[-1].info["posterior"] / exact[-1].info["posterior"] - 1).abs().max()) > 1e-4
+
+
+def first_increment(method, scene):
+    """The first change of log p, (B,): on a sampler with some noise, from the divergence at the first point alone."""
+    return steps_of(method, scene)[0]
+
+
+def one_point(scene, batch):
+    """The first sample of a script, many times over, each with its own random stream."""
+    return replace(scene, points=tuple(np.repeat(x[:1], batch, 0) for x in scene.points))
+
+
+def test_probe_is_unbiased():
+    """Over 4000 streams, within five standard errors; a quarter of the ancestral noise, so 3/4 of the divergence."""
+    scene = one_point(script(steps=2, shape=(6,), stochastic=0.25, coordinates="ve"), 4000)
+    method = DNG(prior=0.3, temperature=0.01)
+    exact = first_increment(replace(method, divergence="exact"), one_point(scene, 1))[0]
+    probed = first_increment(method, scene)
+    error = probed.std() / math.sqrt(len(probed))
+    assert error > 0
+    assert abs(probed.mean() - exact) < 5 * error
+    without = first_increment(method, replace(scene, stochastic=1.0))[0]
+    assert abs(exact - without) > 20 * error  # or the test would not see the divergence
+
+
+def test_probe_is_exact_along_the_correction():
+    """Where the branches differ along one direction only, one probe is the whole divergence."""
+    direction = np.array([0.5, -1.0, 0.3, 0.8, -0.2, 0.4])
+    networks = {
+        "null": lambda x, alpha, sigma: x * sigma / (alpha**2 + sigma**2),
+        "neg": lambda x, alpha, sigma: x * sigma / (alpha**2 + sigma**2) + np.tanh(x @ direction)[:, None] * direction,
+    }
+    scene = replace(script(steps=2, shape=(6,), stochastic=0.25), networks=networks)
+    method = DNG(prior=0.3, temperature=0.05)
+    exact = first_increment(replace(method, divergence="exact"), scene)
+    np.testing.assert_allclose(first_increment(method, scene), exact, rtol=1e-6)
+    np.testing.assert_allclose(first_increment(replace(method, divergence="difference"), scene), exact, rtol=1e-4)
+    assert np.abs(exact - first_increment(method, replace(scene, stochastic=1.0))).max() > 1e-3
+
+
+def test_rows_that_probes_walk_through_are_orthogonal():
+    rows = np.stack([walsh(i, 16).numpy().astype(int) for i in range(16)])
+    np.testing.assert_array_equal(rows @ rows.T, 16 * np.eye(16))
+    assert walsh(16, 13).tolist() == walsh(0, 13).tolist()
+    assert set(walsh(5, 13).tolist()) == {-1, 1}
 
 
 @pytest.mark.parametrize("coordinates", ["vp", "ve", "flow"])

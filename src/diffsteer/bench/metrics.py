@@ -26,7 +26,8 @@ __all__ = [
     "frechet_distance",
     "front",
     "hypervolume",
-    "hypervolume_difference_interval",
+    "hypervolume_difference",
+    "interval_of",
     "kernel_distance",
     "kl_interval",
     "kl_shares",
@@ -531,7 +532,7 @@ def distance_hypervolume(
     return _log_hypervolume(shares, distances, n, unguided_share, floor=0.0, reference=reference)
 
 
-def hypervolume_difference_interval(
+def hypervolume_difference(
     labels_a: Sequence[ArrayLike],
     labels_b: Sequence[ArrayLike],
     unguided: ArrayLike,
@@ -540,8 +541,8 @@ def hypervolume_difference_interval(
     num_classes: int,
     n: int = 2000,
     seed: int = 0,
-) -> tuple[float, Interval]:
-    """How far method A's `removal_hypervolume` is ahead of B's, with a 95% bootstrap interval.
+) -> tuple[float, Array]:
+    """How far method A's `removal_hypervolume` is ahead of B's, with bootstrap draws.
 
     Say "ahead" only when the interval excludes 0. Every point's samples are resampled, and so are the
     unguided ones that give the target shares (the rejection set) and the reference share. Row i is seed i
@@ -566,7 +567,9 @@ def hypervolume_difference_interval(
     -------
     difference : float
         Hypervolume of A minus that of B, in decades squared.
-    interval : (float, float)
+    draws : ndarray, shape (n,)
+        The same of every resample; `interval_of` makes an interval of them. Equal seeds and sizes resample the same
+        rows, so that the mean of several concepts' draws is a draw of their mean.
 
     Raises
     ------
@@ -597,8 +600,12 @@ def hypervolume_difference_interval(
     one_hot = [np.eye(num_classes, dtype=np.float32)[to_numpy(x)] for x in arrays]
     draws = np.stack([weights[:, : len(x)] @ x for x in one_hot], axis=1).astype(np.float64)
     draws += rng.poisson(0.5, size=draws.shape)
-    estimate = difference(counts)
-    return estimate, _centred(np.array([difference(draw) for draw in draws]), estimate)
+    return difference(counts), np.array([difference(draw) for draw in draws])
+
+
+def interval_of(estimate: float, draws: ArrayLike) -> Interval:
+    """95% interval from bootstrap draws, shifted so that their mean falls on the estimate (see `bootstrap`)."""
+    return _centred(to_numpy(draws).astype(np.float64), estimate)
 
 
 # --- inside -------------------------------------------------------------------------------------------------

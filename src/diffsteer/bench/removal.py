@@ -76,38 +76,52 @@ class Outcome:
         return ~torch.isin(self.labels, torch.tensor(list(concepts)))
 
 
-def method_for(model: Model, name: str, setting: Setting, scale: float | None = None) -> Guidance:
-    """A method with the model's recommended settings: "unguided", "np", "sld", "dng" or "ceiling".
+def kind_of(name: str) -> str:
+    """ "sde" for stochastic samplers, "ode" for deterministic ones."""
+    return "sde" if name == "ddpm" else "ode"
 
-    "ceiling" is dynamic negative guidance driven by the model's noise-aware classifier: what a perfect posterior
-    would buy.
+
+def method_for(model: Model, name: str, setting: Setting, scale: float | None = None) -> Guidance:
+    """A method with the settings that are recommended for the model, and the model's calibration if it has one.
+
+    Parameters
+    ----------
+    name : {"unguided", "np", "sld", "dng", "ceiling"}
+        "ceiling" is dynamic negative guidance driven by the model's noise-aware classifier: what a perfect posterior
+        would buy.
+    scale : float, optional
+        Instead of the recommended one.
     """
     negatives = model.negatives(setting.concepts)
-    kind = "ode" if setting.scheduler != "ddpm" else "sde"
-    recommended = model.guidance.get(name, {})
-    values = {**recommended.get("all", {}), **recommended.get(kind, {})}
+    values: dict[str, Any] = {**_DEFAULTS.get(name, {}), **model.guidance.get(name, {})}
     if scale is not None:
         values["scale"] = scale
     if name == "unguided":
         return Unguided()
     if name == "np":
-        values = {"scale": 0.3, **values}
-        terms = [NegativePrompting(context=c, **values) for c in negatives]
-        return sum(terms[1:], start=terms[0])
+        return _sum([NegativePrompting(context=c, **values) for c in negatives])
     if name == "sld":
-        values = {"scale": 0.3, **values}
-        terms = [SafeLatentDiffusion.preset("removal", positive="null", context=c, **values) for c in negatives]
-        return sum(terms[1:], start=terms[0])
-    if name in ("dng", "ceiling"):
-        prior = tuple(model.share(c) for c in setting.concepts)
-        if name == "ceiling":
-            if len(prior) > 1:
-                raise UnsupportedError("the classifier-driven ceiling removes one concept at a time")
-            values["estimator"] = model.posterior(setting.concepts[0])
-        elif len(prior) == 1:
-            values["calibration"] = model.calibration(setting.concepts[0], f"{setting.scheduler}-{setting.steps}")
-        return DynamicNegativeGuidance(prior=prior if len(prior) > 1 else prior[0], contexts=negatives, **values)
-    raise UnknownNameError("method", name, ("unguided", "np", "sld", "dng", "ceiling"))
+        return _sum([SafeLatentDiffusion.preset("removal", positive="null", context=c, **values) for c in negatives])
+    if name == "ceiling":
+        if len(negatives) > 1:
+            raise UnsupportedError("the classifier-driven ceiling removes one concept at a time")
+        values["estimator"] = model.posterior(setting.concepts[0])
+    elif name != "dng":
+        raise UnknownNameError("method", name, ("unguided", "np", "sld", "dng", "ceiling"))
+    method = DynamicNegativeGuidance(prior=tuple(map(model.share, setting.concepts)), contexts=negatives, **values)
+    if name == "ceiling":
+        return method
+    stored = [model.calibration(c, kind_of(setting.scheduler)) for c in setting.concepts]
+    if any(c is None for c in stored):
+        return method
+    return replace(method, calibration=tuple(c for c in stored if c is not None))
+
+
+_DEFAULTS: dict[str, dict[str, Any]] = {"np": {"scale": 0.3}, "sld": {"scale": 0.3}}
+
+
+def _sum(methods: list[Guidance]) -> Guidance:
+    return sum(methods[1:], start=methods[0])
 
 
 def run(

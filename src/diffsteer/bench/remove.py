@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffsteer import zoo
 from diffsteer.bench import metrics
 from diffsteer.bench.removal import Outcome, Setting, measure, method_for, reject, run, unguided
-from diffsteer.bench.removal import scheduler as run_scheduler
+from diffsteer.bench.removal import scheduler as build
 from diffsteer.bench.report import (
     MethodPanel,
     RemovalReport,
@@ -22,7 +23,9 @@ from diffsteer.bench.report import (
     rows_to_json,
     write_report,
 )
+from diffsteer.calibration import calibrate
 from diffsteer.errors import ParameterError
+from diffsteer.methods import DynamicNegativeGuidance
 from diffsteer.schedulers import SchedulerView
 
 NAMES = {
@@ -64,29 +67,37 @@ def remove(
         Before any work.
     """
     loaded = zoo.load(model, device=device)
+    schedule = SchedulerView(build(loaded, scheduler), steps)
     labels = tuple(loaded.label(c) for c in dict.fromkeys(concepts))
     if not 0 < len(labels) < len(loaded.classes):
         raise ParameterError(f"remove at least one of {loaded.classes}, and keep at least one")
     if samples < 16:
         raise ParameterError(f"{samples} samples measure nothing; use at least 16, better 256")
-    out.mkdir(parents=True, exist_ok=True) if out.parent.exists() else None
     check_writable(out / "report.html")
     setting = Setting(labels, scheduler, steps, samples, seed)
     aside = replace(setting, seed=seed + 1, samples=3 * samples)
 
     outcomes: dict[str, Outcome] = {}
+    notes: list[str] = []
     with Progress(TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()) as bars:
-        evaluations = len(SchedulerView(run_scheduler(loaded, scheduler), steps).timesteps)
 
-        def bar(name: str, size: int):  # noqa: ANN202
-            task = bars.add_task(name, total=size * evaluations)
+        def bar(name: str, size: int) -> Callable[[int], None]:
+            task = bars.add_task(name, total=size * len(schedule.timesteps))
             return lambda done: bars.advance(task, done)
 
+        guides = {name: method_for(loaded, name, setting) for name in _GUIDED}
+        dng = guides["dng"]
+        if isinstance(dng, DynamicNegativeGuidance) and None in dng.calibrations:
+            rollouts = math.ceil(max(500, 20 / min(dng.priors)))
+            guides["dng"] = calibrate(
+                loaded.denoiser(neg=labels), dng, scheduler=build(loaded, scheduler), steps=steps,
+                num_rollouts=rollouts, seed=seed + 2, device=device, progress=bar("Calibrating DNG", rollouts),
+            )  # fmt: skip
+            notes.append(f"DNG was calibrated on {rollouts} rollouts for this run; their cost is not in its row.")
         target = unguided(loaded, aside, progress=bar("Rejection set", aside.samples))
         outcomes["unguided"] = unguided(loaded, setting, progress=bar(NAMES["unguided"], samples))
         outcomes["rejection"] = reject(outcomes["unguided"], labels)
-        for name in _GUIDED:
-            method = method_for(loaded, name, setting)
+        for name, method in guides.items():
             outcomes[name] = run(loaded, setting, method, trace="full", progress=bar(NAMES[name], samples))
 
     rows = [measure(loaded, setting, outcome, target, NAMES[name], "") for name, outcome in outcomes.items()]
@@ -116,8 +127,10 @@ def remove(
         rows=rows,
         panels=panels,
         levels=outcomes["dng"].record["log_snr"][:-1],
+        target=_shares(loaded, target, labels),
         record={name: outcome.record for name, outcome in outcomes.items() if name != "rejection"},
         notes=[
+            *notes,
             f"The rejection set, the target of the comparison, is {int(target.kept(labels).sum())} unguided samples "
             f"under other seeds that the judge does not call forbidden.",
             "The judge, the network behind the feature distance and the guidance never share weights. "
@@ -133,3 +146,8 @@ def remove(
     console.print(rich_table(report))
     console.print(f"Report: [bold]{out / 'report.html'}[/bold]", soft_wrap=True)
     return report
+
+
+def _shares(model: zoo.Model, target: Outcome, labels: Sequence[int]) -> list[float]:
+    """Class shares of the rejection set, 0 for what is removed."""
+    return metrics.class_shares(target.labels[target.kept(labels)], len(model.classes)).tolist()

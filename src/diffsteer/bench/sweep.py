@@ -8,8 +8,7 @@ benchmark goes on where it stopped.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffsteer import zoo
 from diffsteer.bench import metrics
 from diffsteer.bench.plots import draw_fronts
-from diffsteer.bench.remove import NAMES
 from diffsteer.bench.removal import Outcome, Setting, measure, method_for, reject, run, unguided
+from diffsteer.bench.remove import NAMES
 from diffsteer.bench.report import MethodRow, check_writable, rows_to_csv, write_text
 from diffsteer.zoo import Model
 
@@ -176,63 +175,53 @@ def _leads(
     bases: dict[str, tuple[Outcome, Outcome]],
     report: Sequence[int],
 ) -> Iterator[Lead]:
-    """DNG's front against each baseline's, per reported concept and on average."""
+    """DNG's front against each baseline's, per reported concept and on average (resampled jointly)."""
     for kind, (_, target) in bases.items():
         for versus in BASELINES:
             for axis, compare in (("KL", _kl_lead), ("distance", _distance_lead)):
-                each = []
-                for concept in report:
-                    ours, theirs = labels[kind, concept, "dng"], labels[kind, concept, versus]
-                    difference, interval = compare(model, ours, theirs, target, concept)
-                    each.append((difference, interval))
+                each = [compare(model, labels[kind, c, "dng"], labels[kind, c, versus], target, c) for c in report]
+                for concept, (difference, draws) in zip(report, each, strict=True):
+                    interval = metrics.interval_of(difference, draws)
                     yield Lead(kind, model.classes[concept], versus, axis, difference, interval)
-                mean = float(np.mean([d for d, _ in each]))
-                half = math.sqrt(sum(((high - low) / 2) ** 2 for _, (low, high) in each)) / len(each)
-                yield Lead(kind, "mean", versus, axis, mean, (mean - half, mean + half))
+                mean = float(np.mean([difference for difference, _ in each]))
+                interval = metrics.interval_of(mean, np.mean([draws for _, draws in each], axis=0))
+                yield Lead(kind, "mean", versus, axis, mean, interval)
 
 
 def _kl_lead(
     model: Model, ours: Sequence[Outcome], theirs: Sequence[Outcome], target: Outcome, concept: int
-) -> tuple[float, tuple[float, float]]:
+) -> tuple[float, Any]:
     kept = [c for c in range(len(model.classes)) if c != concept]
-    return metrics.hypervolume_difference_interval(
+    return metrics.hypervolume_difference(
         [o.labels for o in ours], [o.labels for o in theirs], target.labels, kept=kept, num_classes=len(model.classes)
     )
 
 
 def _distance_lead(
     model: Model, ours: Sequence[Outcome], theirs: Sequence[Outcome], target: Outcome, concept: int
-) -> tuple[float, tuple[float, float]]:
-    """Shares and feature distances of every point, resampled by rows."""
-    arrays = {
-        "target": (target.features.double().numpy(), target.labels.numpy()),
-        **{f"a{i}": (o.features.double().numpy(), o.labels.numpy()) for i, o in enumerate(ours)},
-        **{f"b{i}": (o.features.double().numpy(), o.labels.numpy()) for i, o in enumerate(theirs)},
-    }
-    size = len(ours[0].labels)
+) -> tuple[float, Any]:
+    """Shares and feature distances of every point, resampled by rows: row i is seed i in all of them."""
+    points = [(o.features.double().numpy(), o.labels.numpy()) for o in (*ours, *theirs)]
+    aside = (target.features.double().numpy(), target.labels.numpy())
 
-    def volumes(rows: Callable[[int], Any]) -> float:
-        drawn = {key: (x[rows(len(x))], y[rows(len(y))]) for key, (x, y) in arrays.items()}
-        features, labels = drawn["target"]
+    def difference(rows: Any, target_rows: Any) -> float:
+        features, labels = (x[target_rows] for x in aside)
         rejection = features[labels != concept]
         base = max(float((labels == concept).mean()), 1 / len(labels))
-        worst = metrics.frechet_distance(features, rejection) + _WORST
-        result = {}
-        for side in "ab":
-            points = [drawn[key] for key in drawn if key.startswith(side)]
-            shares = [max(float((y == concept).mean()), 0.5 / size) for _, y in points]
-            distances = [metrics.frechet_distance(x, rejection) for x, _ in points]
-            result[side] = metrics.distance_hypervolume(shares, distances, size, base, worst)
-        return result["a"] - result["b"]
+        size = len(points[0][1])
+        shares = [max(float((y[rows] == concept).mean()), 0.5 / size) for _, y in points]
+        distances = [metrics.frechet_distance(x[rows], rejection) for x, _ in points]
+        half = len(ours)
+        a, b = (
+            metrics.distance_hypervolume(shares[part], distances[part], size, base, _WORST)
+            for part in (slice(half), slice(half, None))
+        )
+        return a - b
 
     rng = np.random.default_rng(0)
-    estimate = volumes(lambda n: slice(None))
-    draws = []
-    for _ in range(RESAMPLES):
-        chosen: dict[int, Any] = {}
-        draws.append(volumes(lambda n, c=chosen: c.setdefault(n, rng.integers(n, size=n))))
-    low, high = np.percentile(np.array(draws) - np.mean(draws) + estimate, [2.5, 97.5])
-    return estimate, (float(low), float(high))
+    sizes = len(points[0][1]), len(aside[1])
+    draws = [difference(*(rng.integers(n, size=n) for n in sizes)) for _ in range(RESAMPLES)]
+    return difference(slice(None), slice(None)), np.array(draws)
 
 
 _WORST = 10.0  # feature distance at which a point no longer counts

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from diffsteer.core import Guidance, Plan, Run, Step
 from diffsteer.errors import ParameterError
@@ -64,7 +63,7 @@ class DynamicNegativeGuidance(Guidance):
     softening : float
         About a fifth of the data's variance per dimension; weighs the two ends of a step in "ode". Infinite: the plain
         trapezoidal rule.
-    calibration : Calibration, optional
+    calibration : Calibration or tuple of Calibration, one per context, optional
         Reads the tracked log-odds through a map fitted on rollouts, see :func:`diffsteer.calibrate`.
     contexts : tuple of str
         One or more unwanted contexts; each has its own posterior, and weight scale * p_i / (1 - sum p).
@@ -73,7 +72,8 @@ class DynamicNegativeGuidance(Guidance):
     -----
     2 evaluations per step with one unwanted context; on deterministic samplers one vector-Jacobian product beside
     them, about one more evaluation in cost, for samples in doubt. With a positive prompt use
-    ``ClassifierFreeGuidance(w) + DynamicNegativeGuidance(...)``. Information: "posterior" and "scale", (B,).
+    ``ClassifierFreeGuidance(w) + DynamicNegativeGuidance(...)``. Information, (B,) each: "posterior" (their sum),
+    "scale", and "posterior:<context>" and the raw "log_odds:<context>" of every context.
     The paper's CIFAR-10 settings: scale 5, prior 0.01, temperature 0.2, offset 2e-4, p_max 0.8.
     """
 
@@ -88,41 +88,58 @@ class DynamicNegativeGuidance(Guidance):
     doubt: float = 0.018
     rho_min: float = 0.0
     softening: float = 0.1
-    calibration: Calibration | None = None
+    calibration: Calibration | tuple[Calibration, ...] | None = None
     contexts: tuple[str, ...] = ("neg",)
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
         if isinstance(self.contexts, str) or not self.contexts:
             raise ParameterError('contexts is a tuple of names, such as ("neg",)')
-        if isinstance(self.prior, tuple) and len(self.prior) != len(self.contexts):
-            raise ParameterError(f"{len(self.prior)} priors for {len(self.contexts)} contexts; give one each")
+        for name in ("prior", "calibration"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != len(self.contexts):
+                raise ParameterError(f"{len(value)} values of {name} for {len(self.contexts)} contexts; give one each")
         if callable(self.estimator) and len(self.contexts) > 1:
             raise ParameterError("a callable estimator knows one posterior; remove one context at a time with it")
         self._trackers  # noqa: B018  checks the other parameters
 
     @property
+    def priors(self) -> tuple[float, ...]:
+        """One per context."""
+        return self.prior if isinstance(self.prior, tuple) else (self.prior,) * len(self.contexts)
+
+    @property
+    def calibrations(self) -> tuple[Calibration | None, ...]:
+        """One per context."""
+        if isinstance(self.calibration, tuple):
+            return self.calibration
+        return (self.calibration,) * len(self.contexts)
+
+    @property
     def _trackers(self) -> list[PosteriorTracker]:
         """One per context."""
-        priors = self.prior if isinstance(self.prior, tuple) else (self.prior,) * len(self.contexts)
         return [
             PosteriorTracker(
                 prior, self.temperature, self.offset, self.p_min, self.p_max,
                 self.estimator, self.divergence, self.doubt, self.rho_min, self.softening,
             )
-            for prior in priors
+            for prior in self.priors
         ]  # fmt: skip
 
     def start(self, run: Run) -> tuple[Tracked, ...]:
+        for calibration in self.calibrations:
+            if calibration is not None:
+                calibration.check(run)
         return tuple(tracker.start(run) for tracker in self._trackers)
 
     def guide(self, step: Step, state: tuple[Tracked, ...]) -> Plan:
         negatives, states, odds = [], [], []
-        for tracker, context, tracked in zip(self._trackers, self.contexts, state, strict=True):
+        parts = zip(self._trackers, self.contexts, self.calibrations, state, strict=True)
+        for tracker, context, calibration, tracked in parts:
             neg, null, tracked = yield from tracker.visit(step, tracked, alt=context)
             negatives.append(neg)
             states.append(tracked)
-            odds.append(self._read(tracked, step))
+            odds.append(tracked.log_odds if calibration is None else calibration.read(tracked.log_odds, step.level))
         posteriors = torch.stack(odds).sigmoid()
         total = posteriors.sum(0).clamp(max=self.p_max)
         weights = self.scale * posteriors / (1 - total)
@@ -130,11 +147,6 @@ class DynamicNegativeGuidance(Guidance):
         for neg, weight in zip(negatives, weights, strict=True):
             prediction = prediction - like(weight, null) * (neg - null)
         info = {"posterior": total, "scale": weights.sum(0)}
-        if len(self.contexts) > 1:
-            info |= {f"posterior:{c}": p for c, p in zip(self.contexts, posteriors, strict=True)}
+        for context, p, tracked in zip(self.contexts, posteriors, states, strict=True):
+            info |= {f"posterior:{context}": p, f"log_odds:{context}": tracked.log_odds}
         return prediction, tuple(states), info
-
-    def _read(self, tracked: Tracked, step: Step) -> Tensor:
-        if self.calibration is None:
-            return tracked.log_odds
-        return self.calibration.read(tracked.log_odds, step.level)

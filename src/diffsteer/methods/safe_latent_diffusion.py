@@ -91,7 +91,9 @@ class SafeLatentDiffusion(Guidance):
             raise ParameterError(f"warmup must be >= 0 steps, got {self.warmup}")
 
     @classmethod
-    def preset(cls, name: str, *, scale: float = 7.5, positive: str = "pos", context: str = "neg") -> SafeLatentDiffusion:
+    def preset(
+        cls, name: str, *, scale: float = 7.5, positive: str = "pos", context: str = "neg"
+    ) -> SafeLatentDiffusion:
         """The paper's "weak", "medium", "strong", "max", or "removal": the DNG paper's class-removal constants."""
         if name not in _PRESETS:
             raise UnknownNameError("preset", name, _PRESETS)

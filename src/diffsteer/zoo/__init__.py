@@ -144,9 +144,7 @@ class Model:
     def _noisy_classifier(self) -> nn.Module:
         return self._network("noisy_classifier")
 
-    def denoiser(
-        self, pos: int | str | None = None, neg: int | str | Sequence[int | str] | None = None
-    ) -> NetDenoiser:
+    def denoiser(self, pos: int | str | None = None, neg: int | str | Sequence[int | str] | None = None) -> NetDenoiser:
         """The denoiser with contexts "null", "pos" and "neg".
 
         Parameters
@@ -198,6 +196,11 @@ class Model:
         """Features of clean images, (N, d), from a network that never judges; on the CPU."""
         return torch.cat([self._features.features(part.to(self.device, torch.float32)).cpu() for part in x.split(512)])
 
+    @property
+    def guidance(self) -> dict[str, dict[str, Any]]:
+        """Recommended settings of methods on this model, by short name."""
+        return dict(self.config.get("guidance", {}))
+
     def posterior(self, concept: int | str) -> Callable[[Tensor, Level], Tensor]:
         """p(class | x_t) by the noise-aware classifier, as an ``estimator=`` for dynamic negative guidance."""
         label = self.label(concept)
@@ -213,7 +216,7 @@ class Model:
 
     @cached_property
     def reference(self) -> dict[str, Tensor]:
-        """"features" (M, d) and "labels" (M,) of real training images, "heldout_labels" and "heldout_judged"."""
+        """ "features" (M, d) and "labels" (M,) of real training images, "heldout_labels" and "heldout_judged"."""
         return _read(self.folder / "reference.safetensors")
 
     def floor(self, concepts: Sequence[int | str]) -> float:
@@ -226,20 +229,18 @@ class Model:
         """Share of a class in the training data: the prior of its posterior."""
         return float(self.config["class_shares"][self.label(concept)])
 
-    @cached_property
-    def guidance(self) -> dict[str, dict[str, Any]]:
-        """Recommended settings of methods on this model, by short name; chosen on other classes than reported."""
-        return dict(self.config.get("guidance", {}))
-
-    def calibration(self, concept: int | str, sampler: str) -> Calibration | None:
-        """The stored calibration for one class and sampler ("ddpm-50", "ddim-50"), if there is one."""
+    def calibration(self, concept: int | str, kind: str) -> Calibration | None:
+        """The stored calibration of one class for a kind of sampler, "sde" or "ode", if there is one."""
         path = self.folder / "calibration.json"
         if not path.is_file():
             return None
-        stored = json.loads(path.read_text(encoding="utf-8")).get(f"{self.classes[self.label(concept)]}/{sampler}")
-        if stored is None:
-            return None
-        return Calibration(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8")).get(kind, {}).get(self.classes[self.label(concept)])
+            if stored is None:
+                return None
+            return Calibration(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+        except (AttributeError, TypeError, ValueError) as error:
+            raise WeightsError(f"{path} is damaged ({error}); calibrate the model again") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:

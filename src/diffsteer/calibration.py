@@ -1,0 +1,135 @@
+"""Calibration of the tracked posterior on trained networks, from rollouts alone: no data, no classifier.
+
+Along a chain of a trained network the tracked log-ratio drifts: both branches carry errors, their difference g does
+not vanish where it should, and each step that follows the chain's own score counts -|g|**2 / 2 of it as evidence
+against the tracked concept. The drift hits everybody, so at the end of a rollout the concept's samples still stand
+clearly apart (on the digits, the top share of the final log-ratio agrees with a judge on 97-99.6% of the samples).
+That separation labels the rollouts, and the labels calibrate every level before: p = sigmoid(a + b * log-odds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsteer.denoisers import Denoiser
+from diffsteer.errors import ParameterError
+from diffsteer.methods.dynamic_negative_guidance import DynamicNegativeGuidance
+from diffsteer.posterior import Calibration
+from diffsteer.sampling import sample
+
+SMOOTHING = 0.005  # share of doubt in every label: bounds the slope where the rollouts separate perfectly
+ANCHOR = 2.0  # pseudo-observations that hold (a, b) at (0, 1) where the rollouts say nothing
+
+
+def calibrate(
+    denoiser: Denoiser,
+    method: DynamicNegativeGuidance,
+    *,
+    scheduler: Any,
+    steps: int,
+    num_rollouts: int = 1000,
+    seed: int = 0,
+    eta: float = 0.0,
+    batch_size: int | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool | Callable[[int], None] = False,
+) -> DynamicNegativeGuidance:
+    """Fit how a method's tracked log-odds are to be read on a trained network.
+
+    Parameters
+    ----------
+    denoiser : Denoiser
+        With the contexts of ``method``.
+    method : DynamicNegativeGuidance
+        Its prior says how large a share of unguided samples each unwanted concept is; the estimator and the tracker's
+        other settings are kept.
+    scheduler, steps, eta
+        The sampler that it will be used with. Other step counts are interpolated with a warning, another kind of
+        sampler is refused.
+    num_rollouts : int
+        Unguided samples; at least 10 expected ones of each concept.
+    seed, batch_size, device, progress
+        As in :func:`diffsteer.sample`.
+
+    Returns
+    -------
+    DynamicNegativeGuidance
+        The method with its ``calibration`` set, one per context.
+
+    Raises
+    ------
+    ParameterError
+        Too few rollouts, or a callable estimator, which needs no calibration.
+
+    Notes
+    -----
+    Costs ``num_rollouts * steps`` evaluations of every context, once per network, concept and sampler.
+    """
+    priors = method.priors
+    if callable(method.estimator):
+        raise ParameterError("a callable estimator is taken at its word; calibrate it yourself")
+    if num_rollouts * min(priors) < 10:
+        raise ParameterError(
+            f"{num_rollouts} rollouts hold about {num_rollouts * min(priors):.0f} samples of the rarest concept; "
+            f"use at least {round(10 / min(priors))}"
+        )
+    watch = replace(method, scale=0.0, calibration=None, p_min=1e-12)
+    out = sample(
+        denoiser, watch, scheduler=scheduler, num_samples=num_rollouts, steps=steps, seed=seed, eta=eta,
+        batch_size=batch_size, device=device, progress=progress,
+    )  # fmt: skip
+    log_snr = torch.tensor(out.record["log_snr"][:-1], dtype=torch.float64)
+    rising = torch.argsort(log_snr, stable=True)
+    rising = rising[torch.cat([torch.tensor([True]), log_snr[rising].diff() > 0])]  # inner points repeat a level
+    fitted = []
+    for context, prior in zip(method.contexts, priors, strict=True):
+        log_odds = out.trace[f"log_odds:{context}"].double()
+        count = max(1, round(prior * num_rollouts))
+        # the ranking survives the drift; the clamp at p_max does not, so early ties are broken by the whole tail
+        member = torch.zeros(num_rollouts).index_fill_(0, log_odds[-1].topk(count).indices, 1.0).double()
+        fits = [fit(log_odds[i], member) for i in rising]
+        fitted.append(
+            Calibration(
+                log_snr=tuple(round(float(log_snr[i]), 4) for i in rising),
+                intercept=tuple(round(a, 4) for a, _ in fits),
+                slope=tuple(round(b, 4) for _, b in fits),
+                stochastic=out.record["stochastic"],
+                steps=steps,
+            )
+        )
+    return replace(method, calibration=tuple(fitted), p_min=min(method.p_min, watch.p_min))
+
+
+def fit(log_odds: Tensor, member: Tensor) -> tuple[float, float]:
+    """Logistic regression of smoothed labels on log-odds, drawn towards the identity; (intercept, slope).
+
+    Parameters
+    ----------
+    log_odds, member : Tensor, (N,), float64
+        The tracked value and the label, 0 or 1, of every rollout.
+    """
+    target = member * (1 - 2 * SMOOTHING) + SMOOTHING
+    design = torch.stack([torch.ones_like(log_odds), log_odds], 1)
+    identity = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    weights, prior = identity.clone(), ANCHOR * torch.eye(2, dtype=torch.float64)
+
+    def loss(w: Tensor) -> float:
+        fitness = torch.nn.functional.binary_cross_entropy_with_logits(design @ w, target, reduction="sum")
+        return float(fitness + ANCHOR / 2 * (w - identity).square().sum())
+
+    for _ in range(100):  # damped Newton on a strictly convex function
+        p = (design @ weights).sigmoid()
+        gradient = design.T @ (p - target) + prior @ (weights - identity)
+        move = torch.linalg.solve((design * (p * (1 - p))[:, None]).T @ design + prior, gradient)
+        size = 1.0
+        while loss(weights - size * move) > loss(weights) and size > 1e-6:
+            size /= 2
+        weights = weights - size * move
+        if float(move.abs().max()) < 1e-9:
+            break
+    return float(weights[0]), float(weights[1])

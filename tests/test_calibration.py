@@ -1,0 +1,106 @@
+"""Calibration from rollouts: a biased network is read correctly, and a reading is not used where it does not hold."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+import diffsteer as ds
+from diffsteer.calibration import fit
+from diffsteer.errors import CalibrationWarning, ParameterError, UnsupportedError
+
+DDPM = DDPMScheduler(clip_sample=False)
+
+
+class Biased:
+    """An exact denoiser whose unwanted branch is off by a constant: its difference never vanishes."""
+
+    space, path = "x0", None
+
+    def __init__(self, error: float) -> None:
+        self.mixture = ds.toy.ring()
+        self.inner = self.mixture.denoiser({"null": None, "neg": [0]})
+        self.contexts, self.shape, self.error = self.inner.contexts, self.inner.shape, error
+
+    def predict(self, context, x, level, samples, perturb=None):
+        exact = self.inner.predict(context, x, level, samples)
+        return exact + self.error * level.sigma * (context == "neg")
+
+    def with_path(self, path):
+        return self
+
+
+def forbidden(net: Biased, samples: torch.Tensor) -> torch.Tensor:
+    return net.mixture.log_joint(samples.double(), ds.Level(1.0, 0.0)).argmax(1) == 0
+
+
+def log_loss(p: torch.Tensor, truth: torch.Tensor) -> float:
+    return float(torch.nn.functional.binary_cross_entropy(p.double().clamp(1e-6, 1 - 1e-6), truth.double()))
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    net = Biased(0.35)
+    method = ds.DynamicNegativeGuidance(prior=1 / 8)
+    return net, method, ds.calibrate(net, method, scheduler=DDPM, steps=40, num_rollouts=1200, seed=5)
+
+
+def test_a_calibrated_posterior_is_better_on_fresh_rollouts(fitted) -> None:
+    net, method, calibrated = fitted
+    losses = {}
+    for name, guide in (("raw", method), ("calibrated", calibrated)):
+        watch = dataclasses.replace(guide, scale=0.0)
+        out = ds.sample(net, watch, scheduler=DDPM, num_samples=800, steps=40, seed=9, batch_size=800)
+        truth = forbidden(net, out.samples)
+        losses[name] = [log_loss(out.trace["posterior"][i], truth) for i in (25, 30, 38)]
+    assert all(c < r for c, r in zip(losses["calibrated"], losses["raw"], strict=True)), losses
+    assert losses["calibrated"][-1] < 0.7 * losses["raw"][-1], losses
+
+
+def test_calibration_restores_the_removal(fitted) -> None:
+    net, method, calibrated = fitted
+    left = {}
+    for name, guide in (("raw", method), ("calibrated", calibrated)):
+        out = ds.sample(net, guide, scheduler=DDPM, num_samples=800, steps=40, seed=3, batch_size=800)
+        left[name] = float(forbidden(net, out.samples).double().mean())
+    assert left["calibrated"] < 0.5 * left["raw"], left
+
+
+def test_it_is_refused_on_another_kind_of_sampler_and_interpolated_aloud(fitted) -> None:
+    net, _, calibrated = fitted
+    ddim = DDIMScheduler(clip_sample=False)
+    with pytest.raises(UnsupportedError, match="kappa"):
+        ds.sample(net, calibrated, scheduler=ddim, num_samples=4, steps=40)
+    with pytest.warns(CalibrationWarning, match="40 steps and is interpolated to 20"):
+        ds.sample(net, calibrated, scheduler=DDPM, num_samples=4, steps=20)
+
+
+def test_too_few_rollouts_and_callables_are_refused() -> None:
+    net = Biased(0.0)
+    with pytest.raises(ParameterError, match="use at least 1000"):
+        ds.calibrate(net, ds.DynamicNegativeGuidance(prior=0.01), scheduler=DDPM, steps=5, num_rollouts=100)
+    with pytest.raises(ParameterError, match="callable"):
+        ds.calibrate(net, ds.DynamicNegativeGuidance(estimator=lambda x, le: x[:, 0]), scheduler=DDPM, steps=5)
+
+
+def test_the_fit_recovers_a_known_reading() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_odds = 3 * torch.randn(20_000, generator=generator, dtype=torch.float64)
+    truth = torch.rand(20_000, generator=generator, dtype=torch.float64) < (1.0 + 0.5 * log_odds).sigmoid()
+    intercept, slope = fit(log_odds, truth.double())
+    assert abs(intercept - 1.0) < 0.1
+    assert abs(slope - 0.5) < 0.05
+
+
+def test_separated_rollouts_give_a_bounded_slope_and_silent_ones_the_identity() -> None:
+    log_odds = torch.cat([torch.full((50,), 2.0), torch.full((450,), -6.0)]).double()
+    member = torch.cat([torch.ones(50), torch.zeros(450)]).double()
+    intercept, slope = fit(log_odds, member)
+    assert 0.5 < slope < 3
+    assert (intercept + slope * torch.tensor([2.0, -6.0])).sigmoid().sub(torch.tensor([1.0, 0.0])).abs().max() < 0.1
+    noise = -2.2 + 1e-3 * torch.randn(500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    intercept, slope = fit(noise, (torch.arange(500) < 50).double())
+    assert abs(intercept + slope * -2.2 - (-2.2)) < 0.1

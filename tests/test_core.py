@@ -1,0 +1,88 @@
+"""The protocol: driving, sums, subsetting, and what may import what."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import diffsteer as ds
+from diffsteer.core import Call, Guidance, Run, Step, drive, gather
+from diffsteer.paths import Level
+
+STEP = Step(torch.zeros(2, 3), Level(0.6, 0.8), Level(0.8, 0.6), 0, 5, "eps")
+ANSWERS = {"pos": 3.0, "null": 1.0, "neg": 7.0, "other": -2.0}
+
+
+def answer(asked: list[str]):
+    def evaluate(calls):
+        asked.extend(c.context for c in calls)
+        return [torch.full((2, 3), ANSWERS[c.context]) for c in calls]
+
+    return evaluate
+
+
+@dataclass(frozen=True)
+class TwoRounds(Guidance):
+    """Asks twice, as look-ahead methods do."""
+
+    def guide(self, step, state):
+        (a,) = yield [Call("pos")]
+        (b,) = yield [Call("other", x=step.x + a)]
+        return a + b, (state or 0) + 1, {"seen": a[:, 0]}
+
+
+def test_a_method_may_ask_in_rounds() -> None:
+    asked: list[str] = []
+    prediction, state, info = drive(TwoRounds(), STEP, None, answer(asked))
+    assert asked == ["pos", "other"]
+    assert prediction.unique().item() == 1.0
+    assert state == 1
+    assert info["seen"].tolist() == [3.0, 3.0]
+
+
+def test_a_sum_adds_corrections_from_their_own_references() -> None:
+    cfg, np_ = ds.ClassifierFreeGuidance(2.0), ds.NegativePrompting(0.5)
+    prediction, _, _ = drive(cfg + np_, STEP, (None, None), answer([]))
+    assert prediction.unique().item() == (1 + 2 * (3 - 1)) - 0.5 * (7 - 1)
+
+
+def test_a_sum_with_unequal_rounds_keeps_every_part() -> None:
+    total = TwoRounds() + ds.NegativePrompting(0.5)
+    prediction, state, info = drive(total, STEP, (4, None), answer([]))
+    assert prediction.unique().item() == 1.0 - 0.5 * 6
+    assert state == (5, None)
+    assert "seen" in info
+
+
+def test_sums_are_flat() -> None:
+    a, b, c = ds.NegativePrompting(0.1), ds.NegativePrompting(0.2), ds.NegativePrompting(0.3)
+    assert ((a + b) + c).methods == (a + (b + c)).methods == (a, b, c)
+
+
+def test_equal_calls_share_a_key_and_different_ones_do_not() -> None:
+    x = torch.zeros(1)
+    assert Call("pos").key == Call("pos").key
+    different = [Call("pos"), Call("null"), Call("pos", x=x), Call("pos", grad=True), Call("pos", model="weak")]
+    different += [Call("pos", level=Level(1.0, 1.0)), Call("pos", rows=x), Call("pos", perturb="skip")]
+    assert len({c.key for c in different}) == len(different)
+
+
+def test_gather_reaches_nested_states() -> None:
+    run = Run(torch.zeros(4, 2), (Level(1.0, 1.0),), 1.0, ("null", "neg"))
+    state = (ds.DynamicNegativeGuidance().start(run), torch.arange(4), None)
+    picked = gather(state, torch.tensor([2, 0]))
+    assert picked[1].tolist() == [2, 0]
+    assert picked[0][0].log_odds.shape == (2,)
+    assert picked[2] is None
+
+
+@pytest.mark.parametrize("module", ["core", "paths", "posterior", "methods"])
+def test_the_ground_imports_torch_and_nothing_heavier(module: str) -> None:
+    code = f"import sys, diffsteer.{module}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert "torch" in loaded
+    assert not loaded & {"diffusers", "transformers", "sklearn", "matplotlib", "rich", "cyclopts", "safetensors"}

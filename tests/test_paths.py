@@ -1,0 +1,109 @@
+"""Levels, conversions and kernels."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffsteer.paths import SPACES, FlowPath, Level, VEPath, VPPath, convert, reverse_kernel, ve_score
+
+RHO = st.floats(1e-2, 1e2)
+COORDINATES = {
+    "vp": lambda rho: Level(1 / math.hypot(1, rho), rho / math.hypot(1, rho)),
+    "ve": lambda rho: Level(1.0, rho),
+    "flow": lambda rho: Level(1 / (1 + rho), rho / (1 + rho)),
+}
+
+
+def noised(level: Level, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x0, eps = torch.randn(2, 4, 3, 2, generator=generator, dtype=torch.float64)
+    return level.alpha * x0 + level.sigma * eps, x0, eps
+
+
+@given(rho=RHO, coordinates=st.sampled_from(sorted(COORDINATES)))
+def test_every_space_turns_into_every_other(rho: float, coordinates: str) -> None:
+    level = COORDINATES[coordinates](rho)
+    x, x0, eps = noised(level)
+    unit = math.hypot(level.alpha, level.sigma)
+    truth = {
+        "x0": x0,
+        "eps": eps,
+        "v": (level.alpha * eps - level.sigma * x0) / unit,  # of the normalised point
+        "flow": eps - x0,
+    }
+    for source in SPACES:
+        for target in SPACES:
+            got = convert(truth[source], x, level, source, target)
+            assert torch.allclose(got, truth[target], atol=1e-6 * max(rho, 1 / rho)), (source, target)
+
+
+@pytest.mark.parametrize("source", ["v", "flow", "x0"])
+def test_pure_noise_converts_without_a_division(source: str) -> None:
+    level = Level(0.0, 1.0)
+    x, x0, eps = noised(level)
+    prediction = {"v": -x0, "flow": eps - x0, "x0": x0}[source]
+    assert torch.allclose(convert(prediction, x, level, source, "x0"), x0, atol=1e-12)
+    assert torch.allclose(convert(prediction, x, level, source, "eps"), eps, atol=1e-12)
+
+
+@given(rho=RHO)
+def test_the_score_is_the_same_in_all_coordinates(rho: float) -> None:
+    scores = []
+    for make in COORDINATES.values():
+        level = make(rho)
+        x, x0, _ = noised(level)
+        # the same point and the same denoised sample
+        scores.append(ve_score(x0, x, level, "x0"))
+    assert all(torch.allclose(s, scores[0], rtol=1e-9, atol=1e-9) for s in scores)
+
+
+def test_levels_at_both_ends() -> None:
+    assert Level(0.0, 1.0).rho == math.inf
+    assert Level(0.0, 1.0).log_snr == -math.inf
+    assert Level(1.0, 0.0).log_snr == math.inf
+
+
+def test_a_vp_network_is_found_under_ve_and_flow_levels() -> None:
+    scheduler = DDPMScheduler()
+    path = VPPath(tuple(scheduler.betas.double().tolist()))
+    alphas = torch.cumprod(1 - scheduler.betas.double(), 0)
+    for t in (0, 1, 17, 500, 999):
+        rho = float(((1 - alphas[t]) / alphas[t]).sqrt())
+        for make in COORDINATES.values():
+            own, time = path.locate(make(rho))
+            assert time == t
+            assert own.alpha == pytest.approx(float(alphas[t].sqrt()), rel=1e-9)
+    euler = EulerDiscreteScheduler(timestep_spacing="linspace")
+    euler.set_timesteps(30)
+    for t, sigma in zip(euler.timesteps, euler.sigmas, strict=False):
+        assert path.locate(Level(1.0, float(sigma)))[1] == pytest.approx(float(t), abs=5e-3)
+
+
+def test_flow_and_ve_networks() -> None:
+    own, time = FlowPath().locate(Level(1.0, 3.0))
+    assert (own.alpha, own.sigma, time) == (0.25, 0.75, 750.0)
+    assert VEPath().locate(Level(0.5, 0.5)) == (Level(1.0, 1.0), 0.0)
+
+
+@given(rho=RHO, ratio=st.floats(0.01, 0.99))
+def test_the_reverse_kernel_is_ddpms(rho: float, ratio: float) -> None:
+    """Against the DDPM form in VP coordinates: mean and variance of q(x_s | x_t, x0)."""
+    t, s = COORDINATES["vp"](rho), COORDINATES["vp"](rho * ratio)
+    keep, pull, variance = reverse_kernel(t, s)
+    step = (t.alpha / s.alpha) ** 2
+    beta = 1 - step
+    x, x0 = 0.7, -0.3
+    mean = s.alpha * beta / t.sigma**2 * x0 + math.sqrt(step) * s.sigma**2 / t.sigma**2 * x
+    assert s.alpha * (keep * x / t.alpha + pull * x0) == pytest.approx(mean, rel=1e-7, abs=1e-12)
+    assert s.alpha**2 * variance == pytest.approx(s.sigma**2 / t.sigma**2 * beta, rel=1e-7)
+
+
+def test_the_reverse_kernel_at_both_ends() -> None:
+    assert reverse_kernel(Level(0.0, 1.0), Level(1.0, 2.0)) == (0.0, 1.0, 4.0)
+    assert reverse_kernel(Level(1.0, 2.0), Level(1.0, 0.0)) == (0.0, 1.0, 0.0)
