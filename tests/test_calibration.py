@@ -29,7 +29,7 @@ class Biased:
         exact = self.inner.predict(context, x, level, samples)
         return exact + self.error * level.sigma * (context == "neg")
 
-    def with_path(self, path):
+    def with_path(self, path, space=None):
         return self
 
 

@@ -80,6 +80,7 @@ def removal(
     steps: int = 50,
     final_samples: int = 2000,
     final_steps: int = 100,
+    scheduler: Annotated[list[str] | None, Parameter(negative="")] = None,
     quick: bool = False,
 ) -> None:
     """Sweep the scale of every method over all concepts, draw the fronts, and compare them with intervals.
@@ -93,9 +94,11 @@ def removal(
     out
         Folder for runs, tables and pictures.
     samples, steps
-        Of the sweep.
+        Of the sweep; the classes for choosing get half the samples.
     final_samples, final_steps
         Of the comparison at one operating point per method, on the reported half of the classes.
+    scheduler
+        Only these; default ddpm and ddim.
     quick
         A few samples and steps, to see that everything works.
     """
@@ -103,7 +106,10 @@ def removal(
 
     if quick:
         samples, steps, final_samples, final_steps = 48, 8, 48, 8
-    sweep(model, out=out, samples=samples, steps=steps, final_samples=final_samples, final_steps=final_steps)
+    sweep(
+        model, out=out, samples=samples, steps=steps, final_samples=final_samples, final_steps=final_steps,
+        schedulers=tuple(scheduler or ("ddpm", "ddim")),
+    )  # fmt: skip
 
 
 @app.command

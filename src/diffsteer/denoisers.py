@@ -26,8 +26,8 @@ class Denoiser(Protocol):
         """Prediction in ``space`` at ``x`` (B, ...); ``samples`` are the (B,) numbers of the run's samples."""
         ...
 
-    def with_path(self, path: Path) -> Denoiser:
-        """The same denoiser on ``path``, unless it has one of its own."""
+    def with_path(self, path: Path, space: str | None = None) -> Denoiser:
+        """The same denoiser on ``path``, unless it has one of its own, answering in ``space`` where it can."""
         ...
 
 
@@ -74,7 +74,8 @@ def denoiser(
         size, channels = getattr(config, "sample_size", None), getattr(config, "in_channels", None)
         if size is not None and channels is not None:
             shape = (channels, *([size, size] if isinstance(size, int) else size))
-    return NetDenoiser(net, prediction_space(prediction), dict(contexts or {"null": {}}), shape, path)
+    space = prediction_space(prediction)
+    return NetDenoiser(net, space, dict(contexts or {"null": {}}), shape, path, space)
 
 
 class NetDenoiser:
@@ -83,12 +84,13 @@ class NetDenoiser:
     def __init__(
         self,
         net: nn.Module,
-        space: str,
+        prediction: str,
         contexts: dict[str, Mapping[str, Any] | Denoiser],
         shape: Sequence[int] | None,
         path: Path | None,
+        space: str,
     ) -> None:
-        self.net, self.space, self.contexts, self.path = net, space, contexts, path
+        self.net, self.prediction, self.space, self.contexts, self.path = net, prediction, space, contexts, path
         self.shape = None if shape is None else tuple(shape)
         for name, context in contexts.items():
             if not isinstance(context, Mapping) and len(context.contexts) != 1:
@@ -105,8 +107,7 @@ class NetDenoiser:
         bundle = self.contexts[context]
         if not isinstance(bundle, Mapping):
             (only,) = bundle.contexts
-            raw = bundle.predict(only, x, level, samples)
-            return convert(raw, x, level, bundle.space, self.space)
+            return convert(bundle.predict(only, x, level, samples), x, level, bundle.space, self.space)
         if self.path is None:
             raise UnsupportedError("this denoiser has no path of its own yet; call with_path(...) or use sample()")
         own, timestep = self.path.locate(level)
@@ -117,12 +118,13 @@ class NetDenoiser:
             times = times.long()
         keywords = {name: _rows(value, samples, x) for name, value in bundle.items()}
         out = self.net(inside, times, **keywords)
-        return out.sample if hasattr(out, "sample") else out[0] if isinstance(out, tuple) else out
+        raw = out.sample if hasattr(out, "sample") else out[0] if isinstance(out, tuple) else out
+        return convert(raw, inside, own, self.prediction, self.space)  # the spaces mean the same in all coordinates
 
-    def with_path(self, path: Path) -> NetDenoiser:
-        """The same denoiser (and its nested ones) on ``path``, where none was given."""
-        contexts = {k: c if isinstance(c, Mapping) else c.with_path(path) for k, c in self.contexts.items()}
-        return NetDenoiser(self.net, self.space, contexts, self.shape, self.path or path)
+    def with_path(self, path: Path, space: str | None = None) -> NetDenoiser:
+        """The same denoiser (and its nested ones) on ``path``, where none was given, answering in ``space``."""
+        contexts = {k: c if isinstance(c, Mapping) else c.with_path(path, space) for k, c in self.contexts.items()}
+        return NetDenoiser(self.net, self.prediction, contexts, self.shape, self.path or path, space or self.space)
 
 
 def _rows(value: Any, samples: Tensor, x: Tensor) -> Any:

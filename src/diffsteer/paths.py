@@ -137,14 +137,15 @@ class VPPath(Path):
 
     def locate(self, level: Level) -> tuple[Level, float]:
         rhos: Tensor = self._rho  # type: ignore[attr-defined]
-        rho = torch.tensor(level.rho, dtype=torch.float64)
-        upper = int(torch.searchsorted(rhos, rho).clamp(1, len(rhos) - 1))
-        low, high = rhos[upper - 1], rhos[upper]
-        time = float((upper - 1 + (rho - low) / (high - low)).clamp(0, len(rhos) - 1))
+        last = len(rhos) - 1
+        upper = min(max(int(torch.searchsorted(rhos, level.rho)), 1), last)
+        low, high = float(rhos[upper - 1]), float(rhos[upper])
+        time = min(max(upper - 1 + (level.rho - low) / (high - low), 0.0), float(last))
         if abs(time - round(time)) < 2e-3:  # schedulers keep sigmas in single precision
             time = float(round(time))
-        scale = math.hypot(1.0, level.rho)
-        return Level(1 / scale, level.rho / scale), time
+        rho = level.rho if math.isfinite(level.rho) else float(rhos[-1])  # pure noise: the noisiest that it knows
+        scale = math.hypot(1.0, rho)
+        return Level(1 / scale, rho / scale), time
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,9 @@ def sample(
     every = _every(trace)
     batch = batch_size or min(num_samples, 256)
     view = SchedulerView(scheduler, steps, eta, device)
-    nets = {k: d.with_path(view.path) for k, d in {"main": denoiser, **(models or {})}.items()}
+    # eps says nothing of x0 at pure noise, where flow schedulers start: there a network converts on its own path
+    space = "x0" if view.levels[0].alpha == 0 and denoiser.space == "eps" else None
+    nets = {k: d.with_path(view.path, space) for k, d in {"main": denoiser, **(models or {})}.items()}
     started, samples, nfe = time.perf_counter(), [], []
     traces: list[dict[str, Tensor]] = []
     with _advance(progress, num_samples * len(view.timesteps)) as advance:

@@ -98,7 +98,7 @@ class MixtureDenoiser:
             raise MissingContextError(f"no context {context!r} among {list(self.contexts)}")
         return self.mixture.predict(x, level, self.contexts[context])
 
-    def with_path(self, path: Path) -> MixtureDenoiser:
+    def with_path(self, path: Path, space: str | None = None) -> MixtureDenoiser:
         """Itself: an exact denoiser knows every level."""
         return self
 

@@ -37,5 +37,5 @@ class Gaussians:
         gain = level.alpha * variance / (level.alpha**2 * variance + level.sigma**2)
         return mean + gain * (x - level.alpha * mean)
 
-    def with_path(self, path: object) -> Gaussians:
+    def with_path(self, path: object, space: str | None = None) -> Gaussians:
         return self

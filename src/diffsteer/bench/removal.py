@@ -183,7 +183,7 @@ def measure(model: Model, setting: Setting, outcome: Outcome, target: Outcome, l
 
     def distance(other: Tensor) -> tuple[float, metrics.Interval]:
         fn = metrics.frechet_distance
-        return fn(outcome.features, other), metrics.bootstrap(fn, [outcome.features, other], n=100)
+        return fn(outcome.features, other), metrics.bootstrap(fn, [outcome.features, other], n=60)
 
     fd_rejection, fd_rejection_interval = distance(rejection)
     fd_data, fd_data_interval = distance(data)

@@ -27,13 +27,13 @@ from diffsteer.zoo import Model
 
 SCALES: dict[str, tuple[float, ...]] = {
     "np": (0.1, 0.2, 0.3, 0.5),
-    "sld": (0.1, 0.2, 0.3, 0.5),
+    "sld": (0.1, 0.2, 0.4, 0.8),
     "dng": (1.0, 2.0, 3.0, 5.0),
-    "ceiling": (1.0, 2.0, 3.0, 5.0),
+    "ceiling": (1.0, 2.0),
 }
 BASELINES = ("np", "sld")
-TARGET_FACTOR = 4  # unguided samples behind the rejection set, per sample of a method
-RESAMPLES = 200  # of the feature distance, whose bootstrap is the dear part
+TARGET_FACTOR = 3  # unguided samples behind the rejection set, per sample of a method
+RESAMPLES = 100  # of the feature distance, whose bootstrap is the dear part
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def sweep(
             bases[kind] = (unguided(model, setting, store=out / "runs"), unguided(model, target, store=out / "runs"))
         for kind, concept, method, scale in plan:
             bars.update(task, description=f"{kind} {model.classes[concept]} {method} {scale:g}")
-            setting = Setting((concept,), kind, steps, samples)
+            setting = Setting((concept,), kind, steps, samples if concept in report else samples // 2)
             outcome = run(model, setting, method_for(model, method, setting, scale), store=out / "runs")
             labels.setdefault((kind, concept, method), []).append(outcome)
             row = measure(model, setting, outcome, bases[kind][1], NAMES[method], f"{scale:g}")
@@ -155,7 +155,7 @@ def _final(
         task = bars.add_task("operating points", total=len(points) * len(report))
         kind = schedulers[0]
         base = unguided(model, Setting((), kind, steps, samples), store=out / "runs")
-        target = unguided(model, Setting((), kind, steps, TARGET_FACTOR * samples // 2, seed=1), store=out / "runs")
+        target = unguided(model, Setting((), kind, steps, TARGET_FACTOR * samples, seed=1), store=out / "runs")
         for concept in report:
             setting = Setting((concept,), kind, steps, samples)
             for method, outcome in (("unguided", base), ("rejection", reject(base, (concept,)))):
@@ -224,7 +224,7 @@ def _distance_lead(
     return difference(slice(None), slice(None)), np.array(draws)
 
 
-_WORST = 10.0  # feature distance at which a point no longer counts
+_WORST = 100.0  # feature distance at which a point no longer counts
 
 
 def _write(
