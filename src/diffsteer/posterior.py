@@ -244,13 +244,10 @@ class PosteriorTracker:
     def _rows_in_doubt(self, step: Step, state: Tracked) -> Tensor:
         """Samples whose divergence is worth computing: at first all, later those that the decision hangs on."""
         if not self._wants_divergence(step.stochastic):
-            wanted = torch.zeros_like(state.log_odds, dtype=torch.bool)
-        elif state.last is None:
-            wanted = torch.ones_like(state.log_odds, dtype=torch.bool)
-        else:
-            late = step.level.rho**2 < 100 * self.softening
-            wanted = (state.log_odds > _logit(self.doubt)) & late
-        return wanted.nonzero()[:, 0]
+            return torch.zeros(0, dtype=torch.long, device=step.x.device)
+        # never held from the start: k**2 there magnifies whatever a trained network gets wrong at pure noise
+        threshold = _logit(min(self.doubt, self.prior / 4))
+        return (state.log_odds > threshold).nonzero()[:, 0]
 
     def _divergence(self, fresh: Tensor, state: Tracked, level: Level) -> Tensor:
         """Fresh values smoothed with the last one, held where there is none (NaN); as k**2 div g."""

@@ -186,13 +186,13 @@ samplers = pytest.mark.parametrize("sampler", [ddim, euler, flow])
 
 
 @samplers
-@pytest.mark.parametrize("divergence", ["probe", "exact"])
-def test_deterministic_sampling(sampler, divergence):
+@pytest.mark.parametrize(("divergence", "worst"), [("probe", 0.015), ("exact", 0.002)])
+def test_deterministic_sampling(sampler, divergence, worst):
     """50 steps: the posterior is right at every point, with one walking probe as with the exact divergence."""
     samples, errors = tracked(dng(divergence=divergence), *sampler(50), 3000)
     assert leak(samples) <= 0.015
     assert errors.shape == (50,)
-    assert errors.max() <= 0.015
+    assert errors.max() <= worst
     assert float(samples.norm(dim=1).max()) < 2.5
 
 

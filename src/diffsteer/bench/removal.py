@@ -93,7 +93,10 @@ def method_for(model: Model, name: str, setting: Setting, scale: float | None = 
         Instead of the recommended one.
     """
     negatives = model.negatives(setting.concepts)
-    values: dict[str, Any] = {**_DEFAULTS.get(name, {}), **model.guidance.get(name, {})}
+    recommended = model.guidance
+    kind = kind_of(setting.scheduler)
+    values: dict[str, Any] = {**_DEFAULTS.get(name, {}), **recommended.get(name, {})}
+    values |= recommended.get(f"{name}/{kind}", {})
     if scale is not None:
         values["scale"] = scale
     if name == "unguided":
@@ -111,7 +114,7 @@ def method_for(model: Model, name: str, setting: Setting, scale: float | None = 
     method = DynamicNegativeGuidance(prior=tuple(map(model.share, setting.concepts)), contexts=negatives, **values)
     if name == "ceiling":
         return method
-    stored = [model.calibration(c, kind_of(setting.scheduler)) for c in setting.concepts]
+    stored = [model.calibration(c, kind) for c in setting.concepts]
     if any(c is None for c in stored):
         return method
     return replace(method, calibration=tuple(c for c in stored if c is not None))

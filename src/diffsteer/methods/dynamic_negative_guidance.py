@@ -57,7 +57,8 @@ class DynamicNegativeGuidance(Guidance):
         One vector-Jacobian product a step along an orthogonal basis that the steps walk through; all D of them; or
         the one probe by a finite difference, which needs no gradient.
     doubt : float
-        The divergence is computed only for samples whose posterior exceeds this, and held for the others.
+        The divergence is computed only for samples whose posterior exceeds this (and a quarter of the prior), and held
+        for the others.
     rho_min : float
         The posterior is frozen below this noise-to-signal ratio sigma / alpha: trained networks only drift there.
     softening : float

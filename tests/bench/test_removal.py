@@ -1,0 +1,115 @@
+"""Runs are kept, never mixed, and measured against the rejection set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffsteer as ds
+from diffsteer.bench import sweep as sweeping
+from diffsteer.bench.removal import SCHEDULERS, Outcome, Setting, measure, method_for, reject, run, scheduler, unguided
+from diffsteer.errors import UnknownNameError, UnsupportedError
+
+SETTING = Setting((3,), "ddpm", steps=4, samples=16)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ds.zoo.load("digits")
+
+
+def outcome(labels: list[int]) -> Outcome:
+    features = torch.randn(len(labels), 64, generator=torch.Generator().manual_seed(len(labels)))
+    return Outcome(torch.tensor(labels), features, 50.0, 1.0, {})
+
+
+def test_rejection_pays_for_what_it_throws_away() -> None:
+    kept = reject(outcome([3] * 20 + [1] * 60), (3,))
+    assert kept.labels.tolist() == [1] * 60
+    assert kept.nfe == pytest.approx(50 / 0.75)
+
+
+def test_measure_counts_what_the_judge_says(model) -> None:
+    target = outcome([0, 1, 2, 4, 5, 6, 7, 8, 9, 3] * 40)
+    row = measure(model, SETTING, outcome([3] * 5 + [0, 1, 2, 4, 5, 6, 7, 8, 9] * 20), target, "x", "1")
+    assert (row.forbidden, row.n) == (5, 185)
+    assert row.forbidden_interval[0] < 5 / 185 < row.forbidden_interval[1]
+    assert row.kl_rejection == pytest.approx(row.kl_uniform, abs=1e-9)
+    assert row.kl_rejection == pytest.approx(0.0273, abs=2e-3)  # -log(1 - 5/185)
+
+
+def test_runs_are_kept_and_read_back(model, tmp_path: Path) -> None:
+    method = method_for(model, "np", SETTING)
+    first = run(model, SETTING, method, store=tmp_path)
+    second = run(model, SETTING, method, store=tmp_path)
+    assert second.result is None  # read, not run
+    assert torch.equal(first.labels, second.labels)
+    assert torch.equal(first.features, second.features)
+    assert first.nfe == second.nfe == 8
+
+
+def test_different_configurations_never_share_a_file(model, tmp_path: Path) -> None:
+    settings = [SETTING, replace(SETTING, seed=1), replace(SETTING, steps=5), replace(SETTING, concepts=(4,))]
+    for setting in settings:
+        run(model, setting, method_for(model, "np", setting), store=tmp_path)
+    run(model, SETTING, method_for(model, "np", SETTING, 0.7), store=tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(settings) + 1
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_unguided_runs_are_shared_by_all_concepts(model, tmp_path: Path) -> None:
+    unguided(model, SETTING, store=tmp_path)
+    unguided(model, replace(SETTING, concepts=(5,)), store=tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_methods_follow_model_and_sampler(model) -> None:
+    sde, ode = (method_for(model, "dng", replace(SETTING, scheduler=s)) for s in ("ddpm", "ddim"))
+    assert sde.calibrations[0].stochastic == 1
+    assert ode.calibrations[0].stochastic == 0
+    assert sde.prior == (model.share(3),)
+    two = method_for(model, "dng", replace(SETTING, concepts=(3, 8)))
+    assert two.contexts == ("neg:3", "neg:8")
+    assert len(method_for(model, "np", replace(SETTING, concepts=(3, 8))).methods) == 2
+    assert callable(method_for(model, "ceiling", SETTING).estimator)
+    with pytest.raises(UnsupportedError, match="one concept at a time"):
+        method_for(model, "ceiling", replace(SETTING, concepts=(3, 8)))
+    with pytest.raises(UnknownNameError, match="known: unguided"):
+        method_for(model, "magic", SETTING)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_named_scheduler_runs(model, name: str) -> None:
+    out = run(model, replace(SETTING, scheduler=name, samples=2), method_for(model, "unguided", SETTING))
+    assert len(out.labels) == 2
+    with pytest.raises(UnknownNameError, match="known: ddpm"):
+        scheduler(model, "magic")
+
+
+def test_operating_points_are_read_off_the_choosing_half_alone(model) -> None:
+    def entry(concept: str, scale: float, share: float, kl: float, reported: bool) -> sweeping.Entry:
+        row = measure(model, SETTING, outcome([0] * 20), outcome([1] * 20 + [0] * 20), "x", "")
+        row = replace(row, forbidden_share=share, kl_rejection=kl)
+        return sweeping.Entry("ddpm", concept, "np", scale, reported, row)
+
+    safe = [entry("0", 0.3, 0.004, 0.2, False), entry("0", 0.5, 0.0, 0.4, False), entry("0", 0.1, 0.05, 0.1, False)]
+    misleading = [entry("7", 0.1, 0.0, 0.01, True)]
+    assert sweeping.operating_points(safe + misleading, model, [0]) == {"np": 0.3}
+    assert sweeping.operating_points([safe[2]], model, [0]) == {"np": 0.1}
+
+
+@pytest.mark.full
+def test_the_whole_benchmark_runs_and_resumes(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sweeping, "SCALES", {"np": (0.2, 0.4), "sld": (0.2, 0.4), "dng": (1.0, 2.0)})
+    monkeypatch.setattr(sweeping, "RESAMPLES", 3)
+    options = {"samples": 32, "steps": 3, "final_samples": 32, "final_steps": 3, "schedulers": ("ddpm",)}
+    sweeping.sweep("digits", out=tmp_path, **options)
+    first = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
+    tables = [(tmp_path / name).read_text() for name in ("summary.md", "sweep.csv", "final.csv")]
+    sweeping.sweep("digits", out=tmp_path, **options)
+    assert first == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
+    assert tables == [(tmp_path / name).read_text() for name in ("summary.md", "sweep.csv", "final.csv")]
+    assert (tmp_path / "fronts-ddpm.png").stat().st_size > 10_000

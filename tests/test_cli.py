@@ -1,0 +1,80 @@
+"""The command line, as a newcomer types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def diffsteer(*words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "diffsteer", *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=180,
+        env={**os.environ, "COLUMNS": "140", **env},
+    )
+
+
+def test_help_teaches_and_imports_nothing_heavy() -> None:
+    code = "import sys\nfrom diffsteer.cli import app\ntry:\n    app(['remove', '--help'])\nexcept SystemExit:\n    pass\n"
+    code += "print('LOADED', *[m for m in ('torch', 'diffusers', 'matplotlib', 'sklearn') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "diffsteer remove digits --concept 3" in out
+    assert out.strip().endswith("LOADED")
+
+
+def test_remove_writes_a_whole_report(tmp_path: Path) -> None:
+    done = diffsteer("remove", "digits", "--concept", "3", "--samples", "16", "--steps", "6", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert "Negative prompting" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [r["name"] for r in rows] == ["Unguided", "Rejection", "Negative prompting", "Safe latent diffusion", "DNG"]
+    assert rows[1]["forbidden"] == 0
+    assert (tmp_path / "results.csv").read_text().count("\n") == 6
+
+
+def test_several_concepts_each_have_a_posterior(tmp_path: Path) -> None:
+    words = ("--concept", "3", "--concept", "8", "--scheduler", "ddim", "--samples", "16", "--steps", "5")
+    done = diffsteer("remove", *words, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "3 and 8" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("remove", "cats", "-c", "3"), "unknown model 'cats'; known: digits"),
+        (("remove", "digits", "-c", "cat"), "unknown concept 'cat'; known: 0, 1"),
+        (("remove", "digits", "-c", "3", "--samples", "2"), "use at least 16"),
+        (("remove", "digits", "-c", "3", "--steps", "0"), "steps must be at least 1"),
+        (("cite", "nothing"), "unknown method 'nothing'; known: cfg"),
+    ],
+)
+def test_errors_are_one_line_that_says_what_to_do(words: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    done = diffsteer(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_folder_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = diffsteer("remove", "digits", "-c", "3", "--out", str(tmp_path / "file" / "out"))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "%" not in done.stdout
+
+
+def test_methods_and_cite() -> None:
+    assert "Dynamic negative guidance" in diffsteer("methods").stdout
+    assert "@inproceedings{koulischer2025dynamic" in diffsteer("cite", "dng", "np").stdout

@@ -1,0 +1,201 @@
+"""The loop: random streams, chunks, traces, records, refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler
+
+import diffsteer as ds
+from diffsteer.core import Call, Guidance
+from diffsteer.errors import MissingContextError, NonFiniteError, ParameterError, StateError
+from diffsteer.sampling import describe, stream
+
+MIX = ds.toy.ring()
+DEN = MIX.denoiser({"null": None, "neg": [0]})
+DDPM = DDPMScheduler(clip_sample=False)
+DNG = ds.DynamicNegativeGuidance(prior=1 / 8)
+
+
+def run(method=DNG, scheduler=DDPM, num_samples=7, steps=8, **keywords) -> ds.Result:
+    return ds.sample(DEN, method, scheduler=scheduler, num_samples=num_samples, steps=steps, **keywords)
+
+
+@pytest.mark.parametrize("scheduler", [DDPM, EulerAncestralDiscreteScheduler(), DDIMScheduler(clip_sample=False)])
+def test_sample_i_depends_on_seed_and_i_alone(scheduler) -> None:
+    """Bitwise at equal batch size, whatever the number of samples; to rounding at any batch size."""
+    many = run(scheduler=scheduler, num_samples=11, batch_size=4)
+    few = run(scheduler=scheduler, num_samples=5, batch_size=4)
+    assert torch.equal(many.samples[:5], few.samples)
+    assert torch.equal(many.trace["posterior"][:, :5], few.trace["posterior"])
+    assert torch.equal(many.nfe[:5], few.nfe)
+    other = run(scheduler=scheduler, num_samples=11, batch_size=11)
+    assert torch.allclose(many.samples, other.samples, atol=1e-5)
+
+
+def test_streams_are_hashed_not_added() -> None:
+    draws = {torch.randn(1, generator=stream(seed, i, p)).item() for seed in range(5) for i in range(5) for p in (0, 1)}
+    assert len(draws) == 50
+    assert not torch.equal(run(seed=0, num_samples=2).samples[1], run(seed=1, num_samples=1).samples[0])
+
+
+def test_methods_share_the_samplers_noise() -> None:
+    """Probes draw from streams of their own: a method that never acts returns the unguided samples exactly."""
+    idle = ds.DynamicNegativeGuidance(scale=0.0, prior=1 / 8, estimator="ode")
+    assert torch.equal(run(idle).samples, run(None).samples)
+
+
+def test_trace_nfe_and_record() -> None:
+    out = run(num_samples=5, steps=9)
+    assert out.samples.shape == (5, 2)
+    assert out.trace["posterior"].shape == out.trace["scale"].shape == (9, 5)
+    assert (out.trace["posterior"][0] - 1 / 8).abs().max() < 1e-6
+    assert out.nfe.tolist() == [18] * 5
+    assert run(trace="off").trace == {}
+    assert run(trace="every:4").trace["scale"].shape == (2, 7)
+    assert out.record["method"]["name"] == "DynamicNegativeGuidance"
+    assert len(out.record["log_snr"]) == 10
+    json.dumps({k: v for k, v in out.record.items() if k != "log_snr"})
+
+
+def test_the_posterior_in_the_trace_is_the_one_used() -> None:
+    used: list[torch.Tensor] = []
+    out = run(callback=lambda index, x, info: used.append(info["scale"].clone()))
+    p = out.trace["posterior"].double()
+    assert torch.allclose(out.trace["scale"].double(), p / (1 - p), rtol=1e-5)
+    assert torch.equal(torch.stack(used), out.trace["scale"])
+
+
+def test_windows_leave_gaps_in_the_trace() -> None:
+    out = run(ds.Window(DNG, low=0.5, high=5.0), steps=20)
+    missing = out.trace["posterior"].isnan().all(1)
+    assert missing.any()
+    assert not missing.all()
+
+
+def test_x_T_is_used() -> None:
+    x = torch.zeros(3, 2)
+    out = run(None, scheduler=DDIMScheduler(clip_sample=False), num_samples=3, x_T=x)
+    assert (out.samples - out.samples[0]).abs().max() < 1e-6
+    with pytest.raises(ParameterError, match="x_T must be"):
+        run(num_samples=4, x_T=x)
+
+
+def test_progress_counts_samples_times_evaluations() -> None:
+    done: list[int] = []
+    run(num_samples=7, steps=8, batch_size=3, progress=done.append)
+    assert sum(done) == 7 * 8
+
+
+@dataclass(frozen=True)
+class AsksTwice(Guidance):
+    """Two rounds that ask for the same."""
+
+    def guide(self, step, state):
+        (a,) = yield [Call("null")]
+        b, c = yield [Call("null"), Call("null", x=step.x + 0)]
+        return (a + b + c) / 3, state, {}
+
+
+def test_equal_calls_of_a_step_are_evaluated_once() -> None:
+    assert run(AsksTwice(), steps=5).nfe.unique().tolist() == [10]
+
+
+def test_rows_are_computed_and_counted_alone() -> None:
+    class Half(Guidance):
+        def guide(self, step, state):
+            rows = torch.arange(0, len(step.x), 2)
+            null, part = yield [Call("null"), Call("neg", rows=rows)]
+            assert part.shape == (len(rows), 2)
+            return null, state, {}
+
+    assert run(Half(), num_samples=4, steps=3).nfe.tolist() == [6, 3, 6, 3]
+
+
+def test_per_sample_contexts_follow_their_sample() -> None:
+    class Net(torch.nn.Module):
+        def forward(self, x, t, label):
+            return label[:, None].to(x) + 0 * x
+
+    labels = torch.arange(7)
+    net = ds.denoiser(Net(), prediction="x0", contexts={"null": {"label": labels}}, shape=(1,))
+    keywords = {"scheduler": DDIMScheduler(clip_sample=False, set_alpha_to_one=True), "num_samples": 7, "steps": 4}
+    for batch in (2, 7):
+        out = ds.sample(net, batch_size=batch, **keywords)
+        assert torch.allclose(out.samples[:, 0], labels.float(), atol=1e-4)
+
+
+def test_a_context_may_be_another_denoiser() -> None:
+    class Constant(torch.nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.value = value
+
+        def forward(self, x, t):
+            return torch.full_like(x, self.value)
+
+    other = ds.denoiser(Constant(-1.0), prediction="x0", shape=(1,))
+    net = ds.denoiser(Constant(1.0), prediction="x0", contexts={"null": {}, "neg": other}, shape=(1,))
+    ddim = DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
+    out = ds.sample(net, ds.NegativePrompting(0.5), scheduler=ddim, num_samples=2, steps=4)
+    assert torch.allclose(out.samples, torch.full((2, 1), 2.0), atol=1e-4)  # 1 - 0.5 * (-1 - 1)
+    with pytest.raises(ParameterError, match="exactly one"):
+        ds.denoiser(Constant(0.0), contexts={"null": {}, "neg": net})
+
+
+class Broken:
+    """NaN in one branch from one step on."""
+
+    space, path, contexts, shape = "x0", None, DEN.contexts, DEN.shape
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def predict(self, context, x, level, samples, perturb=None):
+        self.calls += context == "neg"
+        answer = DEN.predict(context, x, level, samples)
+        return answer / 0 if context == "neg" and self.calls > 3 else answer
+
+    def with_path(self, path, space=None):
+        return self
+
+
+def test_nan_names_the_branch_and_the_step() -> None:
+    with pytest.raises(NonFiniteError, match=r"branch 'neg'.*step 3"):
+        ds.sample(Broken(), DNG, scheduler=DDPM, num_samples=2, steps=8)
+
+
+def test_refusals_name_the_remedy() -> None:
+    with pytest.raises(MissingContextError, match="asks for a context 'pos'"):
+        run(ds.ClassifierFreeGuidance(2.0))
+    with pytest.raises(MissingContextError, match="models="):
+        run(type("Twin", (Guidance,), {"guide": lambda s, step, state: (yield [Call("null", model="weak")])})())
+    with pytest.raises(ParameterError, match="pass shape="):
+        ds.sample(ds.denoiser(torch.nn.Identity()), scheduler=DDPM, num_samples=1, steps=1)
+    for bad in ({"num_samples": 0}, {"seed": -1}, {"batch_size": 0}):
+        with pytest.raises(ParameterError, match="at least"):
+            run(**bad)
+    for trace in ("all", "every:0", "every:x"):
+        with pytest.raises(ParameterError, match="trace must be"):
+            run(trace=trace)
+
+
+def test_a_state_of_another_batch_is_refused() -> None:
+    from diffsteer.core import Run, drive
+    from diffsteer.testing import script
+
+    scene = script()
+    state = DNG.start(Run(torch.zeros(3, 2), scene.levels, 1.0, ("null", "neg")))
+    step = ds.Step(torch.zeros(2, 2), scene.levels[0], scene.levels[1], 0, 5, "eps", stochastic=1.0)
+    with pytest.raises(StateError, match="start a new run"):
+        drive(DNG, step, state, lambda calls: [torch.zeros(2, 2) for _ in calls])
+
+
+def test_describe_is_plain_data() -> None:
+    method = ds.ClassifierFreeGuidance(2.0) + ds.Window(ds.DynamicNegativeGuidance(estimator=MIX.posterior), 0.1, 1.0)
+    told = json.loads(json.dumps(describe(method)))
+    assert told["methods"][0] == {"name": "ClassifierFreeGuidance", "scale": 2.0}
+    assert told["methods"][1]["method"]["estimator"] == "GaussianMixture.posterior"

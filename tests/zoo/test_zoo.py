@@ -1,0 +1,127 @@
+"""Shipped models and users' folders."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from safetensors.torch import load_file
+
+import diffsteer as ds
+from diffsteer.errors import ParameterError, UnknownNameError, WeightsError
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ds.zoo.load("digits")
+
+
+@pytest.fixture
+def copy(model, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model.folder, tmp_path / "mine"))
+
+
+def test_the_digits_are_small_and_the_judge_is_good(model) -> None:
+    size = sum(p.stat().st_size for p in model.folder.glob("*.safetensors"))
+    assert size <= 3 * 2**20
+    right = (model.reference["heldout_labels"] == model.reference["heldout_judged"]).double().mean()
+    assert right >= 0.98
+    assert all(0 <= model.floor([c]) <= 0.02 for c in range(10))
+
+
+def test_conditional_samples_are_what_they_are_asked_to_be(model) -> None:
+    den = model.denoiser(pos=4)
+    out = ds.sample(den, ds.Unguided("pos"), scheduler=model.scheduler(), num_samples=24, steps=25)
+    assert (model.judge(out.samples).argmax(1) == 4).double().mean() > 0.8
+    assert model.features(out.samples).shape == (24, 64)
+
+
+def test_the_noise_aware_posterior_knows_its_class(model) -> None:
+    out = ds.sample(model.denoiser(pos=4), ds.Unguided("pos"), scheduler=model.scheduler(), num_samples=16, steps=20)
+    clean = ds.Level(1.0, 0.011)
+    assert model.posterior(4)(out.samples, clean).mean() > 0.7
+    assert model.posterior(7)(out.samples, clean).mean() < 0.2
+    assert torch.allclose(
+        model.posterior(4)(out.samples, clean), model.posterior(4)(out.samples * 0.5, ds.Level(0.5, 0.0055)), atol=1e-5
+    )  # coordinates do not matter
+
+
+def test_names_labels_and_contexts(model) -> None:
+    assert model.label("3") == model.label(3) == 3
+    assert set(model.denoiser(neg=3).contexts) == {"null", "neg"}
+    assert set(model.denoiser(pos=1, neg=(3, "8")).contexts) == {"null", "pos", "neg:3", "neg:8"}
+    with pytest.raises(UnknownNameError, match="unknown concept 'cat'; known: 0, 1"):
+        model.label("cat")
+    with pytest.raises(ParameterError, match="twice"):
+        model.denoiser(neg=(3, "3"))
+    with pytest.raises(UnknownNameError, match="unknown model 'cats'; known: digits"):
+        ds.zoo.load("cats")
+
+
+def test_a_users_folder_loads_like_a_shipped_one(model, copy: Path) -> None:
+    mine = ds.zoo.load(copy)
+    x = torch.zeros(2, 1, 8, 8)
+    assert torch.equal(mine.judge(x), model.judge(x))
+    assert mine.fingerprint == model.fingerprint
+
+
+def test_damaged_and_malicious_files_are_refused(copy: Path, tmp_path: Path) -> None:
+    whole = (copy / "judge.safetensors").read_bytes()
+    (copy / "judge.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        ds.zoo.load(copy).judge(torch.zeros(1, 1, 8, 8))
+
+    class Attack:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    (copy / "judge.safetensors").write_bytes(pickle.dumps({"weights": Attack()}))
+    with pytest.raises(WeightsError):
+        ds.zoo.load(copy).judge(torch.zeros(1, 1, 8, 8))
+    assert not (tmp_path / "executed").exists()
+    (copy / "judge.safetensors").unlink()
+    with pytest.raises(WeightsError, match="missing"):
+        ds.zoo.load(copy).judge(torch.zeros(1, 1, 8, 8))
+    shutil.copy(copy / "features.safetensors", copy / "judge.safetensors")
+    with pytest.raises(WeightsError, match="does not fit"):
+        ds.zoo.load(copy).judge(torch.zeros(1, 1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"format": 9}, "update diffsteer"), ({"networks": {"judge": {"kind": "os.system"}}}, "unknown network kind")],
+)
+def test_damaged_configurations_are_refused(copy: Path, change: dict, says: str) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises((WeightsError, UnknownNameError), match=says):
+        ds.zoo.load(copy).judge(torch.zeros(1, 1, 8, 8))
+    (copy / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match="damaged"):
+        ds.zoo.load(copy)
+
+
+def test_every_digit_is_calibrated_for_both_kinds_of_sampler(model, copy: Path) -> None:
+    for kind, kappa in (("sde", 1.0), ("ode", 0.0)):
+        for concept in range(10):
+            calibration = model.calibration(concept, kind)
+            assert calibration is not None
+            assert calibration.stochastic == kappa
+            assert len(calibration.log_snr) == len(calibration.slope) == calibration.steps
+            assert min(calibration.slope) > 0
+    (copy / "calibration.json").unlink()
+    assert ds.zoo.load(copy).calibration(3, "sde") is None
+    (copy / "calibration.json").write_text('{"sde": {"3": {"slope": 1}}}')
+    with pytest.raises(WeightsError, match="calibrate the model again"):
+        ds.zoo.load(copy).calibration(3, "sde")
+
+
+def test_the_weights_are_plain_tensors_on_the_training_schedule(model) -> None:
+    assert all(t.dtype in (torch.float16, torch.float32) for t in load_file(model.folder / "denoiser.safetensors").values())
+    betas = DDPMScheduler(**model.config["schedule"]).betas.double().tolist()
+    assert list(model.path.betas) == betas
