@@ -23,7 +23,9 @@ def diffsteer(*words: str, cwd: Path | None = None, **env: str) -> subprocess.Co
 
 
 def test_help_teaches_and_imports_nothing_heavy() -> None:
-    code = "import sys\nfrom diffsteer.cli import app\ntry:\n    app(['remove', '--help'])\nexcept SystemExit:\n    pass\n"
+    code = (
+        "import sys\nfrom diffsteer.cli import app\ntry:\n    app(['remove', '--help'])\nexcept SystemExit:\n    pass\n"
+    )
     code += "print('LOADED', *[m for m in ('torch', 'diffusers', 'matplotlib', 'sklearn') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "diffsteer remove digits --concept 3" in out

@@ -83,6 +83,8 @@ def test_gather_reaches_nested_states() -> None:
 @pytest.mark.parametrize("module", ["core", "paths", "posterior", "methods"])
 def test_the_ground_imports_torch_and_nothing_heavier(module: str) -> None:
     code = f"import sys, diffsteer.{module}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
     assert "torch" in loaded
     assert not loaded & {"diffusers", "transformers", "sklearn", "matplotlib", "rich", "cyclopts", "safetensors"}

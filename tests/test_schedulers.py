@@ -138,7 +138,9 @@ def test_a_vp_network_runs_under_any_scheduler(scheduler) -> None:
 
 def test_ddpm_is_asked_at_its_own_integer_times() -> None:
     seen: list[float] = []
-    ds.sample(ds.denoiser(Network(seen), shape=(2,)), scheduler=d.DDPMScheduler(clip_sample=False), num_samples=2, steps=10)
+    ds.sample(
+        ds.denoiser(Network(seen), shape=(2,)), scheduler=d.DDPMScheduler(clip_sample=False), num_samples=2, steps=10
+    )
     assert seen == [900.0 - 100 * i for i in range(10)]
 
 

@@ -189,13 +189,14 @@ class PosteriorTracker:
     def start(self, run: Run) -> Tracked:
         """Every sample at the prior."""
         self.resolve(run.stochastic)
-        prior = torch.full((len(run.x),), _logit(self.prior), device=run.x.device)
+        dtype = torch.promote_types(run.x.dtype, torch.float32)
+        prior = torch.full((len(run.x),), _logit(self.prior), device=run.x.device, dtype=dtype)
         signs = None
         if self._wants_divergence(run.stochastic) and self.divergence != "exact":
             size = run.x[0].numel()
             drawn = [torch.randint(0, 2, (size + _COINS,), generator=g) for g in run.generators]
             signs = (torch.stack(drawn) * 2 - 1).to(run.x.device, torch.int8)
-        return Tracked(prior.to(torch.promote_types(run.x.dtype, torch.float32)), None, signs)
+        return Tracked(prior, None, signs)
 
     def _wants_divergence(self, stochastic: float | None) -> bool:
         kind = self.resolve(stochastic)
@@ -238,7 +239,8 @@ class PosteriorTracker:
             gain = self._increment(state.last, now, kind, step.stochastic)
             state = replace(state, log_odds=self._add(state.log_odds, gain))
         elif kind == "ode" and step.level.rho > _PURE_NOISE:  # the prior holds at infinite noise, not at x_T
-            state = replace(state, log_odds=self._add(state.log_odds, dot(now.alt - now.ref, now.x)))
+            gain = self.temperature * dot(now.alt - now.ref, now.x)
+            state = replace(state, log_odds=self._add(state.log_odds, gain))
         return p_alt, p_ref, replace(state, last=now)
 
     def _rows_in_doubt(self, step: Step, state: Tracked) -> Tensor:

@@ -236,7 +236,7 @@ def test_pure_noise_tells_nothing():
 def test_doubt_leaves_samples_in_doubt_alone():
     """The divergence is spared where the posterior is below ``doubt``, and nowhere else."""
     scene = script(stochastic=0.0, batch=20)
-    method = DNG(prior=0.3, temperature=0.1, p_min=1e-4, divergence="exact", doubt=1e-6, softening=0.5)
+    method = DNG(prior=0.3, temperature=0.3, p_min=1e-4, divergence="exact", doubt=1e-6, softening=0.5)
     full = torch.stack([p.info["posterior"] for p in play(method, scene)])
     sparing = torch.stack([p.info["posterior"] for p in play(replace(method, doubt=0.06), scene)])
     always, lost = full.min(0).values > 0.06, full[:-2].min(0).values < 0.06

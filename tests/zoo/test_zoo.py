@@ -122,6 +122,8 @@ def test_every_digit_is_calibrated_for_both_kinds_of_sampler(model, copy: Path) 
 
 
 def test_the_weights_are_plain_tensors_on_the_training_schedule(model) -> None:
-    assert all(t.dtype in (torch.float16, torch.float32) for t in load_file(model.folder / "denoiser.safetensors").values())
+    assert all(
+        t.dtype in (torch.float16, torch.float32) for t in load_file(model.folder / "denoiser.safetensors").values()
+    )
     betas = DDPMScheduler(**model.config["schedule"]).betas.double().tolist()
     assert list(model.path.betas) == betas
