@@ -78,7 +78,7 @@ def calibrate(
             f"{num_rollouts} rollouts hold about {num_rollouts * min(priors):.0f} samples of the rarest concept; "
             f"use at least {round(10 / min(priors))}"
         )
-    watch = replace(method, scale=0.0, calibration=None, p_min=1e-12)
+    watch = replace(method, scale=0.0, calibration=None, p_min=1e-12, p_max=max(method.p_max, 0.99))
     out = sample(
         denoiser, watch, scheduler=scheduler, num_samples=num_rollouts, steps=steps, seed=seed, eta=eta,
         batch_size=batch_size, device=device, progress=progress,
@@ -90,7 +90,6 @@ def calibrate(
     for context, prior in zip(method.contexts, priors, strict=True):
         log_odds = out.trace[f"log_odds:{context}"].double()
         count = max(1, round(prior * num_rollouts))
-        # the ranking survives the drift; the clamp at p_max does not, so early ties are broken by the whole tail
         member = torch.zeros(num_rollouts).index_fill_(0, log_odds[-1].topk(count).indices, 1.0).double()
         fits = [fit(log_odds[i], member) for i in rising]
         fitted.append(

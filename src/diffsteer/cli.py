@@ -151,6 +151,41 @@ def train(
 
 
 @app.command
+def calibrate(
+    model: str = "digits",
+    *,
+    scheduler: Literal["ddpm", "ddim", "dpm++", "euler", "unipc", "heun"] = "ddpm",
+    steps: int = 50,
+    rollouts: int = 1000,
+    seed: int = 10,
+    device: str = "cpu",
+) -> None:
+    """Fit how DNG's posterior is to be read on a model, for all its classes, and keep it in the model's folder.
+
+    Rollouts of the model alone: no data, no classifier. Once for stochastic samplers (ddpm), once for deterministic
+    ones (any other); `diffsteer remove` uses what it finds, and calibrates on the spot where it finds nothing.
+
+    Parameters
+    ----------
+    model
+        A shipped model, or the folder of your own.
+    scheduler, steps
+        The sampler to calibrate for.
+    rollouts
+        Unguided samples.
+    seed
+        Of the rollouts.
+    device
+        Where the networks run, as PyTorch names it.
+    """
+    from diffsteer import zoo
+    from diffsteer.bench.removal import calibrate_model
+
+    loaded = zoo.load(model, device=device)
+    print(calibrate_model(loaded, scheduler, steps=steps, rollouts=rollouts, seed=seed, progress=True))
+
+
+@app.command
 def methods() -> None:
     """List the guidance methods, with their cost in network evaluations per step."""
     from rich.console import Console

@@ -6,7 +6,7 @@ For any two points of a trajectory, Bayes' rule gives
 
 also on guided trajectories, because the forward noising does not know c. Everything below is written in VE
 coordinates (x / alpha, rho = sigma / alpha, v = rho**2) with the scores S_c, S of the two branches, g = S_c - S,
-dx = x_s - x_t, dv = v_t - v_s > 0 and b = div g + |S_c|**2 - |S|**2, for which d log r / dv = -b / 2 at fixed x:
+dx = x_s - x_t, dv = v_t - v_s > 0 and b = div g + |S_c|**2 - |S|**2, which is 2 d log r / dv at fixed x:
 
 =============  ========================================================================================
 "kernel"       Gaussian reverse kernels of variance beta-tilde (the DNG paper, section 4)
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import Call, Run, Step
-from diffsteer.errors import CalibrationWarning, ParameterError, StateError, UnsupportedError
+from diffsteer.errors import CalibrationWarning, NonFiniteError, ParameterError, StateError, UnsupportedError
 from diffsteer.paths import Level, reverse_kernel, ve_score
 
 Estimator = Literal["auto", "kernel", "ito", "ode", "surrogate"] | Callable[[Tensor, Level], Tensor]
@@ -159,8 +159,14 @@ class PosteriorTracker:
                 f"needs 0 < p_min < prior < p_max < 1, got {self.p_min}, {self.prior}, {self.p_max}; "
                 "the largest weight is scale * p_max / (1 - p_max)"
             )
-        if not self.temperature >= 0:
-            raise ParameterError(f"temperature must be >= 0, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ParameterError(f"temperature must be a finite number >= 0, got {self.temperature}")
+        if not math.isfinite(self.offset):
+            raise ParameterError(f"offset must be finite, got {self.offset}")
+        if not 0 < self.doubt < 1:
+            raise ParameterError(f"doubt is a posterior inside (0, 1), got {self.doubt}; tiny means: always compute")
+        if not self.rho_min >= 0:
+            raise ParameterError(f"rho_min must be >= 0, got {self.rho_min}")
         if not callable(self.estimator) and self.estimator not in ESTIMATORS:
             raise ParameterError(f"estimator must be one of {ESTIMATORS} or a callable, got {self.estimator!r}")
         if self.divergence not in DIVERGENCES:
@@ -179,10 +185,15 @@ class PosteriorTracker:
                     "tracked; use DDPM, DDIM, Euler, DPM-Solver++ or flow matching, or pass estimator=callable"
                 )
             return "ode" if stochastic == 0 else "ito"
-        if self.estimator in ("kernel", "ito") and stochastic == 0:
+        if stochastic == 0 and self.estimator in ("kernel", "ito"):
             raise UnsupportedError(
                 f"estimator={self.estimator!r} needs a stochastic sampler: on a deterministic one it removes almost "
                 "nothing; use estimator='auto' (divergence-corrected), or 'surrogate' knowingly"
+            )
+        if stochastic != 1 and self.estimator == "kernel":
+            raise UnsupportedError(
+                "estimator='kernel' needs a sampler that adds the full ancestral noise (DDPM, DDIM with eta=1, Euler "
+                "ancestral); use estimator='auto'"
             )
         return self.estimator
 
@@ -223,8 +234,7 @@ class PosteriorTracker:
         if kind == "oracle" or not tracked:
             p_alt, p_ref = yield [Call(alt), Call(ref)]
             if kind == "oracle":
-                p = self.estimator(step.x, step.level)  # type: ignore[operator]
-                state = replace(state, log_odds=torch.logit(p.clamp(self.p_min, self.p_max)).to(state.log_odds))
+                state = replace(state, log_odds=self._ask(step, state))
             return p_alt, p_ref, state
         rows = self._rows_in_doubt(step, state)
         p_alt, p_ref, fresh = yield from self._evaluate(step, state, alt, ref, rows)
@@ -235,13 +245,25 @@ class PosteriorTracker:
             self._divergence(fresh, state, step.level),
             step.level,
         )
-        if state.last is not None:
+        if state.last is not None and state.last.level != now.level:  # some schedulers repeat a level
             gain = self._increment(state.last, now, kind, step.stochastic)
             state = replace(state, log_odds=self._add(state.log_odds, gain))
-        elif kind == "ode" and step.level.rho > _PURE_NOISE:  # the prior holds at infinite noise, not at x_T
+        elif (
+            state.last is None and kind == "ode" and step.level.rho > _PURE_NOISE
+        ):  # the prior holds at infinite noise, not at x_T
             gain = self.temperature * dot(now.alt - now.ref, now.x)
             state = replace(state, log_odds=self._add(state.log_odds, gain))
         return p_alt, p_ref, replace(state, last=now)
+
+    def _ask(self, step: Step, state: Tracked) -> Tensor:
+        """Log-odds from the callable estimator."""
+        p = self.estimator(step.x, step.level)  # type: ignore[operator]
+        if p.shape != state.log_odds.shape or not bool(torch.isfinite(p).all()):
+            raise NonFiniteError(
+                f"the estimator returned {tuple(p.shape)} values at step {step.index}, or NaN among them; it must "
+                f"return {tuple(state.log_odds.shape)} probabilities"
+            )
+        return torch.logit(p.to(state.log_odds).clamp(self.p_min, self.p_max))
 
     def _rows_in_doubt(self, step: Step, state: Tracked) -> Tensor:
         """Samples whose divergence is worth computing: at first all, later those that the decision hangs on."""

@@ -38,14 +38,14 @@ class GaussianMixture:
         means, stds, weights = (torch.as_tensor(t, dtype=torch.float64) for t in (means, stds, weights))
         if means.ndim != 2 or stds.shape != means.shape[:1] or weights.shape != means.shape[:1]:
             raise ParameterError("a mixture takes means (K, D), stds (K,) and weights (K,)")
-        if not (bool((stds > 0).all()) and bool((weights > 0).all())):
-            raise ParameterError("stds and weights must be positive; leave a component out instead")
+        if not (bool((stds > 0).all()) and bool((weights > 0).all()) and bool(torch.isfinite(means).all())):
+            raise ParameterError("means must be finite, stds and weights positive; leave a component out instead")
         self.means, self.stds, self.weights = means, stds, weights / weights.sum()
 
     def _subset(self, subset: Subset) -> list[int]:
         chosen = list(range(len(self.weights))) if subset is None else list(subset)
-        if not chosen or not set(chosen) <= set(range(len(self.weights))):
-            raise ParameterError(f"components {chosen} are not among 0..{len(self.weights) - 1}")
+        if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(len(self.weights))):
+            raise ParameterError(f"components {chosen} are not different ones of 0..{len(self.weights) - 1}")
         return chosen
 
     def log_joint(self, x: Tensor, level: Level) -> Tensor:
@@ -71,6 +71,8 @@ class GaussianMixture:
     def sample(self, num_samples: int, subset: Subset = None, *, seed: int = 0) -> Tensor:
         """Exact samples of the mixture restricted to ``subset``; (num_samples, D), float64."""
         chosen = self._subset(subset)
+        if num_samples < 1:
+            raise ParameterError(f"num_samples must be at least 1, got {num_samples}")
         generator = torch.Generator().manual_seed(seed)
         k = torch.multinomial(self.weights[chosen], num_samples, replacement=True, generator=generator)
         noise = torch.randn(num_samples, self.means.shape[1], generator=generator, dtype=torch.float64)

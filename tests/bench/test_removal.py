@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,18 @@ import torch
 
 import diffsteer as ds
 from diffsteer.bench import sweep as sweeping
-from diffsteer.bench.removal import SCHEDULERS, Outcome, Setting, measure, method_for, reject, run, scheduler, unguided
+from diffsteer.bench.removal import (
+    SCHEDULERS,
+    Outcome,
+    Setting,
+    calibrate_model,
+    measure,
+    method_for,
+    reject,
+    run,
+    scheduler,
+    unguided,
+)
 from diffsteer.errors import UnknownNameError, UnsupportedError
 
 SETTING = Setting((3,), "ddpm", steps=4, samples=16)
@@ -38,7 +51,7 @@ def test_measure_counts_what_the_judge_says(model) -> None:
     assert (row.forbidden, row.n) == (5, 185)
     assert row.forbidden_interval[0] < 5 / 185 < row.forbidden_interval[1]
     assert row.kl_rejection == pytest.approx(row.kl_uniform, abs=1e-9)
-    assert row.kl_rejection == pytest.approx(0.0273, abs=2e-3)  # -log(1 - 5/185)
+    assert row.kl_rejection == pytest.approx(math.log((1 / 9) / (20.5 / 190)))  # every count raised by a half
 
 
 def test_runs_are_kept_and_read_back(model, tmp_path: Path) -> None:
@@ -113,3 +126,11 @@ def test_the_whole_benchmark_runs_and_resumes(tmp_path: Path, monkeypatch) -> No
     assert first == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
     assert tables == [(tmp_path / name).read_text() for name in ("summary.md", "sweep.csv", "final.csv")]
     assert (tmp_path / "fronts-ddpm.png").stat().st_size > 10_000
+
+
+def test_a_model_is_calibrated_in_its_own_folder(model, tmp_path: Path) -> None:
+    mine = ds.zoo.load(shutil.copytree(model.folder, tmp_path / "mine"))
+    before = mine.calibration(3, "sde")
+    calibrate_model(mine, "ddim", steps=3, rollouts=110)
+    assert mine.calibration(3, "sde") == before
+    assert mine.calibration(3, "ode").steps == 3

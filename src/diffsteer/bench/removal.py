@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffsteer.bench import metrics
-from diffsteer.bench.report import MethodRow
+from diffsteer.bench.report import MethodRow, write_text
+from diffsteer.calibration import calibrate
 from diffsteer.core import Guidance
 from diffsteer.errors import UnknownNameError, UnsupportedError
 from diffsteer.methods import DynamicNegativeGuidance, NegativePrompting, SafeLatentDiffusion
@@ -118,6 +119,38 @@ def method_for(model: Model, name: str, setting: Setting, scale: float | None = 
     if any(c is None for c in stored):
         return method
     return replace(method, calibration=tuple(c for c in stored if c is not None))
+
+
+def calibrate_model(
+    model: Model,
+    scheduler_name: str,
+    *,
+    steps: int = 50,
+    rollouts: int = 1000,
+    seed: int = 10,
+    progress: bool | Callable[[int], None] = False,
+) -> Path:
+    """Calibrate every class of a model for one kind of sampler and keep it in the model's folder.
+
+    Returns
+    -------
+    Path
+        ``calibration.json``, in which the other kind's entries are left as they are.
+    """
+    every = tuple(range(len(model.classes)))
+    setting = Setting(every, scheduler_name, steps)
+    method = replace(method_for(model, "dng", setting), calibration=None)
+    assert isinstance(method, DynamicNegativeGuidance)
+    fitted = calibrate(
+        model.denoiser(neg=every), method, scheduler=scheduler(model, scheduler_name), steps=steps,
+        num_rollouts=rollouts, seed=seed, device=model.device, progress=progress,
+    )  # fmt: skip
+    path = model.folder / "calibration.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    named = zip(model.classes, fitted.calibrations, strict=True)
+    stored[kind_of(scheduler_name)] = {name: asdict(c) for name, c in named if c is not None}
+    write_text(path, json.dumps(stored) + "\n")
+    return path
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {"np": {"scale": 0.3}, "sld": {"scale": 0.3}}

@@ -57,10 +57,11 @@ class DynamicNegativeGuidance(Guidance):
         One vector-Jacobian product a step along an orthogonal basis that the steps walk through; all D of them; or
         the one probe by a finite difference, which needs no gradient.
     doubt : float
-        The divergence is computed only for samples whose posterior exceeds this (and a quarter of the prior), and held
-        for the others.
+        The divergence is computed only for samples whose posterior exceeds this (or a quarter of the prior, if that
+        is less), and held for the others.
     rho_min : float
-        The posterior is frozen below this noise-to-signal ratio sigma / alpha: trained networks only drift there.
+        The posterior is frozen below this noise-to-signal ratio sigma / alpha: trained networks only drift there. It
+        does not concern a callable estimator.
     softening : float
         About a fifth of the data's variance per dimension; weighs the two ends of a step in "ode". Infinite: the plain
         trapezoidal rule.
@@ -94,8 +95,10 @@ class DynamicNegativeGuidance(Guidance):
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
-        if isinstance(self.contexts, str) or not self.contexts:
-            raise ParameterError('contexts is a tuple of names, such as ("neg",)')
+        if isinstance(self.contexts, str) or not self.contexts or len(set(self.contexts)) < len(self.contexts):
+            raise ParameterError('contexts is a tuple of different names, such as ("neg",)')
+        if "null" in self.contexts:
+            raise ParameterError('"null" is what every context is compared with; it cannot be unwanted itself')
         for name in ("prior", "calibration"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != len(self.contexts):
@@ -103,6 +106,8 @@ class DynamicNegativeGuidance(Guidance):
         if callable(self.estimator) and len(self.contexts) > 1:
             raise ParameterError("a callable estimator knows one posterior; remove one context at a time with it")
         self._trackers  # noqa: B018  checks the other parameters
+        if sum(self.priors) >= 1:
+            raise ParameterError(f"the priors of {len(self.contexts)} contexts add up to 1 or more; nothing is left")
 
     @property
     def priors(self) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -87,8 +88,12 @@ class SafeLatentDiffusion(Guidance):
         for name in ("momentum_scale", "momentum_beta"):
             if not 0 <= getattr(self, name) < 1:
                 raise ParameterError(f"{name} must be in [0, 1), got {getattr(self, name)}; the momentum diverges")
-        if self.warmup < 0:
-            raise ParameterError(f"warmup must be >= 0 steps, got {self.warmup}")
+        if not isinstance(self.warmup, int) or self.warmup < 0:
+            raise ParameterError(f"warmup must be a whole number of steps >= 0, got {self.warmup}")
+        if math.isnan(self.threshold):
+            raise ParameterError("threshold must be a number (infinite opens the gate everywhere)")
+        if self.positive == self.context:
+            raise ParameterError(f"the wanted and the unwanted context are both {self.context!r}")
 
     @classmethod
     def preset(
