@@ -24,8 +24,8 @@ _HOMES = {
     "Result": "sampling", "Unguided": "sampling", "sample": "sampling",
 }  # fmt: skip
 _MODULES = (
-    "bench", "calibration", "core", "denoisers", "errors", "methods", "paths", "posterior", "sampling", "testing",
-    "toy", "zoo",
+    "bench", "calibration", "core", "denoisers", "errors", "methods", "paths", "posterior", "sampling",
+    "schedulers", "testing", "toy", "zoo",
 )  # fmt: skip
 
 __all__ = [*_HOMES, *_MODULES]  # noqa: PLE0604

@@ -110,3 +110,17 @@ def ring(modes: int = 8, radius: float = 1.2, std: float = 0.2) -> GaussianMixtu
     angle = torch.arange(modes, dtype=torch.float64) * (2 * torch.pi / modes)
     means = radius * torch.stack([angle.cos(), angle.sin()], 1)
     return GaussianMixture(means, torch.full((modes,), std), torch.ones(modes))
+
+
+def hard() -> GaussianMixture:
+    """Six overlapping components in 4-D, of unequal weights and widths; the first holds half of the mass."""
+    means = [
+        [-1.85, -0.30, -0.85, 0.80],
+        [-0.71, -1.02, -0.50, -0.69],
+        [0.19, 0.59, -1.06, 1.05],
+        [-1.19, -0.57, 0.42, -0.76],
+        [0.54, 0.84, 0.12, -0.60],
+        [-0.58, 0.07, -1.40, 0.83],
+    ]
+    stds, weights = [0.25, 0.3, 0.15, 0.4, 0.2, 0.35], [0.5, 0.2, 0.1, 0.1, 0.06, 0.04]
+    return GaussianMixture(torch.tensor(means), torch.tensor(stds), torch.tensor(weights))

@@ -139,7 +139,7 @@ def calibrate_model(
     """
     every = tuple(range(len(model.classes)))
     setting = Setting(every, scheduler_name, steps)
-    method = replace(method_for(model, "dng", setting), calibration=None)
+    method = replace(method_for(model, "dng", setting, scale=0.0), calibration=None)
     assert isinstance(method, DynamicNegativeGuidance)
     fitted = calibrate(
         model.denoiser(neg=every), method, scheduler=scheduler(model, scheduler_name), steps=steps,

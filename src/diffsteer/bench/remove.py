@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diffsteer import zoo
 from diffsteer.bench import metrics
+from diffsteer.bench.plots import draw_samples
 from diffsteer.bench.removal import Outcome, Setting, measure, method_for, reject, run, unguided
 from diffsteer.bench.removal import scheduler as build
 from diffsteer.bench.report import (
@@ -22,6 +23,7 @@ from diffsteer.bench.report import (
     rows_to_csv,
     rows_to_json,
     write_report,
+    write_text,
 )
 from diffsteer.calibration import calibrate
 from diffsteer.errors import ParameterError
@@ -50,7 +52,7 @@ def remove(
     out: Path = Path("."),
     device: str = "cpu",
 ) -> RemovalReport:
-    """Compare the removal methods on one model and write report.html, results.json and results.csv into ``out``.
+    """Compare the removal methods on one model and write report.html, samples.png, results.json and results.csv into ``out``.
 
     Parameters
     ----------
@@ -140,8 +142,9 @@ def remove(
         f"--scheduler {scheduler} --seed {seed}",
     )
     write_report(out / "report.html", report)
-    (out / "results.json").write_text(rows_to_json(rows), encoding="utf-8")
-    (out / "results.csv").write_text(rows_to_csv(rows), encoding="utf-8")
+    write_text(out / "results.json", rows_to_json(rows))
+    write_text(out / "results.csv", rows_to_csv(rows))
+    draw_samples(out / "samples.png", panels)
     console = Console()
     console.print(rich_table(report))
     console.print(f"Report: [bold]{out / 'report.html'}[/bold]", soft_wrap=True)

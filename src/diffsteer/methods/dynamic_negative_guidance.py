@@ -106,7 +106,7 @@ class DynamicNegativeGuidance(Guidance):
         if callable(self.estimator) and len(self.contexts) > 1:
             raise ParameterError("a callable estimator knows one posterior; remove one context at a time with it")
         self._trackers  # noqa: B018  checks the other parameters
-        if sum(self.priors) >= 1:
+        if self.scale > 0 and sum(self.priors) >= 1:
             raise ParameterError(f"the priors of {len(self.contexts)} contexts add up to 1 or more; nothing is left")
 
     @property
