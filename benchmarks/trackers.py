@@ -69,10 +69,8 @@ def main() -> None:
         rest = mixture.sample(options.samples, kept, seed=1)
         clean = ds.Level(1.0, 0.0)
         floor = float((mixture.log_joint(rest, clean).argmax(1) == 0).double().mean())
-        print(
         print(f"\n{name}: exact samples of the rest leak {floor:.2%}")
         print("(leak / energy distance x 1e4 / mean |p error| x 1e4)\n")
-        )
         chosen = options.sampler or list(SAMPLERS)
         table: dict[str, dict[str, str]] = {}
         for sampler in chosen:

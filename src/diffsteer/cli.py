@@ -37,7 +37,8 @@ def remove(
     """Take a concept out of what a model generates, and show what that cost.
 
     Compares unguided sampling, rejection, negative prompting, safe latent diffusion and dynamic negative guidance
-    under the same seeds; prints a table with 95% intervals and writes report.html, samples.png, results.json and results.csv.
+    under the same seeds; prints a table with 95% intervals and writes report.html, samples.png, results.json and
+    results.csv.
 
     Examples:
 

@@ -52,7 +52,7 @@ def remove(
     out: Path = Path("."),
     device: str = "cpu",
 ) -> RemovalReport:
-    """Compare the removal methods on one model and write report.html, samples.png, results.json and results.csv into ``out``.
+    """Compare the removal methods on one model; report.html, samples.png, results.json and results.csv go to ``out``.
 
     Parameters
     ----------
