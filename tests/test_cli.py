@@ -41,6 +41,7 @@ def test_remove_writes_a_whole_report(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [r["name"] for r in rows] == ["Unguided", "Rejection", "Negative prompting", "Safe latent diffusion", "DNG"]
     assert rows[1]["forbidden"] == 0
+    assert (tmp_path / "samples.png").stat().st_size > 10_000
     assert (tmp_path / "results.csv").read_text().count("\n") == 6
 
 

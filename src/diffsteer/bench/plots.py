@@ -30,16 +30,17 @@ def draw_samples(path: Path, panels: Sequence[MethodPanel], rows: int = 4, colum
         figure = Figure(figsize=(2.6 * len(panels), 1.5), layout="constrained")
         for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             images = np.asarray(panel.images)[: rows * columns].transpose(0, 2, 3, 1)
+            forbidden = np.asarray(panel.forbidden)
             images = (images.clip(-1, 1) + 1) / 2
             height, width = images.shape[1] + 2, images.shape[2] + 2
             sheet = np.ones((rows * height, columns * width, 3))
             for i, image in enumerate(images):
                 top, left = i // columns * height, i % columns * width
-                if np.asarray(panel.forbidden)[i]:
+                if forbidden[i]:
                     sheet[top : top + height, left : left + width] = (0.85, 0.1, 0.1)
                 sheet[top + 1 : top + height - 1, left + 1 : left + width - 1] = image
             axis.imshow(sheet, interpolation="nearest")
-            axis.set_title(f"{panel.label}: {np.mean(panel.forbidden):.1%} left")
+            axis.set_title(f"{panel.label}: {forbidden.mean():.1%} left")
             axis.axis("off")
         figure.savefig(path, dpi=200, metadata={"Software": None})
 
