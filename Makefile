@@ -13,10 +13,10 @@ demo: $(VENV)/demo
 	$(BIN)/diffsteer remove digits --concept 3
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n 2 -m "not full"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not full"
 
 check: $(VENV)/dev style
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(MAKE) wheel
 
 style: $(VENV)/dev
