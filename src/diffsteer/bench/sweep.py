@@ -276,24 +276,35 @@ def summary(
         "",
     ]
     lines += ["| method | scale |", "|---|---|", *(f"| {NAMES[m]} | {s:g} |" for m, s in points.items())]
-    lines += ["", "### At the operating points, mean over the reported classes", ""]
-    lines += [
-        "| method | forbidden share | above the floor | KL to rejection | KL to uniform | distance to rejection | "
-        "distance to data | evaluations |",
-        "|---|---|---|---|---|---|---|---|",
+    lines += ["", "### At the operating points, mean over the reported classes", "", *_means(model, final)]
+    reported = [e for e in entries if e.reported]
+    for kind in dict.fromkeys(e.scheduler for e in reported):
+        chosen = [e for e in reported if e.scheduler == kind]
+        lines += ["", f"### The sweep under {kind}, mean over the reported classes", "", *_means(model, chosen)]
+    return "\n".join(lines) + "\n"
+
+
+def _means(model: Model, entries: Sequence[Entry]) -> list[str]:
+    """One line per method and scale."""
+    lines = [
+        "| method | scale | forbidden share | above the floor | KL to rejection | KL to uniform | "
+        "distance to rejection | distance to data | evaluations |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for method in dict.fromkeys(e.method for e in final):
-        rows = [e for e in final if e.method == method]
+    found = {(e.method, e.scale) for e in entries}
+    for method, scale in sorted(found, key=lambda m: (list(NAMES).index(m[0]), m[1])):
+        rows = [e for e in entries if (e.method, e.scale) == (method, scale)]
         means = {
             key: float(np.mean([getattr(e.row, key) for e in rows]))
             for key in ("forbidden_share", "kl_rejection", "kl_uniform", "fd_rejection", "fd_data", "nfe")
         }
         excess = means["forbidden_share"] - float(np.mean([model.floor([e.concept]) for e in rows]))
         lines.append(
-            f"| {NAMES[method]} | {means['forbidden_share']:.2%} | {excess:+.2%} | {means['kl_rejection']:.3f} | "
-            f"{means['kl_uniform']:.3f} | {means['fd_rejection']:.2f} | {means['fd_data']:.2f} | {means['nfe']:.0f} |"
+            f"| {NAMES[method]} | {f'{scale:g}' if scale else ''} | {means['forbidden_share']:.2%} | {excess:+.2%} | "
+            f"{means['kl_rejection']:.3f} | {means['kl_uniform']:.3f} | {means['fd_rejection']:.2f} | "
+            f"{means['fd_data']:.2f} | {means['nfe']:.0f} |"
         )
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _signed(lead: Lead) -> str:

@@ -70,6 +70,15 @@ def card(config: Mapping[str, Any], num_train: int, num_heldout: int) -> str:
             columns += [metrics["noisy_classifier"][name] for name in ("heldout_accuracy", "heldout_cross_entropy")]
         rows = [(t, *(f"{c[i]:.3f}" for c in columns)) for i, t in enumerate(metrics["denoiser"]["timesteps"])]
         lines += ["", *_table(header, rows)]
+    if "guidance" in config:
+        lines += [
+            "",
+            "## Guidance",
+            "`calibration.json` says how the posterior of dynamic negative guidance is to be read, per class, "
+            f"level and kind of sampler: `diffsteer calibrate {config['name']} --scheduler ddpm` and `--scheduler ddim`, from "
+            "unguided rollouts alone. The settings under `guidance` in `config.json` were chosen on the first half "
+            "of the classes.",
+        ]
     lines += [
         "",
         "## Limits",
