@@ -3,8 +3,8 @@
 Along a chain of a trained network the tracked log-ratio drifts: both branches carry errors, their difference g does
 not vanish where it should, and each step that follows the chain's own score counts -|g|**2 / 2 of it as evidence
 against the tracked concept. The drift hits everybody, so at the end of a rollout the concept's samples still stand
-clearly apart (on the digits, the top share of the final log-ratio agrees with a judge on 97-99.6% of the samples).
-That separation labels the rollouts, and the labels calibrate every level before: p = sigmoid(a + b * log-odds).
+clearly apart. That separation labels the rollouts, and the labels calibrate every level before:
+p = sigmoid(a + b * log-odds).
 """
 
 from __future__ import annotations
