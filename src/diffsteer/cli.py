@@ -86,7 +86,7 @@ def removal(
 ) -> None:
     """Sweep the scale of every method over all concepts, draw the fronts, and compare them with intervals.
 
-    About 40 minutes for the digits on 2 cores. Interrupt it at will: finished runs are kept and read back.
+    One to two hours for the digits on 2 cores. Interrupt it at will: finished runs are kept and read back.
 
     Parameters
     ----------
