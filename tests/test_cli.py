@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,18 @@ def test_an_unwritable_folder_is_refused_before_any_work(tmp_path: Path) -> None
 def test_methods_and_cite() -> None:
     assert "Dynamic negative guidance" in diffsteer("methods").stdout
     assert "@inproceedings{koulischer2025dynamic" in diffsteer("cite", "dng", "np").stdout
+
+
+def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "diffsteer", "remove", "digits", "-c", "3", "--samples", "4000", "--out", "."]
+    # a shell's background jobs ignore SIGINT, and their children inherit that
+    run = subprocess.Popen(
+        words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    time.sleep(12)  # importing, then sampling: interrupting either must leave nothing
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "interrupted" in said
+    assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ app = App(
     name="diffsteer",
     version=__version__,
     help="Guidance for diffusion models: every published method, each proven against an oracle.",
+    suppress_keyboard_interrupt=False,  # main() says what is kept
 )
 bench = App(name="bench", help="Compare methods; every command resumes where it was stopped.")
 app.command(bench)
