@@ -87,11 +87,11 @@ def test_methods_and_cite() -> None:
 
 def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "diffsteer", "remove", "digits", "-c", "3", "--samples", "4000", "--out", "."]
-    # a shell's background jobs ignore SIGINT, and their children inherit that
+    # a shell's background jobs ignore SIGINT, and so would their children
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     run = subprocess.Popen(
-        words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+        [sys.executable, "-c", heed, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     time.sleep(12)  # importing, then sampling: interrupting either must leave nothing
     run.send_signal(signal.SIGINT)
     _, said = run.communicate(timeout=60)
