@@ -22,7 +22,7 @@ from torch import Tensor
 from diffsteer.core import Call, Guidance, Info, Run, Step, Sum, drive
 from diffsteer.denoisers import Denoiser
 from diffsteer.errors import MissingContextError, NonFiniteError, ParameterError
-from diffsteer.paths import Level, convert
+from diffsteer.paths import convert
 from diffsteer.schedulers import SchedulerView
 
 Callback = Callable[[int, Tensor, Info], None]
@@ -311,4 +311,4 @@ class _advance:
             self.bar.stop()
 
 
-__all__ = ["Level", "Result", "Unguided", "describe", "sample", "stream"]
+__all__ = ["Result", "Unguided", "describe", "sample", "stream"]

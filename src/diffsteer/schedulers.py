@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -102,20 +103,21 @@ class SchedulerView:
     def _from_alpha_bar(self, alpha_bar: float) -> Level:
         return Level(math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
 
+    @cached_property
     def _alphas_bar(self) -> Tensor:
         # diffusers keeps the cumulative product in single precision, which spoils small steps by 1.5e-4
         return torch.cumprod(1 - self.scheduler.betas.double(), 0)
 
     def _level(self, index: int) -> Level:
         if self.kind == "alphas":
-            return self._from_alpha_bar(float(self._alphas_bar()[int(self.timesteps[index])]))
+            return self._from_alpha_bar(float(self._alphas_bar[int(self.timesteps[index])]))
         return self._from_sigma(float(self.scheduler.sigmas[index]))
 
     def _last(self) -> Level:
         if self.kind != "alphas":
             return self._from_sigma(float(self.scheduler.sigmas[-1]))
         to_one = self.scheduler.config.get("set_alpha_to_one", True)
-        return Level(1.0, 0.0) if to_one else self._from_alpha_bar(float(self._alphas_bar()[0]))
+        return Level(1.0, 0.0) if to_one else self._from_alpha_bar(float(self._alphas_bar[0]))
 
     def _stochastic(self) -> float | None:
         config = self.scheduler.config
