@@ -1,4 +1,4 @@
-"""Every registered method keeps the contract; and the contract catches what breaks it."""
+"""The contract catches what breaks it; compositions keep it (every method: ``methods/test_catalogue.py``)."""
 
 from __future__ import annotations
 
@@ -8,37 +8,7 @@ import pytest
 
 import diffsteer as ds
 from diffsteer.core import Call, Guidance
-from diffsteer.methods import entry
 from diffsteer.testing import contract
-
-# One row per method: configurations at which it acts, and the kappa of the sampler that they are made for.
-ROWS: dict[str, list[tuple[Guidance, float]]] = {
-    "cfg": [(ds.ClassifierFreeGuidance(3.0), 1.0)],
-    "np": [(ds.NegativePrompting(1.5), 1.0)],
-    "sld": [
-        (ds.SafeLatentDiffusion.preset("removal", scale=1.5, positive="null"), 1.0),
-        (ds.SafeLatentDiffusion(warmup=3), 1.0),
-    ],
-    "dng": [
-        (ds.DynamicNegativeGuidance(prior=0.2), 1.0),
-        (ds.DynamicNegativeGuidance(prior=0.2, estimator="kernel"), 1.0),
-        (ds.DynamicNegativeGuidance(prior=0.2, divergence="exact"), 0.0),
-        (ds.DynamicNegativeGuidance(prior=0.2), 0.0),
-        (ds.DynamicNegativeGuidance(prior=0.2, divergence="exact"), 0.25),
-        (ds.DynamicNegativeGuidance(prior=0.1, contexts=("neg", "neg2")), 1.0),
-    ],
-}
-
-
-def test_every_method_has_a_row() -> None:
-    assert sorted(ROWS) == ds.list_methods()
-
-
-@pytest.mark.parametrize(("name", "index"), [(name, i) for name, rows in ROWS.items() for i in range(len(rows))])
-def test_contract(name: str, index: int) -> None:
-    method, stochastic = ROWS[name][index]
-    declared = entry(name).nfe if index == 0 else None
-    contract(method, nfe=declared, stochastic=stochastic)
 
 
 def test_sums_and_windows_keep_the_contract() -> None:

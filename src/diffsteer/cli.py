@@ -116,9 +116,9 @@ def removal(
 
 @app.command
 def train(
-    dataset: Literal["digits"] = "digits",
+    dataset: Literal["digits", "mnist", "cifar10"] = "digits",
     *,
-    out: Path = Path("runs/digits"),
+    out: Path | None = None,
     part: Annotated[list[str] | None, Parameter(negative="")] = None,
     seed: int = 0,
     steps: int | None = None,
@@ -133,11 +133,11 @@ def train(
     Parameters
     ----------
     dataset
-        What to train on.
+        What to train on. All but the digits come from the Hugging Face hub, or from $DIFFSTEER_DATA/<dataset>.
     out
-        The model's folder; pass it to `diffsteer remove --model`.
+        The model's folder, by default runs/<dataset>; pass it to `diffsteer remove --model`.
     part
-        Only these: denoiser, judge, features, noisy_classifier.
+        Only these: denoiser, judge, features, noisy_classifier, unconditional, only_<label> (one class alone).
     seed
         Of the initial weights and every batch.
     steps, batch_size, lr
@@ -146,10 +146,9 @@ def train(
         Go on from the last checkpoint.
     """
     from diffsteer.train import train as run
-    from diffsteer.train.recipes import PARTS
 
-    parts = tuple(part or PARTS)
-    run(dataset, out, parts=parts, seed=seed, steps=steps, batch_size=batch_size, lr=lr, resume=resume)
+    folder = out or Path("runs") / dataset
+    run(dataset, folder, parts=part, seed=seed, steps=steps, batch_size=batch_size, lr=lr, resume=resume)
 
 
 @app.command

@@ -1,24 +1,41 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from case import Case, Row, branch
 from diffusers import DDIMScheduler, DDPMScheduler
 from gaussians import LINEAR, Gaussians
-from oracles import branch, oracle
-from rows import ROWS, build, compare, tolerance
 
 import diffsteer as ds
 from diffsteer.errors import MissingContextError, NonFiniteError, ParameterError
-from diffsteer.testing import play, script
+from diffsteer.testing import Script, play, script
 
 
-@pytest.mark.parametrize("row", range(len(ROWS["cfg"])))
-def test_oracle(row):
-    method, scene = build("cfg", *ROWS["cfg"][row])
-    compare(play(method, scene), oracle(method, scene), tolerance(method, scene))
+def oracle(method: Any, scene: Script) -> list[Row]:
+    """Ho & Salimans, equation 6 at strength w - 1: w e(c) - (w - 1) e(0)."""
+    w, rows = method.scale, []
+    for i in range(len(scene.points)):
+        rows.append({"prediction": w * branch(scene, "pos", i) - (w - 1) * branch(scene, "null", i)})
+    return rows
+
+
+CASE = Case(
+    name="cfg",
+    oracle=oracle,
+    rows=[
+        ({"scale": 7.5}, {}),
+        ({"scale": 0.5}, {"shape": (1, 4, 4), "coordinates": "flow"}),
+        ({"scale": 3.0}, {"shape": (4,), "coordinates": "ve", "stochastic": 0.0}),
+        ({"scale": 1.0}, {"seed": 1}),
+        ({"scale": 0.0}, {"seed": 2}),
+    ],
+    contract=[(ds.ClassifierFreeGuidance(3.0), 1.0)],
+    formulas=[("methods.classifier_free_guidance", ("guide",))],
+)
 
 
 @pytest.mark.parametrize(("scale", "context"), [(1.0, "pos"), (0.0, "null")])
@@ -95,18 +112,26 @@ class TestWideAndNarrowGaussian:
     def test_ode(self, w):
         """2**(1 - w); the flow is linear, so the image of x_T = 1 is the standard deviation."""
         result = ds.sample(
-            Gaussians(WIDE_AND_NARROW), ds.ClassifierFreeGuidance(w), scheduler=DDIMScheduler(**LINEAR),
-            steps=1000, num_samples=1, x_T=torch.ones(1, 1), dtype=torch.float64,
-        )  # fmt: skip
+            Gaussians(WIDE_AND_NARROW),
+            ds.ClassifierFreeGuidance(w),
+            scheduler=DDIMScheduler(**LINEAR),
+            steps=1000,
+            num_samples=1,
+            x_T=torch.ones(1, 1),
+            dtype=torch.float64,
+        )
         assert float(result.samples) ** 2 == pytest.approx(2 ** (1 - w), rel=0.01)
 
     @pytest.mark.parametrize("w", [1.0, 3.0])
     def test_sde(self, w):
         """(2 - 2**(2 - 2 w)) / (2 w - 1); 60000 coordinates, standard error 0.6%."""
         result = ds.sample(
-            Gaussians(WIDE_AND_NARROW, size=15_000), ds.ClassifierFreeGuidance(w), scheduler=DDPMScheduler(**LINEAR),
-            steps=1000, num_samples=4,
-        )  # fmt: skip
+            Gaussians(WIDE_AND_NARROW, size=15_000),
+            ds.ClassifierFreeGuidance(w),
+            scheduler=DDPMScheduler(**LINEAR),
+            steps=1000,
+            num_samples=4,
+        )
         expected = (2 - 2 ** (2 - 2 * w)) / (2 * w - 1)
         assert float(result.samples.double().var()) == pytest.approx(expected, rel=0.02)
 

@@ -16,23 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import oracle
-from rows import ROWS, compare, tolerance
+from case import cases, compare
 
 import diffsteer as ds
-from diffsteer import methods as registry
 from diffsteer.paths import convert
-from diffsteer.testing import Played, Script, mutants, play, script
+from diffsteer.testing import Played, Script, mutants, play
 
-# Which functions of which module hold each method's formula.
-FORMULAS: list[tuple[str, str, tuple[str, ...]]] = [
-    ("cfg", "methods.classifier_free_guidance", ("guide",)),
-    ("np", "methods.negative_prompting", ("guide",)),
-    ("sld", "methods.safe_latent_diffusion", ("guide",)),
-    ("dng", "methods.dynamic_negative_guidance", ("guide",)),
-    ("dng", "posterior", ("kernel_increment", "ito_increment", "gain", "_increment", "_add")),
-    ("dng", "paths", ("reverse_kernel", "ve_score")),
-]
+FORMULAS = [(name, *formula) for name, case in cases().items() for formula in case.formulas]
 
 
 def mutated(name: str, module: str, source: str) -> type:
@@ -72,10 +62,10 @@ def _unregistered(source: str) -> ast.Module:
 
 def survives(name: str, cls: type) -> bool:
     """Whether no row notices, nor any row's oracle when the networks predict x0 instead of eps."""
-    for options, scene_options in ROWS[name]:
-        original = registry.get_method(name)(**options)
-        scene = script(**scene_options)
-        expected, rtol = oracle(original, scene), tolerance(original, scene)
+    case = cases()[name]
+    for options, scene_options in case.rows:
+        original, scene = case.build(options, scene_options)
+        expected, rtol = case.oracle(original, scene), case.tolerance(original, scene)
         try:
             compare(play(cls(**options), scene), expected, rtol)
             compare(_as_eps(play(cls(**options), scene, "x0"), scene), expected, max(rtol, 1e-7))

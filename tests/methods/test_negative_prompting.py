@@ -1,24 +1,41 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from case import Case, Row, branch
 from diffusers import DDIMScheduler
 from gaussians import LINEAR, Gaussians
-from oracles import branch, oracle
-from rows import ROWS, build, compare, tolerance
 
 import diffsteer as ds
 from diffsteer.errors import MissingContextError, ParameterError
-from diffsteer.testing import play, script
+from diffsteer.testing import Script, play, script
 
 
-@pytest.mark.parametrize("row", range(len(ROWS["np"])))
-def test_oracle(row):
-    method, scene = build("np", *ROWS["np"][row])
-    compare(play(method, scene), oracle(method, scene), tolerance(method, scene))
+def oracle(method: Any, scene: Script) -> list[Row]:
+    """(1 + lambda) e(0) - lambda e(c-)."""
+    rows = []
+    for i in range(len(scene.points)):
+        null, negative = branch(scene, "null", i), branch(scene, method.context, i)
+        rows.append({"prediction": (1 + method.scale) * null - method.scale * negative})
+    return rows
+
+
+CASE = Case(
+    name="np",
+    oracle=oracle,
+    rows=[
+        ({"scale": 1.0}, {}),
+        ({"scale": 3.4}, {"shape": (1, 4, 4), "coordinates": "flow"}),
+        ({"scale": 0.3, "context": "neg2"}, {"shape": (4,), "coordinates": "ve", "stochastic": 0.0}),
+        ({"scale": 0.0}, {"seed": 1}),
+    ],
+    contract=[(ds.NegativePrompting(1.5), 1.0)],
+    formulas=[("methods.negative_prompting", ("guide",))],
+)
 
 
 def test_scale_zero_is_unguided():
@@ -69,10 +86,14 @@ def test_gaussian_runs_away_linearly(scale):
     away = (1 + scale) * mean - scale * unwanted
     start = away * float(np.sqrt(np.prod(1 - np.linspace(1e-4, 0.02, 1000))))
     result = ds.sample(
-        Gaussians({"null": (mean, 0.3), "neg": (unwanted, 0.3)}), ds.NegativePrompting(scale),
-        scheduler=DDIMScheduler(**LINEAR, timestep_spacing="trailing"), steps=50,
-        num_samples=1, x_T=torch.full((1, 1), start), dtype=torch.float64,
-    )  # fmt: skip
+        Gaussians({"null": (mean, 0.3), "neg": (unwanted, 0.3)}),
+        ds.NegativePrompting(scale),
+        scheduler=DDIMScheduler(**LINEAR, timestep_spacing="trailing"),
+        steps=50,
+        num_samples=1,
+        x_T=torch.full((1, 1), start),
+        dtype=torch.float64,
+    )
     assert float(result.samples) == pytest.approx(away, rel=1e-4)
 
 

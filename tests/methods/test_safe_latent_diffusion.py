@@ -1,18 +1,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from case import Case, Row, branch, compare
 from diffusers import DDIMScheduler
 from gaussians import LINEAR, Gaussians
-from oracles import branch, oracle
-from rows import ROWS, build, compare, tolerance
 
 import diffsteer as ds
 from diffsteer.errors import MissingContextError, ParameterError, StateError, UnknownNameError
-from diffsteer.testing import play, script
+from diffsteer.testing import Script, play, script
 
 # A configuration in which gate, threshold and momentum all act on branches that differ by about 1
 ACTIVE = ds.SafeLatentDiffusion(
@@ -20,17 +20,79 @@ ACTIVE = ds.SafeLatentDiffusion(
 )
 
 
-@pytest.mark.parametrize("row", range(len(ROWS["sld"])))
-def test_oracle(row):
-    method, scene = build("sld", *ROWS["sld"][row])
-    compare(play(method, scene), oracle(method, scene), tolerance(method, scene))
+def oracle(method: Any, scene: Script) -> list[Row]:
+    """Schramowski et al., section 3, element by element; the gate saturates at 1."""
+    momentum = np.zeros_like(scene.points[0])
+    rows = []
+    for i in range(len(scene.points)):
+        null, unsafe = branch(scene, "null", i), branch(scene, method.context, i)
+        prompt = branch(scene, method.positive, i)
+        difference = prompt - unsafe
+        gate = np.minimum(1.0, method.safety_scale * np.abs(difference))
+        gate[difference >= method.threshold] = 0.0
+        safety = gate * (unsafe - null) + method.momentum_scale * momentum
+        momentum = method.momentum_beta * momentum + (1 - method.momentum_beta) * safety
+        applied = safety if i >= method.warmup else np.zeros_like(safety)
+        rows.append({"prediction": null + method.scale * (prompt - null - applied)})
+    return rows
+
+
+CASE = Case(
+    name="sld",
+    oracle=oracle,
+    rows=[
+        # differences between branches are of order 1 here: the gate opens partially for a safety scale of order 1
+        ({"scale": 3.0, "safety_scale": 1.5, "threshold": 0.2, "warmup": 4}, {}),
+        (
+            {
+                "scale": 2.0,
+                "safety_scale": 0.7,
+                "threshold": 0.5,
+                "warmup": 0,
+                "momentum_scale": 0.5,
+                "momentum_beta": 0.7,
+            },
+            {"shape": (1, 4, 4), "coordinates": "flow"},
+        ),
+        (
+            {
+                "scale": 1.3,
+                "safety_scale": 0.8,
+                "threshold": 0.1,
+                "warmup": 1,
+                "momentum_scale": 0.2,
+                "momentum_beta": 0.1,
+                "positive": "null",
+            },
+            {"shape": (4,), "coordinates": "ve", "stochastic": 0.0},
+        ),
+        (
+            {
+                "scale": 7.5,
+                "safety_scale": 2.0,
+                "threshold": -0.3,
+                "warmup": 11,
+                "momentum_scale": 0.0,
+                "momentum_beta": 0.0,
+                "context": "neg2",
+            },
+            {"seed": 1},
+        ),
+        ({}, {"steps": 14, "seed": 2}),
+    ],
+    contract=[
+        (ds.SafeLatentDiffusion.preset("removal", scale=1.5, positive="null"), 1.0),
+        (ds.SafeLatentDiffusion(warmup=3), 1.0),
+    ],
+    formulas=[("methods.safe_latent_diffusion", ("guide",))],
+)
 
 
 def test_rows_open_the_gate_partially():
     """The rows would prove little if the gate were everywhere shut or saturated."""
     shut, between, full = [], [], []
-    for options, scene_options in ROWS["sld"][:4]:
-        method, scene = build("sld", options, scene_options)
+    for options, scene_options in CASE.rows[:4]:
+        method, scene = CASE.build(options, scene_options)
         for i in range(len(scene.points)):
             d = branch(scene, method.positive, i) - branch(scene, method.context, i)
             opened = np.where(d < method.threshold, np.minimum(1, method.safety_scale * np.abs(d)), 0)
@@ -149,12 +211,18 @@ def test_removal_without_a_prompt_takes_two_branches():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"scale": -1.0}, {"scale": float("nan")}, {"safety_scale": -1.0}, {"safety_scale": float("inf")},
-        {"momentum_beta": 1.0}, {"momentum_beta": -0.1}, {"momentum_scale": 1.0}, {"momentum_scale": -0.1},
+        {"scale": -1.0},
+        {"scale": float("nan")},
+        {"safety_scale": -1.0},
+        {"safety_scale": float("inf")},
+        {"momentum_beta": 1.0},
+        {"momentum_beta": -0.1},
+        {"momentum_scale": 1.0},
+        {"momentum_scale": -0.1},
         {"warmup": -1},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_refuses_parameters(wrong):
     with pytest.raises(ParameterError, match=next(iter(wrong))):
         ds.SafeLatentDiffusion(**wrong)

@@ -7,7 +7,7 @@ import torch
 
 from diffsteer.errors import UnknownNameError
 from diffsteer.train.data import digits, load
-from diffsteer.train.tasks import augment
+from diffsteer.train.tasks import affine
 
 
 def test_digits_are_split_once_and_for_all() -> None:
@@ -34,10 +34,10 @@ def test_unknown_data_set_is_refused() -> None:
 
 def test_augmentation_moves_images_a_little_and_pads_with_the_background() -> None:
     images = digits().images[:200]
-    out = augment(images, torch.Generator().manual_seed(0))
-    again = augment(images, torch.Generator().manual_seed(0))
+    out = affine(images, torch.Generator().manual_seed(0))
+    again = affine(images, torch.Generator().manual_seed(0))
     torch.testing.assert_close(out, again, rtol=0, atol=0)
     assert (out - images).abs().mean() > 0.1
     assert abs(out.mean() - images.mean()) < 0.05  # a wrong padding value would brighten the borders
-    empty = augment(torch.full((200, 1, 8, 8), -1.0), torch.Generator().manual_seed(0))
+    empty = affine(torch.full((200, 1, 8, 8), -1.0), torch.Generator().manual_seed(0))
     assert abs(empty.mean() + 1) < 0.02

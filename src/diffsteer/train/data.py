@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from diffsteer.errors import UnknownNameError
 
-__all__ = ["LOADERS", "Dataset", "digits", "load"]
+__all__ = ["LOADERS", "Dataset", "cifar10", "digits", "load", "mnist"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,53 @@ def digits(split_seed: int = 0) -> Dataset:
     )
 
 
-LOADERS: Mapping[str, Callable[[], Dataset]] = {"digits": digits}
+def _hub(name: str, repository: str) -> Any:
+    """A data set of the Hugging Face hub: from the folder ``$DIFFSTEER_DATA/<name>`` if there is one."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f'the data set {name!r} needs datasets: pip install "diffsteer[train]"') from error
+    local = Path(os.environ.get("DIFFSTEER_DATA", "")) / name
+    return datasets.load_dataset(str(local) if "DIFFSTEER_DATA" in os.environ and local.is_dir() else repository)
+
+
+def _split(rows: Any, column: str) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) in [-1, 1] and labels of one split."""
+    pixels = np.stack([np.asarray(image) for image in rows[column]])
+    images = torch.from_numpy(pixels).float().div_(127.5).sub_(1)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+    return images, torch.as_tensor(rows["label"])
+
+
+def mnist() -> Dataset:
+    """Load MNIST: 60000 training and 10000 test images of 28x28 pixels, from ``$DIFFSTEER_DATA/mnist`` or the hub."""
+    data = _hub("mnist", "ylecun/mnist")
+    return Dataset(
+        *_split(data["train"], "image"),
+        *_split(data["test"], "image"),
+        classes=tuple("0123456789"),
+        name="MNIST (Y. LeCun, C. Cortes, C. Burges, 1998)",
+        licence="CC BY-SA 3.0",
+        note="70000 images of 28x28 pixels with values 0..255, mapped to [-1, 1] by pixels / 127.5 - 1; "
+        "the test split is held out.",
+    )
+
+
+def cifar10() -> Dataset:
+    """Load CIFAR-10: 50000 training, 10000 test images of 32x32 pixels, from ``$DIFFSTEER_DATA/cifar10`` or the hub."""
+    data = _hub("cifar10", "uoft-cs/cifar10")
+    return Dataset(
+        *_split(data["train"], "img"),
+        *_split(data["test"], "img"),
+        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        name="CIFAR-10 (A. Krizhevsky, 2009)",
+        licence="no explicit licence; published for research",
+        note="60000 images of 32x32 pixels with values 0..255, mapped to [-1, 1] by pixels / 127.5 - 1; "
+        "the test split is held out. A copy stored as JPEG is slightly lossy.",
+    )
+
+
+LOADERS: Mapping[str, Callable[[], Dataset]] = {"digits": digits, "mnist": mnist, "cifar10": cifar10}
 
 
 def load(name: str) -> Dataset:

@@ -40,6 +40,8 @@ _REPORT_EVERY = 20  # reading the loss waits for the device
 def accelerator() -> Accelerator:
     """Return this process's accelerator: bf16 autocast on CUDA, float32 elsewhere.
 
+    ``ACCELERATE_MIXED_PRECISION=bf16`` asks for bf16 on a CPU too: a third faster where the CPU has it.
+
     Raises
     ------
     ImportError
@@ -52,9 +54,9 @@ def accelerator() -> Accelerator:
     except ImportError as error:
         raise ImportError('training needs accelerate: pip install "diffsteer[train]"') from error
     # without cpu=True, processes on a machine without accelerator would each believe to be alone
-    acc = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if torch.cuda.is_available() else "no"
-    )
+    default = "bf16" if torch.cuda.is_available() else "no"
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", default)
+    acc = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
     if acc.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         raise UnsupportedError(
             f"{os.environ['WORLD_SIZE']} processes were started, but this one sees {acc.num_processes}: "

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
 __all__ = ["PARTS", "RECIPES", "SCHEDULE", "Recipe"]
 
-PARTS = ("denoiser", "judge", "features", "noisy_classifier")
+PARTS = ("denoiser", "judge", "features", "noisy_classifier", "unconditional")
+"""The parts of a model. ``only_<label>``, a denoiser of one class alone, is a part as well."""
 
 SCHEDULE: Mapping[str, Any] = MappingProxyType(
     {"beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000, "beta_schedule": "linear"}
@@ -23,7 +24,7 @@ class Recipe:
     Attributes
     ----------
     part : str
-        One of ``PARTS``.
+        One of ``PARTS``, or ``only_<label>``.
     network : mapping
         The description that :func:`diffsteer.zoo.networks.build` understands.
     steps, batch_size : int
@@ -38,6 +39,8 @@ class Recipe:
         Decay of the exported weight average; step k uses ``min(ema, (1 + k) / (10 + k))``.
     label_dropout : float
         Share of labels that a denoiser sees as null.
+    augmentation : {"affine", "flip"}
+        How classifiers of clean images see theirs moved; see :mod:`diffsteer.train.tasks`.
     checkpoint_every : int
         Steps between checkpoints.
     """
@@ -54,7 +57,50 @@ class Recipe:
     clip: float = 1.0
     ema: float = 0.999
     label_dropout: float = 0.0
+    augmentation: Literal["affine", "flip"] = "affine"
     checkpoint_every: int = 250
+
+
+def _unet(image_size: int, channels: int, num_labels: int, width: list[int], *, patch: int = 1, **more: Any) -> Any:
+    """A small U-Net with attention at its lowest resolution; ``num_labels`` counts the null label."""
+    downs = ["DownBlock2D"] * (len(width) - 1) + ["AttnDownBlock2D"]
+    return {
+        "kind": "unet2d",
+        **({"patch": patch} if patch > 1 else {}),
+        "sample_size": image_size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "layers_per_block": 1,
+        "block_out_channels": width,
+        "norm_num_groups": 8,
+        "down_block_types": downs,
+        "up_block_types": ["AttnUpBlock2D"] + ["UpBlock2D"] * (len(width) - 1),
+        "num_class_embeds": num_labels,
+        "attention_head_dim": 16,
+        **more,
+    }
+
+
+def _classifiers(image_size: int, channels: int, classes: int, steps: int, width: int, **more: Any) -> list[Recipe]:
+    """Judge, feature network and noise-aware classifier of one data set."""
+    common: dict[str, Any] = {"in_channels": channels, "num_classes": classes}
+    sized = {**common, "width": width}
+    plain: dict[str, Any] = {"steps": steps, "batch_size": 128, "lr": 2e-3, "weight_decay": 0.05, **more}
+    return [
+        Recipe(part="judge", network={"kind": "judge", "image_size": image_size, **sized}, **plain),
+        Recipe(part="features", network={"kind": "features", **sized}, **plain),
+        Recipe(part="noisy_classifier", network={"kind": "noisy_classifier", **sized}, **{**plain, "lr": 1e-3}),
+    ]
+
+
+def _denoisers(network: Mapping[str, Any], small: Mapping[str, Any], only: list[int], **training: Any) -> list[Recipe]:
+    """The conditional denoiser, and the unconditional and single-class ones, which have one label for everything."""
+    alone = {key: value for key, value in training.items() if key != "label_dropout"} | {"network": small}
+    return [
+        Recipe(part="denoiser", network=network, **training),
+        Recipe(part="unconditional", **alone),
+        *(Recipe(part=f"only_{label}", **alone) for label in only),
+    ]
 
 
 _DIGITS = (
@@ -105,4 +151,42 @@ _DIGITS = (
     ),
 )
 
-RECIPES: Mapping[str, Mapping[str, Recipe]] = {"digits": {recipe.part: recipe for recipe in _DIGITS}}
+_MNIST = (
+    *_denoisers(
+        _unet(28, 1, 11, [40, 80], patch=2),
+        _unet(28, 1, 1, [32, 64], patch=2),
+        only=[0, 3],
+        steps=7000,
+        batch_size=128,
+        lr=2e-3,
+        warmup=200,
+        label_dropout=0.15,
+    ),
+    *_classifiers(28, 1, 10, steps=4000, width=24),
+)
+
+_CIFAR10 = (
+    *_denoisers(
+        _unet(32, 3, 11, [64, 128, 128], layers_per_block=2),
+        _unet(32, 3, 1, [32, 64, 64]),
+        only=[0, 3],
+        steps=40_000,
+        batch_size=256,
+        lr=4e-4,
+        warmup=1000,
+        ema=0.9995,
+        label_dropout=0.15,
+    ),
+    *_classifiers(32, 3, 10, steps=15_000, width=64, augmentation="flip"),
+)
+
+
+def _rows(recipes: Sequence[Recipe]) -> Mapping[str, Recipe]:
+    return {recipe.part: recipe for recipe in recipes}
+
+
+RECIPES: Mapping[str, Mapping[str, Recipe]] = {
+    "digits": _rows(_DIGITS),
+    "mnist": _rows(_MNIST),
+    "cifar10": _rows(_CIFAR10),
+}

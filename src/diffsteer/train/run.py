@@ -15,7 +15,7 @@ from diffsteer.train import data as datasets
 from diffsteer.train.export import export
 from diffsteer.train.loop import accelerator, fit
 from diffsteer.train.recipes import PARTS, RECIPES, SCHEDULE, Recipe
-from diffsteer.train.tasks import Classify, ClassifyNoisy, Denoise, Task
+from diffsteer.train.tasks import AUGMENTATIONS, Classify, ClassifyNoisy, Denoise, Task
 from diffsteer.zoo.networks import build
 
 __all__ = ["task", "train"]
@@ -25,7 +25,7 @@ def train(
     dataset: str,
     out: Path,
     *,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] | None = None,
     seed: int = 0,
     steps: int | None = None,
     batch_size: int | None = None,
@@ -43,8 +43,9 @@ def train(
         A name in ``RECIPES``.
     out : Path
         The model's folder; the checkpoints lie in ``out/checkpoints``.
-    parts : sequence of str
-        Which networks to train, of ``PARTS``. The folder is written from all the checkpoints that are there.
+    parts : sequence of str, optional
+        Which networks to train; default: all of the data set's recipes. The folder is written from all the
+        checkpoints that are there.
     seed : int
         >= 0. Seeds weights and batches; each part has a stream of its own.
     steps, batch_size, lr : optional
@@ -67,6 +68,7 @@ def train(
     """
     if dataset not in RECIPES:
         raise UnknownNameError("recipe", dataset, RECIPES)
+    parts = list(RECIPES[dataset]) if parts is None else parts
     for part in parts:
         if part not in RECIPES[dataset]:
             raise UnknownNameError("part", part, RECIPES[dataset])
@@ -76,7 +78,8 @@ def train(
     checkpoints.mkdir(parents=True, exist_ok=True)
     for part in parts:
         recipe = replace(RECIPES[dataset][part], **changes)
-        stream = int(np.random.SeedSequence([seed, PARTS.index(part)]).generate_state(1)[0])
+        number = PARTS.index(part) if part in PARTS else len(PARTS) + int(part.removeprefix("only_"))
+        stream = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream)
             net = build(recipe.network)
@@ -94,4 +97,9 @@ def task(recipe: Recipe, data: datasets.Dataset) -> Task:
         return Denoise(data, scheduler, null_label=len(data.classes), dropout=recipe.label_dropout)
     if recipe.part == "noisy_classifier":
         return ClassifyNoisy(data, scheduler)
-    return Classify(data)
+    if recipe.part in ("judge", "features"):
+        return Classify(data, AUGMENTATIONS[recipe.augmentation])
+    only = recipe.part.removeprefix("only_")
+    images = data.images if recipe.part == "unconditional" else data.images[data.labels == int(only)]
+    alike = replace(data, images=images, labels=torch.zeros(len(images), dtype=torch.long))
+    return Denoise(alike, scheduler, null_label=0, dropout=0.0)

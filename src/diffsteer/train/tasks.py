@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from diffsteer.train.data import Dataset
 
-__all__ = ["Classify", "ClassifyNoisy", "Denoise", "Task", "augment"]
+__all__ = ["AUGMENTATIONS", "Classify", "ClassifyNoisy", "Denoise", "Task", "affine", "flip"]
 
 
 class Task(Protocol):
@@ -40,7 +41,7 @@ def _diffuse(images: Tensor, scheduler: DDPMScheduler, generator: torch.Generato
     return scheduler.add_noise(images, noise, t), t, noise  # pyright: ignore[reportArgumentType] (says IntTensor)
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+def affine(images: Tensor, generator: torch.Generator) -> Tensor:
     """Rotate (15 degrees), scale (10 %), shift (1/8 of the width) and add noise (standard deviation up to 0.25).
 
     Parameters
@@ -59,6 +60,30 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     moved = F.grid_sample(images + 1, grid, align_corners=False) - 1  # outside is padded with the background
     std = 0.25 * unit[:, 4].abs()
     return moved + std[:, None, None, None] * torch.randn(images.shape, generator=generator)
+
+
+def flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror left to right (half of them) and shift by up to 1/8 of the width, the border reflected.
+
+    Parameters
+    ----------
+    images : Tensor
+        ``(N, C, H, W)`` in [-1, 1].
+    generator : torch.Generator
+        The only source of randomness.
+    """
+    n, _, height, width = images.shape
+    pad = width // 8
+    corner = torch.randint(2 * pad + 1, (n, 2), generator=generator)
+    rows = corner[:, :1] + torch.arange(height)
+    columns = corner[:, 1:] + torch.arange(width)
+    mirrored = torch.rand(n, 1, generator=generator) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    padded = F.pad(images, (pad, pad, pad, pad), mode="reflect")
+    return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+AUGMENTATIONS: Mapping[str, Callable[[Tensor, torch.Generator], Tensor]] = {"affine": affine, "flip": flip}
 
 
 @dataclass(frozen=True)
@@ -86,11 +111,12 @@ class Classify:
     """Cross entropy on augmented clean images, with label smoothing."""
 
     data: Dataset
+    augment: Callable[[Tensor, torch.Generator], Tensor] = affine
     smoothing: float = 0.05
 
     def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         images, labels = _pick(self.data, batch_size, generator)
-        return augment(images, generator), labels
+        return self.augment(images, generator), labels
 
     def loss(self, net: nn.Module, *batch: Tensor) -> Tensor:
         images, labels = batch

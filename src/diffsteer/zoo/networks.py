@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffsteer.errors import UnknownNameError
 
-__all__ = ["FeatureNet", "JudgeNet", "NoisyClassifier", "build"]
+__all__ = ["FeatureNet", "JudgeNet", "NoisyClassifier", "PatchedUNet", "build"]
 
 
 class JudgeNet(nn.Module):
@@ -158,10 +158,33 @@ class NoisyClassifier(nn.Module):
         return self.head(h)
 
 
-def _unet2d(**config: Any) -> nn.Module:
+class PatchedUNet(nn.Module):
+    """A U-Net on ``patch`` x ``patch`` pixels at a time, stacked as channels: a full image at a fraction of the cost.
+
+    Parameters
+    ----------
+    unet : nn.Module
+        Called as ``diffusers.UNet2DModel`` is; maps ``(N, patch**2 * C, H / patch, W / patch)`` to the same shape.
+    patch : int
+    """
+
+    def __init__(self, unet: nn.Module, patch: int) -> None:
+        super().__init__()
+        self.unet = unet
+        self.fold, self.unfold = nn.PixelUnshuffle(patch), nn.PixelShuffle(patch)
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, **more: Any) -> tuple[Tensor]:
+        """Prediction ``(N, C, H, W)`` for noisy images ``(N, C, H, W)``, as a tuple of one."""
+        return (self.unfold(self.unet(self.fold(x), t, class_labels=class_labels, return_dict=False)[0]),)
+
+
+def _unet2d(patch: int = 1, **config: Any) -> nn.Module:
     from diffusers import UNet2DModel
 
-    return UNet2DModel(**config)
+    if patch == 1:
+        return UNet2DModel(**config)
+    folded = {name: config[name] * patch**2 for name in ("in_channels", "out_channels")}
+    return PatchedUNet(UNet2DModel(**config | folded | {"sample_size": config["sample_size"] // patch}), patch)
 
 
 _KINDS: Mapping[str, Callable[..., nn.Module]] = {
@@ -178,7 +201,8 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     Parameters
     ----------
     config : mapping
-        ``{"kind": ..., **arguments}`` with kind ``"unet2d"`` (arguments of ``diffusers.UNet2DModel``), ``"judge"``
+        ``{"kind": ..., **arguments}`` with kind ``"unet2d"`` (arguments of ``diffusers.UNet2DModel`` in pixels, and
+        ``patch``: see :class:`PatchedUNet`), ``"judge"``
         (:class:`JudgeNet`), ``"features"`` (:class:`FeatureNet`) or ``"noisy_classifier"`` (:class:`NoisyClassifier`).
 
     Returns
