@@ -10,6 +10,8 @@ dx = x_s - x_t, dv = v_t - v_s > 0 and b = div g + |S_c|**2 - |S|**2, which is 2
 
 =============  ========================================================================================
 "kernel"       Gaussian reverse kernels of variance beta-tilde (the DNG paper, section 4)
+"odds"         the same kernels, of c against those of "not c", whose score is S - p / (1 - p) g: it
+               moves log p / (1 - p), and a step's error shrinks where p nears 1
 "ito"          <g, dx> - dv/2 (|S_c|**2 - |S|**2): the same with the forward variance
 "ito" + div    the same - (1 - kappa) dv/2 div g, for samplers that add a fraction kappa of the noise
 "ode"          the mean of w <g, dx> - w dv/2 b at both ends, weighted by w = c and 1/c, c = k_t / k_s with
@@ -39,8 +41,8 @@ from diffsteer.core import Call, Run, Step
 from diffsteer.errors import CalibrationWarning, NonFiniteError, ParameterError, StateError, UnsupportedError
 from diffsteer.paths import Level, reverse_kernel, ve_score
 
-Estimator = Literal["auto", "kernel", "ito", "ode", "surrogate"] | Callable[[Tensor, Level], Tensor]
-ESTIMATORS = ("auto", "kernel", "ito", "ode", "surrogate")
+Estimator = Literal["auto", "odds", "kernel", "ito", "ode", "surrogate"] | Callable[[Tensor, Level], Tensor]
+ESTIMATORS = ("auto", "odds", "kernel", "ito", "ode", "surrogate")
 DIVERGENCES = ("probe", "exact", "difference")
 
 _COINS = 61  # random signs beside those of the basis
@@ -72,6 +74,10 @@ class Point:
     ref: Tensor  # score of the reference context, (B, ...)
     divergence: Tensor  # of alt - ref, smoothed or held; (B,)
     level: Level
+
+    def against_complement(self, log_odds: Tensor) -> Point:
+        """The same with the score of "not c" as its reference: S - p / (1 - p) (S_c - S)."""
+        return replace(self, ref=self.ref - like(log_odds.exp(), self.ref) * (self.alt - self.ref))
 
     def gain(self, dx: Tensor, dv: float) -> Tensor:
         """log r gained by a move, to first order around this point: <g, dx> - dv/2 b; (B,)."""
@@ -184,15 +190,15 @@ class PosteriorTracker:
                     "this scheduler's noise is unknown or exceeds the ancestral one, so the posterior cannot be "
                     "tracked; use DDPM, DDIM, Euler, DPM-Solver++ or flow matching, or pass estimator=callable"
                 )
-            return "ode" if stochastic == 0 else "ito"
-        if stochastic == 0 and self.estimator in ("kernel", "ito"):
+            return {0: "ode", 1: "odds"}.get(stochastic, "ito")
+        if stochastic == 0 and self.estimator in ("odds", "kernel", "ito"):
             raise UnsupportedError(
                 f"estimator={self.estimator!r} needs a stochastic sampler: on a deterministic one it removes almost "
                 "nothing; use estimator='auto' (divergence-corrected), or 'surrogate' knowingly"
             )
-        if stochastic != 1 and self.estimator == "kernel":
+        if stochastic != 1 and self.estimator in ("odds", "kernel"):
             raise UnsupportedError(
-                "estimator='kernel' needs a sampler that adds the full ancestral noise (DDPM, DDIM with eta=1, Euler "
+                f"estimator={self.estimator!r} needs a sampler that adds the full ancestral noise (DDPM, DDIM with eta=1, Euler "
                 "ancestral); use estimator='auto'"
             )
         return self.estimator
@@ -246,11 +252,15 @@ class PosteriorTracker:
             step.level,
         )
         if state.last is not None and state.last.level != now.level:  # some schedulers repeat a level
-            gain = self._increment(state.last, now, kind, step.stochastic)
-            state = replace(state, log_odds=self._add(state.log_odds, gain))
-        elif (
-            state.last is None and kind == "ode" and step.level.rho > _PURE_NOISE
-        ):  # the prior holds at infinite noise, not at x_T
+            if kind == "odds":
+                gain = self._increment(state.last.against_complement(state.log_odds), now, "kernel", step.stochastic)
+                limits = _logit(self.p_min), _logit(self.p_max)
+                state = replace(state, log_odds=(state.log_odds + gain.to(state.log_odds)).clamp(*limits))
+            else:
+                gain = self._increment(state.last, now, kind, step.stochastic)
+                state = replace(state, log_odds=self._add(state.log_odds, gain))
+        elif state.last is None and kind == "ode" and step.level.rho > _PURE_NOISE:
+            # the prior holds at infinite noise, not at x_T
             gain = self.temperature * dot(now.alt - now.ref, now.x)
             state = replace(state, log_odds=self._add(state.log_odds, gain))
         return p_alt, p_ref, replace(state, last=now)

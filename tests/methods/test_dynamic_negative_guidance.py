@@ -42,7 +42,7 @@ def oracle(method: Any, scene: Script) -> list[Row]:
     """
     kind = method.estimator
     if kind == "auto":
-        kind = "ode" if scene.stochastic == 0 else "ito"
+        kind = "ode" if scene.stochastic == 0 else "odds" if scene.stochastic == 1 else "ito"
     priors = np.broadcast_to(method.prior, len(method.contexts))
     ps = {c: np.full(len(scene.points[0]), prior) for c, prior in zip(method.contexts, priors, strict=True)}
     rows = []
@@ -51,6 +51,10 @@ def oracle(method: Any, scene: Script) -> list[Row]:
         for c in method.contexts:
             if callable(kind):
                 ps[c] = kind(torch.from_numpy(x), level).numpy()
+            elif i > 0 and not frozen and kind == "odds":
+                bayes = method.temperature * _log_ratio(method, kind, scene, c, i, ps[c])
+                odds = ps[c] / (1 - ps[c]) * np.exp(bayes + method.offset / (2 * _transition(scene, i)[1]))
+                ps[c] = odds / (1 + odds)
             elif i > 0 and not frozen:
                 rise = method.temperature * _log_ratio(method, kind, scene, c, i)
                 ps[c] = ps[c] * np.exp(rise + method.offset / (2 * _transition(scene, i)[1]))
@@ -67,16 +71,21 @@ def oracle(method: Any, scene: Script) -> list[Row]:
     return rows
 
 
-def _log_ratio(method: Any, kind: str, scene: Script, context: str, i: int) -> np.ndarray:
-    """log p(x_s | x_t, c-) - log p(x_s | x_t) for the step that ends at point i; (B,)."""
+def _log_ratio(method: Any, kind: str, scene: Script, context: str, i: int, p: Any = None) -> np.ndarray:
+    """log p(x_s | x_t, c-) - log p(x_s | x_t) for the step that ends at point i; (B,).
+
+    "odds": minus log p(x_s | x_t, not c-), whose prediction is what p times that of c- leaves of the unconditional one.
+    """
     x_t, x_s, t = scene.points[i - 1], scene.points[i], scene.levels[i - 1]
     null, negative = branch(scene, "null", i - 1), branch(scene, context, i - 1)
     forward, reverse, shrink = _transition(scene, i)
     if kind == "ode":
         return _trapezoid(scene, context, i, method.softening)
+    if kind == "odds":
+        null = (null - wide(p, null) * negative) / (1 - wide(p, null))
     means = [(x_t - forward / t.sigma * e) / shrink for e in (negative, null)]
     away = square(x_s - means[0]) - square(x_s - means[1])
-    if kind in ("kernel", "surrogate"):
+    if kind in ("odds", "kernel", "surrogate"):
         return -away / (2 * reverse)
     assert kind == "ito"
     ratio = -away / (2 * forward / shrink**2)
@@ -128,9 +137,12 @@ CASE = Case(
     oracle=oracle,
     rows=[
     # stochastic samplers, the second-order increment being "auto"'s for the deterministic ones
-    (_CALM, {"coordinates": "vp"}),
-    (_CALM | {"scale": 2.5}, {"coordinates": "ve", "shape": (4,), "seed": 1}),
-    (_CALM | {"offset": 1e-3}, {"coordinates": "flow", "shape": (1, 4, 4), "seed": 2}),
+    (_CALM | {"temperature": 0.02}, {"coordinates": "vp"}),
+    (_CALM | {"temperature": 0.02, "scale": 2.5}, {"coordinates": "ve", "shape": (4,), "seed": 1}),
+    (_CALM | {"temperature": 0.01, "offset": 1e-3}, {"coordinates": "flow", "shape": (1, 4, 4), "seed": 2}),
+    (_CALM | {"estimator": "ito"}, {"coordinates": "vp"}),
+    (_CALM | {"estimator": "ito", "scale": 2.5}, {"coordinates": "ve", "shape": (4,), "seed": 1}),
+    (_CALM | {"estimator": "ito", "offset": 1e-3}, {"coordinates": "flow", "shape": (1, 4, 4), "seed": 2}),
     (_CALM | {"estimator": "kernel", "temperature": 0.02, "offset": 5e-4}, {"coordinates": "vp", "seed": 3}),
     (_CALM | {"estimator": "kernel", "temperature": 0.02}, {"coordinates": "ve", "shape": (4,), "seed": 4}),
     (_CALM | {"estimator": "kernel", "temperature": 0.02, "scale": 0.7}, {"coordinates": "flow", "seed": 5}),
@@ -170,7 +182,7 @@ CASE = Case(
 ],
     formulas=[
         ("methods.dynamic_negative_guidance", ("guide",)),
-        ("posterior", ("kernel_increment", "ito_increment", "gain", "_increment", "_add")),
+        ("posterior", ("kernel_increment", "ito_increment", "against_complement", "gain", "_increment", "_add")),
         ("paths", ("reverse_kernel", "ve_score")),
     ],
 )  # fmt: skip
@@ -299,7 +311,7 @@ def test_kernel_is_ito_times_a_ratio_of_levels(coordinates):
 @pytest.mark.parametrize("coordinates", ["vp", "flow"])
 def test_offset_is_in_units_of_the_kernel_variance(coordinates):
     scene = script(coordinates=coordinates)
-    rise = steps_of(DNG(temperature=0.0, offset=1e-4, prior=0.1), scene)
+    rise = steps_of(DNG(temperature=0.0, offset=1e-4, prior=0.1, estimator="ito"), scene)
     for i, (t, s) in enumerate(itertools.pairwise(scene.levels[:-1])):
         beta_tilde = s.sigma**2 * (1 - (t.alpha * s.sigma / (s.alpha * t.sigma)) ** 2)
         np.testing.assert_allclose(rise[i], 1e-4 / (2 * beta_tilde), rtol=1e-9)
@@ -361,7 +373,7 @@ def test_a_method_remembers_nothing_between_runs():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_posterior_is_kept_in_single_precision(dtype):
-    scene, method = script(), DNG(prior=0.3, temperature=0.02)
+    scene, method = script(), DNG(prior=0.3, temperature=0.02, estimator="ito")
     for half, row in zip(play(method, scene, dtype=dtype), oracle(method, scene), strict=True):
         assert half.prediction.dtype == dtype
         assert half.info["posterior"].dtype == torch.float32
@@ -420,7 +432,7 @@ def one_point(scene, batch):
 def test_probe_is_unbiased():
     """Over 4000 streams, within five standard errors; a quarter of the ancestral noise, so 3/4 of the divergence."""
     scene = one_point(script(steps=2, shape=(6,), stochastic=0.25, coordinates="ve"), 4000)
-    method = DNG(prior=0.3, temperature=0.01)
+    method = DNG(prior=0.3, temperature=0.01, estimator="ito")
     exact = first_increment(replace(method, divergence="exact"), one_point(scene, 1))[0]
     probed = first_increment(method, scene)
     error = probed.std() / math.sqrt(len(probed))
@@ -438,7 +450,7 @@ def test_probe_is_exact_along_the_correction():
         "neg": lambda x, alpha, sigma: x * sigma / (alpha**2 + sigma**2) + np.tanh(x @ direction)[:, None] * direction,
     }
     scene = replace(script(steps=2, shape=(6,), stochastic=0.25), networks=networks)
-    method = DNG(prior=0.3, temperature=0.05)
+    method = DNG(prior=0.3, temperature=0.05, estimator="ito")
     exact = first_increment(replace(method, divergence="exact"), scene)
     np.testing.assert_allclose(first_increment(method, scene), exact, rtol=1e-6)
     np.testing.assert_allclose(first_increment(replace(method, divergence="difference"), scene), exact, rtol=1e-4)

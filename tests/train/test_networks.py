@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from diffsteer.errors import UnknownNameError
-from diffsteer.train.recipes import PARTS, RECIPES
+from diffsteer.train.recipes import RECIPES
 from diffsteer.zoo.networks import build
 
 
 def test_digits_networks_have_the_promised_shapes_and_sizes() -> None:
-    nets = {part: build(RECIPES["digits"][part].network).eval() for part in PARTS}
+    nets = {part: build(RECIPES["digits"][part].network).eval() for part in RECIPES["digits"]}
     x, t = torch.zeros(2, 1, 8, 8), torch.tensor([0, 999])
     assert nets["denoiser"](x, t, class_labels=torch.tensor([3, 10])).sample.shape == (2, 1, 8, 8)
     assert nets["judge"](x).shape == nets["features"](x).shape == nets["noisy_classifier"](x, t).shape == (2, 10)

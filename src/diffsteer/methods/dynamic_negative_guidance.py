@@ -47,11 +47,11 @@ class DynamicNegativeGuidance(Guidance):
         delta, added as delta / (2 variance) at each step (positive keeps the posterior alive).
     p_min, p_max : float
         The carried posterior is clamped to this range; the largest weight is scale * p_max / (1 - p_max).
-    estimator : {"auto", "kernel", "ito", "ode", "surrogate"} or callable
-        How p follows the trajectory, see :mod:`diffsteer.posterior`. "auto": "ito" on stochastic samplers (with
-        (1 - kappa) times the divergence where they add a fraction kappa of the noise), "ode" on deterministic
-        ones, where it is second order; "ode" serves stochastic samplers too, at the price of the divergence.
-        "kernel" is the paper's. A callable maps (x, level) to p, (B,): an exact posterior or a noise-aware
+    estimator : {"auto", "odds", "kernel", "ito", "ode", "surrogate"} or callable
+        How p follows the trajectory, see :mod:`diffsteer.posterior`. "auto": "odds" on samplers that add the full
+        ancestral noise, "ito" with (1 - kappa) times the divergence on those that add a fraction kappa of it, "ode" on
+        deterministic ones, where it is second order; "ode" serves stochastic samplers too, at the price of the
+        divergence. "kernel" is the paper's. A callable maps (x, level) to p, (B,): an exact posterior or a noise-aware
         classifier.
     divergence : {"probe", "exact", "difference"}
         One vector-Jacobian product a step along an orthogonal basis that the steps walk through; all D of them; or
