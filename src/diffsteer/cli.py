@@ -77,41 +77,51 @@ def remove(
 def removal(
     model: str = "digits",
     *,
-    out: Path = Path("runs/removal"),
-    samples: int = 1000,
-    steps: int = 50,
-    final_samples: int = 2000,
-    final_steps: int = 100,
-    scheduler: Annotated[list[str] | None, Parameter(negative="")] = None,
+    tier: int = 1,
+    out: Path | None = None,
+    samples: int | None = None,
+    method: Annotated[list[str] | None, Parameter(negative="")] = None,
+    separate: bool = False,
     quick: bool = False,
+    device: str = "cpu",
 ) -> None:
     """Sweep the scale of every method over all concepts, draw the fronts, and compare them with intervals.
 
-    One to two hours for the digits on 2 cores. Interrupt it at will: finished runs are kept and read back.
+    Hours on 2 cores: four for the digits. Interrupt it at will: finished runs are kept and read back. Several
+    processes share the runs under `torchrun --nproc_per_node N -m diffsteer bench removal ...`.
 
     Parameters
     ----------
     model
         A shipped model, or the folder of your own.
+    tier
+        1: the sweep at 50 steps; of mnist and cifar10 also 2: more steps and ODE samplers on two classes,
+        3: 1000 steps at one operating point, 4: everything, for a GPU.
     out
-        Folder for runs, tables and pictures.
-    samples, steps
-        Of the sweep; the classes for choosing get half the samples.
-    final_samples, final_steps
-        Of the comparison at one operating point per method, on the reported half of the classes.
-    scheduler
-        Only these; default ddpm and ddim.
+        Folder for runs, tables and pictures; by default runs/removal-<model>-<tier>.
+    samples
+        Per configuration, instead of the tier's; the classes for choosing get half of it.
+    method
+        Only these: np, sld, sld-medium, dng, dng-paper, ceiling.
+    separate
+        An unconditional network and a separate one of each concept, instead of one conditional network.
     quick
         A few samples and steps, to see that everything works.
+    device
+        Where the networks run, as PyTorch names it.
     """
-    from diffsteer.bench.sweep import sweep
+    from dataclasses import replace
 
+    from diffsteer import zoo
+    from diffsteer.bench.sweep import sweep, tier_of
+
+    chosen = tier_of(zoo.load(model), tier)
     if quick:
-        samples, steps, final_samples, final_steps = 48, 8, 48, 8
-    sweep(
-        model, out=out, samples=samples, steps=steps, final_samples=final_samples, final_steps=final_steps,
-        schedulers=tuple(scheduler or ("ddpm", "ddim")),
-    )  # fmt: skip
+        few = tuple((kind, 8) for kind, _ in chosen.samplers[:2])
+        chosen = replace(chosen, samplers=few, samples=48, final=chosen.final and ("ddpm", 8, 48))
+    chosen = replace(chosen, samples=samples or chosen.samples, methods=tuple(method or chosen.methods))
+    folder = out or Path("runs") / f"removal-{Path(model).name}-{tier}"
+    sweep(model, chosen, out=folder, separate=separate, device=device)
 
 
 @app.command

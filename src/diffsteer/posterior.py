@@ -198,8 +198,8 @@ class PosteriorTracker:
             )
         if stochastic != 1 and self.estimator in ("odds", "kernel"):
             raise UnsupportedError(
-                f"estimator={self.estimator!r} needs a sampler that adds the full ancestral noise (DDPM, DDIM with eta=1, Euler "
-                "ancestral); use estimator='auto'"
+                f"estimator={self.estimator!r} needs a sampler that adds the full ancestral noise (DDPM, DDIM with "
+                "eta=1, Euler ancestral); use estimator='auto'"
             )
         return self.estimator
 

@@ -110,8 +110,8 @@ def test_operating_points_are_read_off_the_choosing_half_alone(model) -> None:
 
     safe = [entry("0", 0.3, 0.004, 0.2, False), entry("0", 0.5, 0.0, 0.4, False), entry("0", 0.1, 0.05, 0.1, False)]
     misleading = [entry("7", 0.1, 0.0, 0.01, True)]
-    assert sweeping.operating_points(safe + misleading, model, [0]) == {"np": 0.3}
-    assert sweeping.operating_points([safe[2]], model, [0]) == {"np": 0.1}
+    assert sweeping.operating_points(safe + misleading, model, [0], ["np"]) == {"np": 0.3}
+    assert sweeping.operating_points([safe[2]], model, [0], ["np"]) == {"np": 0.1}
 
 
 @pytest.mark.full
@@ -119,14 +119,14 @@ def test_operating_points_are_read_off_the_choosing_half_alone(model) -> None:
 def test_the_whole_benchmark_runs_and_resumes(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sweeping, "SCALES", {"np": (0.2, 0.4), "sld": (0.2, 0.4), "dng": (1.0, 2.0)})
     monkeypatch.setattr(sweeping, "RESAMPLES", 3)
-    options = {"samples": 32, "steps": 3, "final_samples": 32, "final_steps": 3, "schedulers": ("ddpm",)}
-    sweeping.sweep("digits", out=tmp_path, **options)
+    tier = sweeping.Tier((("ddpm", 3),), 32, choose=True, final=("ddpm", 4, 32), methods=("np", "sld", "dng"))
+    sweeping.sweep("digits", tier, out=tmp_path)
     first = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
     tables = [(tmp_path / name).read_text() for name in ("summary.md", "sweep.csv", "final.csv")]
-    sweeping.sweep("digits", out=tmp_path, **options)
+    sweeping.sweep("digits", tier, out=tmp_path)
     assert first == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
     assert tables == [(tmp_path / name).read_text() for name in ("summary.md", "sweep.csv", "final.csv")]
-    assert (tmp_path / "fronts-ddpm.png").stat().st_size > 10_000
+    assert (tmp_path / "fronts-ddpm-3.png").stat().st_size > 10_000
 
 
 def test_a_model_is_calibrated_in_its_own_folder(model, tmp_path: Path) -> None:

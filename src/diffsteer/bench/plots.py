@@ -19,6 +19,8 @@ STYLES = {
     "rejection": ("Rejection", "black", "*"),
     "np": ("Negative prompting", "#c0504d", "o"),
     "sld": ("Safe latent diffusion", "#d99a2b", "s"),
+    "sld-medium": ("Safe latent diffusion, medium", "#8c6d1f", "v"),
+    "dng-paper": ("DNG, the paper's settings", "#7b3294", "P"),
     "dng": ("DNG", "#2166ac", "D"),
     "ceiling": ("DNG, classifier-driven", "#74add1", "^"),
 }

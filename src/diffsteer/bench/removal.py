@@ -59,6 +59,7 @@ class Setting:
     steps: int = 50
     samples: int = 1000
     seed: int = 0
+    separate: bool = False  # an unconditional network and one of the concept alone, not one conditional network
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Outcome:
     nfe: float  # evaluations per sample
     seconds: float
     record: dict[str, Any]
+    images: Tensor | None = None  # (N, C, H, W), 8 bits
     result: Result | None = None  # with the samples and traces, on a fresh run
 
     def kept(self, concepts: Sequence[int]) -> Tensor:
@@ -87,9 +89,10 @@ def method_for(model: Model, name: str, setting: Setting, scale: float | None = 
 
     Parameters
     ----------
-    name : {"unguided", "np", "sld", "dng", "ceiling"}
-        "ceiling" is dynamic negative guidance driven by the model's noise-aware classifier: what a perfect posterior
-        would buy.
+    name : {"unguided", "np", "sld", "sld-medium", "dng", "dng-paper", "ceiling"}
+        "sld" has the constants of the DNG paper's comparison, "sld-medium" those of its own. "dng-paper" is the
+        paper's recursion with the settings of its code, uncalibrated. "ceiling" is dynamic negative guidance driven by
+        the model's noise-aware classifier: what a perfect posterior would buy.
     scale : float, optional
         Instead of the recommended one.
     """
@@ -104,14 +107,17 @@ def method_for(model: Model, name: str, setting: Setting, scale: float | None = 
         return Unguided()
     if name == "np":
         return _sum([NegativePrompting(context=c, **values) for c in negatives])
-    if name == "sld":
-        return _sum([SafeLatentDiffusion.preset("removal", positive="null", context=c, **values) for c in negatives])
+    if name in ("sld", "sld-medium"):
+        preset = {"sld": "removal", "sld-medium": "medium"}[name]
+        return _sum([SafeLatentDiffusion.preset(preset, positive="null", context=c, **values) for c in negatives])
+    if name == "dng-paper":
+        return DynamicNegativeGuidance(contexts=negatives, **values)
     if name == "ceiling":
         if len(negatives) > 1:
             raise UnsupportedError("the classifier-driven ceiling removes one concept at a time")
         values["estimator"] = model.posterior(setting.concepts[0])
     elif name != "dng":
-        raise UnknownNameError("method", name, ("unguided", "np", "sld", "dng", "ceiling"))
+        raise UnknownNameError("method", name, METHODS)
     method = DynamicNegativeGuidance(prior=tuple(map(model.share, setting.concepts)), contexts=negatives, **values)
     if name == "ceiling":
         return method
@@ -153,7 +159,15 @@ def calibrate_model(
     return path
 
 
-_DEFAULTS: dict[str, dict[str, Any]] = {"np": {"scale": 0.3}, "sld": {"scale": 0.3}}
+_PAPER = {"prior": 0.01, "temperature": 0.2, "offset": 2e-4, "p_max": 0.8, "estimator": "kernel", "scale": 5.0}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "np": {"scale": 0.3},
+    "sld": {"scale": 0.3},
+    "sld-medium": {"scale": 1.0},
+    "dng-paper": _PAPER,
+}
+METHODS = ("unguided", "np", "sld", "sld-medium", "dng", "dng-paper", "ceiling")
+UNTOUCHED = 0.1  # root mean square difference of pixels in [-1, 1] below which nobody sees one
 
 
 def _sum(methods: list[Guidance]) -> Guidance:
@@ -175,7 +189,7 @@ def run(
     if path is not None and path.is_file():
         return _read(path)
     result = sample(
-        model.denoiser(neg=setting.concepts or None),
+        model.denoiser(neg=setting.concepts or None, separate=setting.separate),
         method,
         scheduler=scheduler(model, setting.scheduler),
         num_samples=setting.samples,
@@ -188,7 +202,9 @@ def run(
     labels = model.judge(result.samples).argmax(1)
     features = model.features(result.samples)
     record = {**context, **result.record}
-    outcome = Outcome(labels, features, float(result.nfe.double().mean()), result.record["seconds"], record, result)
+    images = ((result.samples.clamp(-1, 1) + 1) * 127.5).round().byte()
+    nfe = float(result.nfe.double().mean())
+    outcome = Outcome(labels, features, nfe, result.record["seconds"], record, images, result)
     if path is not None:
         _write(path, outcome)
     return outcome
@@ -199,13 +215,23 @@ def unguided(model: Model, setting: Setting, **keywords: Any) -> Outcome:
     return run(model, replace(setting, concepts=()), Unguided(), **keywords)
 
 
-def measure(model: Model, setting: Setting, outcome: Outcome, target: Outcome, label: str, scale: str) -> MethodRow:
+def measure(
+    model: Model,
+    setting: Setting,
+    outcome: Outcome,
+    target: Outcome,
+    label: str,
+    scale: str,
+    base: Outcome | None = None,
+) -> MethodRow:
     """All figures of one method with their 95% intervals.
 
     Parameters
     ----------
     target : Outcome
         An unguided run under OTHER seeds; its kept samples are the rejection set.
+    base : Outcome, optional
+        The unguided run under the same seeds, for the share of samples left untouched.
     """
     forbidden = set(setting.concepts)
     keep = [c for c in range(len(model.classes)) if c not in forbidden]
@@ -224,6 +250,11 @@ def measure(model: Model, setting: Setting, outcome: Outcome, target: Outcome, l
     fd_rejection, fd_rejection_interval = distance(rejection)
     fd_data, fd_data_interval = distance(data)
     size = int(mask.sum())
+    untouched = None
+    if base is not None and base.images is not None and outcome.images is not None:
+        moved = (outcome.images.float() - base.images.float()).flatten(1).square().mean(1).sqrt() / 127.5
+        untouched = float((moved < UNTOUCHED).double().mean())
+    overlap = metrics.precision_recall_density_coverage(rejection, outcome.features)
     return MethodRow(
         name=label,
         label=label,
@@ -242,6 +273,8 @@ def measure(model: Model, setting: Setting, outcome: Outcome, target: Outcome, l
         fd_data_interval=fd_data_interval,
         nfe=outcome.nfe,
         seconds=outcome.seconds,
+        untouched=untouched,
+        **overlap._asdict(),
     )
 
 
@@ -250,8 +283,9 @@ def reject(outcome: Outcome, concepts: Sequence[int]) -> Outcome:
     mask = outcome.kept(concepts)
     price = 1 / max(float(mask.double().mean()), 1 / len(mask))
     return replace(
-        outcome, labels=outcome.labels[mask], features=outcome.features[mask], nfe=outcome.nfe * price, result=None
-    )
+        outcome, labels=outcome.labels[mask], features=outcome.features[mask], nfe=outcome.nfe * price,
+        images=None, result=None,
+    )  # fmt: skip
 
 
 def _digest(context: dict[str, Any]) -> str:
@@ -262,10 +296,9 @@ def _write(path: Path, outcome: Outcome) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     facts = {"nfe": outcome.nfe, "seconds": outcome.seconds, "record": outcome.record}
+    tensors = {"labels": outcome.labels, "features": outcome.features, "images": outcome.images}
     try:
-        save_file(
-            {"labels": outcome.labels, "features": outcome.features}, partial, metadata={"facts": json.dumps(facts)}
-        )
+        save_file({k: v for k, v in tensors.items() if v is not None}, partial, metadata={"facts": json.dumps(facts)})
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -274,4 +307,4 @@ def _write(path: Path, outcome: Outcome) -> None:
 def _read(path: Path) -> Outcome:
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["facts"])
-        return Outcome(file.get_tensor("labels"), file.get_tensor("features"), **facts)
+        return Outcome(**{name: file.get_tensor(name) for name in ("labels", "features", "images")}, **facts)

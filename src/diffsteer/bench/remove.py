@@ -35,7 +35,9 @@ NAMES = {
     "rejection": "Rejection",
     "np": "Negative prompting",
     "sld": "Safe latent diffusion",
+    "sld-medium": "Safe latent diffusion, medium",
     "dng": "DNG",
+    "dng-paper": "DNG, the paper's settings",
     "ceiling": "DNG, classifier-driven",
 }
 _GUIDED = ("np", "sld", "dng")
@@ -102,7 +104,10 @@ def remove(
         for name, method in guides.items():
             outcomes[name] = run(loaded, setting, method, trace="full", progress=bar(NAMES[name], samples))
 
-    rows = [measure(loaded, setting, outcome, target, NAMES[name], "") for name, outcome in outcomes.items()]
+    rows = [
+        measure(loaded, setting, outcome, target, NAMES[name], "", outcomes["unguided"])
+        for name, outcome in outcomes.items()
+    ]
     panels = []
     for name, outcome in outcomes.items():
         if outcome.result is None:

@@ -82,6 +82,10 @@ class MethodRow:
         Network evaluations per sample that is kept.
     seconds : float
         Wall-clock seconds for the row's `n` samples.
+    untouched : float, optional
+        Share of samples whose pixels are those of the unguided sample of the same seed, in [0, 1].
+    precision, recall, density, coverage : float, optional
+        Of the result's features against the rejection set's.
     """
 
     name: str
@@ -101,6 +105,11 @@ class MethodRow:
     fd_data_interval: Interval | None
     nfe: float
     seconds: float
+    untouched: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    density: float | None = None
+    coverage: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,6 +381,7 @@ _HEADINGS = (  # of the table's columns, and what is below them
     ("KL", "to uniform"),
     ("Distance", "to rejection"),
     ("Distance", "to data"),
+    ("Untouched", "same seed"),
     ("NFE", "per sample"),
     ("Time", "seconds"),
 )
@@ -394,6 +404,7 @@ def _table(rows: Sequence[MethodRow]) -> list[tuple[str, list[list[tuple[str, st
         [_cell(row.kl_uniform, row.kl_uniform_interval, 3 + fine) for row in rows],
         _column([(row.fd_rejection, row.fd_rejection_interval) for row in rows]),
         _column([(row.fd_data, row.fd_data_interval) for row in rows]),
+        [_cell(None if row.untouched is None else 100 * row.untouched, None, 0, "%") for row in rows],
         [_cell(row.nfe, None, 1 - whole) for row in rows],
         _column([(row.seconds, None) for row in rows]),
     ]

@@ -8,32 +8,93 @@ benchmark goes on where it stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffsteer import zoo
 from diffsteer.bench import metrics
-from diffsteer.bench.plots import draw_fronts
+from diffsteer.bench.plots import draw_fronts, draw_samples
 from diffsteer.bench.removal import Outcome, Setting, measure, method_for, reject, run, unguided
 from diffsteer.bench.remove import NAMES
-from diffsteer.bench.report import MethodRow, check_writable, rows_to_csv, write_text
+from diffsteer.bench.report import MethodPanel, MethodRow, check_writable, rows_to_csv, write_text
+from diffsteer.errors import UnknownNameError, UnsupportedError
 from diffsteer.zoo import Model
 
 SCALES: dict[str, tuple[float, ...]] = {
     "np": (0.1, 0.2, 0.3, 0.5),
     "sld": (0.1, 0.2, 0.4, 0.8),
+    "sld-medium": (0.1, 0.2, 0.4, 0.8),
     "dng": (1.0, 2.0, 3.0, 5.0),
+    "dng-paper": (1.0, 2.0, 5.0, 10.0),
     "ceiling": (1.0, 2.0),
 }
-BASELINES = ("np", "sld")
+BASELINES = ("np", "sld", "sld-medium")
+MARGINS = {"mnist": 0.005}  # what counts as safe: above the judge's floor, elsewhere one point
 TARGET_FACTOR = 3  # unguided samples behind the rejection set, per sample of a method
 RESAMPLES = 100  # of the feature distance, whose bootstrap is the dear part
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One size of the benchmark.
+
+    Attributes
+    ----------
+    samplers : tuple of (str, int)
+        Schedulers and steps of the sweeps over the scales.
+    samples : int
+        Per configuration; the classes for choosing get half as many.
+    concepts : int
+        How many of the reported classes, the first ones.
+    choose : bool
+        Sweep the classes for choosing too, under the first sampler, and read operating points off them; without it
+        they are the scales that the model's folder recommends.
+    final : (str, int, int), optional
+        Scheduler, steps and samples of one operating point per method.
+    methods : tuple of str
+        Of ``SCALES``.
+    """
+
+    samplers: tuple[tuple[str, int], ...]
+    samples: int
+    concepts: int = 5
+    choose: bool = False
+    final: tuple[str, int, int] | None = None
+    methods: tuple[str, ...] = ("np", "sld", "dng", "ceiling")
+
+
+_FEW = (("ddpm", 250), ("ddim", 25), ("ddim", 50), ("dpm++", 25), ("dpm++", 50))
+_ALL = tuple(SCALES)
+TIERS: dict[str, dict[int, Tier]] = {
+    "digits": {1: Tier((("ddpm", 50), ("ddim", 50)), 1000, choose=True, final=("ddpm", 100, 2000))},
+    "mnist": {
+        1: Tier((("ddpm", 50),), 512, choose=True, methods=_ALL),
+        2: Tier(_FEW, 512, concepts=2),
+        3: Tier((), 512, concepts=1, final=("ddpm", 1000, 512)),
+        4: Tier((("ddpm", 50), *_FEW), 2048, choose=True, methods=_ALL),
+    },
+    "cifar10": {
+        1: Tier((("ddpm", 50), ("dpm++", 25)), 2048, choose=True, methods=_ALL),
+        3: Tier((), 2048, concepts=1, final=("ddpm", 1000, 2048)),
+    },
+}
+
+
+def tier_of(model: Model, number: int) -> Tier:
+    """A tier of a model's benchmark; a user's own model has those of the digits."""
+    tiers = TIERS.get(model.name, TIERS["digits"])
+    if number not in tiers:
+        raise UnknownNameError("tier", number, map(str, tiers))
+    return tiers[number]
 
 
 @dataclass(frozen=True)
@@ -63,70 +124,203 @@ class Lead:
 def halves(model: Model) -> tuple[list[int], list[int]]:
     """Labels for choosing and labels for reporting."""
     middle = len(model.classes) // 2
-    return list(range(middle)), list(range(middle, len(model.classes)))
+    first, second = list(range(middle)), list(range(middle, len(model.classes)))
+    return (second, first) if model.name == "cifar10" else (first, second)
 
 
-def sweep(
-    name: str,
-    *,
-    out: Path,
-    samples: int = 1000,
-    steps: int = 50,
-    final_samples: int = 2000,
-    final_steps: int = 100,
-    schedulers: Sequence[str] = ("ddpm", "ddim"),
-) -> None:
-    """Run the whole benchmark and write runs, tables, fronts and a summary into ``out``."""
-    model = zoo.load(name)
+def sweep(name: str, tier: Tier, *, out: Path, separate: bool = False, device: str = "cpu") -> None:
+    """Run one tier of the benchmark and write runs, tables, fronts, grids and a summary into ``out``.
+
+    Under ``torchrun`` the processes share the runs among them; the first one writes.
+
+    Parameters
+    ----------
+    name : str
+        A shipped model or a folder.
+    separate : bool
+        An unconditional network and one of each concept alone, where the model has them.
+    """
+    model = zoo.load(name, device=device)
     check_writable(out / "results.json")
     choose, report = halves(model)
+    report = report[: tier.concepts]
+    if separate:
+        report = [c for c in report + choose if f"only_{c}" in model.config["networks"]]
+    choosing = choose if tier.choose and not separate else []
     plan = [
-        (kind, concept, method, scale)
-        for kind in schedulers
-        for concept in ([*report, *choose] if kind == "ddpm" else report)
-        for method, scales in SCALES.items()
-        if method != "ceiling" or (kind == "ddpm" and concept in report)
-        for scale in scales
+        _Job(
+            Setting((concept,), kind, steps, tier.samples // (1 + (concept in choosing)), separate=separate), method, w
+        )
+        for kind, steps in tier.samplers
+        for concept in ([*report, *choosing] if (kind, steps) == tier.samplers[0] else report)
+        for method in tier.methods
+        if method != "ceiling" or concept in report
+        for w in SCALES[method]
     ]
     entries: list[Entry] = []
-    labels: dict[tuple[str, int, str], list[Outcome]] = {}
-    bases: dict[str, tuple[Outcome, Outcome]] = {}
+    outcomes: dict[tuple[str, int, str], list[Outcome]] = {}
     console = Console()
-    with _bars(console) as bars:
-        task = bars.add_task("sweep", total=len(plan))
-        for kind in schedulers:
-            setting = Setting((), kind, steps, samples)
-            target = replace(setting, seed=1, samples=TARGET_FACTOR * samples)
-            bases[kind] = (unguided(model, setting, store=out / "runs"), unguided(model, target, store=out / "runs"))
-        for kind, concept, method, scale in plan:
-            bars.update(task, description=f"{kind} {model.classes[concept]} {method} {scale:g}")
-            setting = Setting((concept,), kind, steps, samples if concept in report else samples // 2)
-            outcome = run(model, setting, method_for(model, method, setting, scale), store=out / "runs")
-            labels.setdefault((kind, concept, method), []).append(outcome)
-            row = measure(model, setting, outcome, bases[kind][1], NAMES[method], f"{scale:g}")
-            entries.append(Entry(kind, model.classes[concept], method, scale, concept in report, row))
+    bases = _Bases(model, tier.samples, separate, out / "runs")
+    _share_out(model, plan, bases, out / "runs", console, "sweep")
+    for job in plan:
+        (concept,) = job.setting.concepts
+        outcome = job.run(model, out / "runs")
+        outcomes.setdefault((job.sampler, concept, job.method), []).append(outcome)
+        entries.append(_entry(model, job.setting, job.method, job.scale, outcome, bases, concept in report))
+    for setting in dict.fromkeys(job.setting for job in plan):
+        entries += _references(model, setting, bases, setting.concepts[0] in report)
+    leads = list(_leads(model, outcomes, bases, report, tier))
+    points = operating_points(entries, model, choosing, tier.methods)
+    final: list[Entry] = []
+    if tier.final is not None:
+        kind, steps, samples = tier.final
+        settings = [Setting((concept,), kind, steps, samples, separate=separate) for concept in report]
+        jobs = [_Job(setting, method, w) for setting in settings for method, w in points.items()]
+        finals = _Bases(model, samples, separate, out / "runs")
+        _share_out(model, jobs, finals, out / "runs", console, "operating points")
+        for setting in settings:
+            final += _references(model, setting, finals, True)
+        for job in jobs:
+            outcome = job.run(model, out / "runs")
+            final.append(_entry(model, job.setting, job.method, job.scale, outcome, finals, True))
+    if _rank()[0] == 0:
+        _write(out, model, entries, leads, points, final, tier=asdict(tier), separate=separate)
+        for kind, steps in tier.samplers:
+            _grids(out, model, Setting((report[0],), kind, steps, tier.samples, separate=separate), points, bases)
+        console.print(summary(model, entries, leads, points, final), markup=False, highlight=False)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One run of the plan."""
+
+    setting: Setting
+    method: str
+    scale: float
+
+    @property
+    def sampler(self) -> str:
+        return sampler_name(self.setting)
+
+    def run(self, model: Model, store: Path, progress: Callable[[int], None] | bool = False) -> Outcome:
+        method = method_for(model, self.method, self.setting, self.scale)
+        return run(model, self.setting, method, store=store, progress=progress)
+
+
+def sampler_name(setting: Setting) -> str:
+    """ "ddpm-50"."""
+    return f"{setting.scheduler}-{setting.steps}"
+
+
+@dataclass(frozen=True)
+class _Bases:
+    """The unguided runs that everything is compared with."""
+
+    model: Model
+    samples: int
+    separate: bool
+    store: Path
+
+    def _unguided(self, setting: Setting, samples: int, seed: int) -> Outcome:
+        plain = Setting((), setting.scheduler, setting.steps, samples, seed, self.separate)
+        return unguided(self.model, plain, store=self.store)
+
+    def base(self, setting: Setting) -> Outcome:
+        """Under the same seeds as the methods; the first samples, where a setting asks for fewer."""
+        whole = self._unguided(setting, self.samples, setting.seed)
+        cut = slice(setting.samples)
+        images = None if whole.images is None else whole.images[cut]
+        return replace(whole, labels=whole.labels[cut], features=whole.features[cut], images=images, result=None)
+
+    def target(self, setting: Setting) -> Outcome:
+        """Under other seeds: its kept samples are the rejection set."""
+        return self._unguided(setting, TARGET_FACTOR * self.samples, setting.seed + 1)
+
+
+def _rank() -> tuple[int, int]:
+    """This process's number and how many there are."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _share_out(model: Model, plan: Sequence[_Job], bases: _Bases, store: Path, console: Console, title: str) -> None:
+    """Make every run of the plan exist; each process makes its own share and waits for the others."""
+    rank, world = _rank()
+    settings = list({sampler_name(job.setting): job.setting for job in plan}.values())
+    work: list[tuple[str, Callable[[], Any]]] = []
+    for setting in settings:
+        work += [(f"{sampler_name(setting)} unguided", partial(f, setting)) for f in (bases.base, bases.target)]
+    for job in plan:
+        (concept,) = job.setting.concepts
+        label = f"{job.sampler} {model.classes[concept]} {job.method} {job.scale:g}"
+        work.append((label, partial(job.run, model, store)))
+    with _bars(console, disable=rank > 0) as bars:
+        task = bars.add_task(title, total=len(work))
+        for number, (label, do) in enumerate(work):
+            bars.update(task, description=label)
+            if number % world == rank:
+                do()
             bars.advance(task)
-        for kind, (base, target) in bases.items():
-            for concept in report if kind != "ddpm" else [*choose, *report]:
-                setting = Setting((concept,), kind, steps, samples)
-                for method, outcome in (("unguided", base), ("rejection", reject(base, (concept,)))):
-                    row = measure(model, setting, outcome, target, NAMES[method], "")
-                    entries.append(Entry(kind, model.classes[concept], method, 0.0, concept in report, row))
-    leads = list(_leads(model, labels, bases, report))
-    points = operating_points(entries, model, choose)
-    final = list(_final(model, points, report, final_samples, final_steps, schedulers, out, console))
-    _write(out, model, entries, leads, points, final, steps=steps, samples=samples)
-    console.print(summary(model, entries, leads, points, final), markup=False, highlight=False)
+    if world > 1:
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not torch.cuda.is_available())
+        if state.num_processes != world:
+            raise UnsupportedError(f"{world} processes were started, but this one sees {state.num_processes}")
+        state.wait_for_everyone()
 
 
-def operating_points(entries: Sequence[Entry], model: Model, choose: Sequence[int]) -> dict[str, float]:
-    """Per method the scale with the lowest mean KL among those within a point of the judge's floor.
+def _entry(
+    model: Model, setting: Setting, method: str, scale: float, outcome: Outcome, bases: _Bases, reported: bool
+) -> Entry:
+    text = f"{scale:g}" if scale else ""
+    base = None if method == "rejection" else bases.base(setting)
+    row = measure(model, setting, outcome, bases.target(setting), NAMES[method], text, base)
+    return Entry(sampler_name(setting), model.classes[setting.concepts[0]], method, scale, reported, row)
 
-    Read off the classes for choosing alone. Where no scale is safe enough, the safest.
+
+def _references(model: Model, setting: Setting, bases: _Bases, reported: bool) -> list[Entry]:
+    """The rows that need no method: unguided, and unguided with the forbidden ones thrown away."""
+    base = bases.base(setting)
+    named = {"unguided": base, "rejection": reject(base, setting.concepts)}
+    return [_entry(model, setting, method, 0.0, outcome, bases, reported) for method, outcome in named.items()]
+
+
+def _grids(out: Path, model: Model, setting: Setting, points: Mapping[str, float], bases: _Bases) -> None:
+    """The first samples of every method at its operating point, or the swept scale next to it."""
+    outcomes = {"unguided": bases.base(setting)}
+    for method, scale in points.items():
+        near = min(SCALES[method], key=lambda w: abs(w - scale))
+        outcomes[method] = _Job(setting, method, near).run(model, out / "runs")
+    panels = [
+        MethodPanel(
+            label=NAMES[method],
+            images=outcome.images.float() / 127.5 - 1,
+            forbidden=~outcome.kept(setting.concepts),
+            class_shares=metrics.class_shares(outcome.labels, len(model.classes)),
+        )
+        for method, outcome in outcomes.items()
+        if outcome.images is not None
+    ]
+    draw_samples(out / f"samples-{sampler_name(setting)}.png", panels)
+
+
+def operating_points(
+    entries: Sequence[Entry], model: Model, choose: Sequence[int], methods: Sequence[str]
+) -> dict[str, float]:
+    """Per method the scale with the lowest mean KL among those close enough to the judge's floor.
+
+    Read off the classes for choosing alone. Where no scale is safe enough, the safest; where no class was swept for
+    choosing, what the model's folder recommends.
     """
     names = [model.classes[c] for c in choose]
+    margin = MARGINS.get(model.name, 0.01)
     points: dict[str, float] = {}
-    for method, scales in SCALES.items():
+    for method in methods:
+        scales = SCALES[method]
+        if not choose:
+            setting = Setting((0,))
+            points[method] = float(getattr(method_for(model, method, setting), "scale"))  # noqa: B009
+            continue
         scored: list[tuple[bool, float, float]] = []
         for scale in scales:
             rows = [e for e in entries if e.method == method and e.scale == scale and e.concept in names]
@@ -134,58 +328,34 @@ def operating_points(entries: Sequence[Entry], model: Model, choose: Sequence[in
                 continue
             excess = float(np.mean([e.row.forbidden_share - model.floor([e.concept]) for e in rows]))
             kl = float(np.mean([e.row.kl_rejection or 0.0 for e in rows]))
-            scored.append((excess > 0.01, kl if excess <= 0.01 else excess, scale))
+            scored.append((excess > margin, kl if excess <= margin else excess, scale))
         if scored:
             points[method] = min(scored)[2]
     return points
 
 
-def _final(
-    model: Model,
-    points: dict[str, float],
-    report: Sequence[int],
-    samples: int,
-    steps: int,
-    schedulers: Sequence[str],
-    out: Path,
-    console: Console,
-) -> Iterator[Entry]:
-    """One operating point per method on the reported classes, with more samples and steps."""
-    with _bars(console) as bars:
-        task = bars.add_task("operating points", total=len(points) * len(report))
-        kind = schedulers[0]
-        base = unguided(model, Setting((), kind, steps, samples), store=out / "runs")
-        target = unguided(model, Setting((), kind, steps, TARGET_FACTOR * samples, seed=1), store=out / "runs")
-        for concept in report:
-            setting = Setting((concept,), kind, steps, samples)
-            for method, outcome in (("unguided", base), ("rejection", reject(base, (concept,)))):
-                row = measure(model, setting, outcome, target, NAMES[method], "")
-                yield Entry(kind, model.classes[concept], method, 0.0, True, row)
-            for method, scale in points.items():
-                bars.update(task, description=f"final {model.classes[concept]} {method}")
-                outcome = run(model, setting, method_for(model, method, setting, scale), store=out / "runs")
-                row = measure(model, setting, outcome, target, NAMES[method], f"{scale:g}")
-                yield Entry(kind, model.classes[concept], method, scale, True, row)
-                bars.advance(task)
-
-
 def _leads(
     model: Model,
-    labels: dict[tuple[str, int, str], list[Outcome]],
-    bases: dict[str, tuple[Outcome, Outcome]],
+    outcomes: Mapping[tuple[str, int, str], list[Outcome]],
+    bases: _Bases,
     report: Sequence[int],
+    tier: Tier,
 ) -> Iterator[Lead]:
     """DNG's front against each baseline's, per reported concept and on average (resampled jointly)."""
-    for kind, (_, target) in bases.items():
-        for versus in BASELINES:
+    for kind, steps in tier.samplers:
+        setting = Setting((), kind, steps, tier.samples, separate=bases.separate)
+        sampler, target = sampler_name(setting), bases.target(setting)
+        for versus in (m for m in BASELINES if m in tier.methods):
             for axis, compare in (("KL", _kl_lead), ("distance", _distance_lead)):
-                each = [compare(model, labels[kind, c, "dng"], labels[kind, c, versus], target, c) for c in report]
+                each = [
+                    compare(model, outcomes[sampler, c, "dng"], outcomes[sampler, c, versus], target, c) for c in report
+                ]
                 for concept, (difference, draws) in zip(report, each, strict=True):
                     interval = metrics.interval_of(difference, draws)
-                    yield Lead(kind, model.classes[concept], versus, axis, difference, interval)
+                    yield Lead(sampler, model.classes[concept], versus, axis, difference, interval)
                 mean = float(np.mean([difference for difference, _ in each]))
                 interval = metrics.interval_of(mean, np.mean([draws for _, draws in each], axis=0))
-                yield Lead(kind, "mean", versus, axis, mean, interval)
+                yield Lead(sampler, "mean", versus, axis, mean, interval)
 
 
 def _kl_lead(
@@ -276,7 +446,8 @@ def summary(
         "",
     ]
     lines += ["| method | scale |", "|---|---|", *(f"| {NAMES[m]} | {s:g} |" for m, s in points.items())]
-    lines += ["", "### At the operating points, mean over the reported classes", "", *_means(model, final)]
+    if final:
+        lines += ["", "### At the operating points, mean over the reported classes", "", *_means(model, final)]
     reported = [e for e in entries if e.reported]
     for kind in dict.fromkeys(e.scheduler for e in reported):
         chosen = [e for e in reported if e.scheduler == kind]
@@ -288,21 +459,23 @@ def _means(model: Model, entries: Sequence[Entry]) -> list[str]:
     """One line per method and scale."""
     lines = [
         "| method | scale | forbidden share | above the floor | KL to rejection | KL to uniform | "
-        "distance to rejection | distance to data | evaluations |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "distance to rejection | distance to data | recall | untouched | evaluations |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     found = {(e.method, e.scale) for e in entries}
     for method, scale in sorted(found, key=lambda m: (list(NAMES).index(m[0]), m[1])):
         rows = [e for e in entries if (e.method, e.scale) == (method, scale)]
         means = {
             key: float(np.mean([getattr(e.row, key) for e in rows]))
-            for key in ("forbidden_share", "kl_rejection", "kl_uniform", "fd_rejection", "fd_data", "nfe")
+            for key in ("forbidden_share", "kl_rejection", "kl_uniform", "fd_rejection", "fd_data", "nfe", "recall")
         }
+        touched = [e.row.untouched for e in rows if e.row.untouched is not None]
         excess = means["forbidden_share"] - float(np.mean([model.floor([e.concept]) for e in rows]))
         lines.append(
             f"| {NAMES[method]} | {f'{scale:g}' if scale else ''} | {means['forbidden_share']:.2%} | {excess:+.2%} | "
             f"{means['kl_rejection']:.3f} | {means['kl_uniform']:.3f} | {means['fd_rejection']:.2f} | "
-            f"{means['fd_data']:.2f} | {means['nfe']:.0f} |"
+            f"{means['fd_data']:.2f} | {means['recall']:.2f} | "
+            f"{f'{np.mean(touched):.0%}' if touched else ''} | {means['nfe']:.0f} |"
         )
     return lines
 
@@ -313,7 +486,7 @@ def _signed(lead: Lead) -> str:
     return f"{lead.difference:+.2f} ({low:+.2f} to {high:+.2f}), {verdict}"
 
 
-def _bars(console: Console) -> Progress:
+def _bars(console: Console, disable: bool = False) -> Progress:
     return Progress(
         TextColumn("{task.description:<26}"),
         BarColumn(),
@@ -321,4 +494,5 @@ def _bars(console: Console) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
+        disable=disable,
     )

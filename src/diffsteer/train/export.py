@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from diffsteer.train.recipes import PARTS, SCHEDULE
 from diffsteer.zoo.networks import build
 
 __all__ = ["export"]
+
+REFERENCES = 5000  # training images whose features are kept, at most
 
 
 @torch.inference_mode()
@@ -51,7 +53,8 @@ def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str
     ParameterError
         There is no denoiser checkpoint.
     """
-    paths = {part: path for part in PARTS if (path := run_dir / f"{part}.safetensors").exists()}
+    named = [*PARTS, *sorted(path.stem for path in run_dir.glob("only_*.safetensors"))]
+    paths = {part: path for part in named if (path := run_dir / f"{part}.safetensors").exists()}
     if "denoiser" not in paths:
         raise ParameterError(f"{run_dir} holds no denoiser.safetensors: train the part 'denoiser' first")
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -85,16 +88,22 @@ def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str
         "data": {"name": data.name, "licence": data.licence, "note": data.note},
     }
     if "features" in nets and "judge" in nets:
+        rows = torch.linspace(0, len(data.labels) - 1, min(REFERENCES, len(data.labels))).round().long()
         reference = {
-            "features": nets["features"].features(data.images).half(),
-            "labels": data.labels,
+            "features": _in_parts(nets["features"].features, data.images[rows]).half(),
+            "labels": data.labels[rows],
             "heldout_labels": data.heldout_labels,
-            "heldout_judged": nets["judge"](data.heldout_images).argmax(1),
+            "heldout_judged": _in_parts(nets["judge"], data.heldout_images).argmax(1),
         }
         write_atomically(out_dir / "reference.safetensors", reference)
     _write_text(out_dir / "README.md", card(config, len(data.labels), len(data.heldout_labels)))
     _write_text(out_dir / "config.json", json.dumps(config, indent=1) + "\n")
     return config
+
+
+def _in_parts(net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """A network's answers, 500 images at a time."""
+    return torch.cat([net(part) for part in images.split(500)])
 
 
 def _half(value: Tensor) -> Tensor:
@@ -112,7 +121,7 @@ def _metrics(nets: Mapping[str, Any], data: datasets.Dataset, num_samples: int) 
     metrics: dict[str, Any] = {}
     for part in ("judge", "features"):
         if part in nets:
-            logits = nets[part](data.heldout_images)
+            logits = _in_parts(nets[part], data.heldout_images)
             metrics[part] = {"heldout_accuracy": _accuracy(logits, data.heldout_labels)}
     if not num_samples:
         return metrics

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffsteer.denoisers import NetDenoiser, denoiser
+from diffsteer.denoisers import Denoiser, NetDenoiser, denoiser
 from diffsteer.errors import ParameterError, UnknownNameError, WeightsError
 from diffsteer.paths import Level, VPPath
 from diffsteer.posterior import Calibration
@@ -114,7 +114,17 @@ class Model:
             raise UnknownNameError("concept", concept, self.classes)
         return self.classes.index(str(concept))
 
-    def _network(self, part: str) -> nn.Module:
+    @cached_property
+    def _loaded(self) -> dict[str, Any]:
+        return {}
+
+    def _network(self, part: str) -> Any:
+        """A network by its part's name, read once."""
+        if part not in self._loaded:
+            self._loaded[part] = self._load(part)
+        return self._loaded[part]
+
+    def _load(self, part: str) -> nn.Module:
         networks = self.config["networks"]
         if part not in networks:
             raise UnknownNameError("network", part, networks)
@@ -127,24 +137,19 @@ class Model:
             raise WeightsError(f"{path} does not fit the network in config.json; copy the model again") from error
         return net.to(self.device).eval().requires_grad_(False)
 
-    @cached_property
+    @property
     def network(self) -> nn.Module:
         """The denoiser's own network."""
-        return self._network("denoiser")
+        network: nn.Module = self._network("denoiser")
+        return network
 
-    @cached_property
-    def _judge(self) -> nn.Module:
-        return self._network("judge")
-
-    @cached_property
-    def _features(self) -> Any:
-        return self._network("features")
-
-    @cached_property
-    def _noisy_classifier(self) -> nn.Module:
-        return self._network("noisy_classifier")
-
-    def denoiser(self, pos: int | str | None = None, neg: int | str | Sequence[int | str] | None = None) -> NetDenoiser:
+    def denoiser(
+        self,
+        pos: int | str | None = None,
+        neg: int | str | Sequence[int | str] | None = None,
+        *,
+        separate: bool = False,
+    ) -> NetDenoiser:
         """The denoiser with contexts "null", "pos" and "neg".
 
         Parameters
@@ -153,13 +158,37 @@ class Model:
             The wanted class.
         neg : class or sequence of classes, optional
             One unwanted class is the context "neg"; several are "neg:<class>" each (see :meth:`negatives`).
+        separate : bool
+            The unconditional network and one network per unwanted class, each trained on that class alone, instead
+            of one conditional network.
+
+        Raises
+        ------
+        UnknownNameError
+            The class, or a network of it alone, does not exist in this model.
+        ParameterError
+            A class is named twice, or ``pos`` is asked of separate networks, which have none.
         """
+        if separate:
+            if pos is not None:
+                raise ParameterError("separate networks have no wanted class; use the conditional one (separate=False)")
+            parts = [f"only_{label}" for label in self._labels(neg)]
+            nets = {name: self._alone(part) for name, part in zip(self.negatives(neg), parts, strict=True)}
+            return self._alone("unconditional", nets)
         contexts: dict[str, Mapping[str, Any]] = {"null": {"class_labels": self.config["null_label"]}}
         if pos is not None:
             contexts["pos"] = {"class_labels": self.label(pos)}
         for context, label in zip(self.negatives(neg), self._labels(neg), strict=True):
             contexts[context] = {"class_labels": label}
-        return denoiser(self.network, prediction=self.config["prediction"], contexts=contexts, path=self.path)
+        return self._wrap(self.network, contexts)
+
+    def _alone(self, part: str, others: Mapping[str, Denoiser] | None = None) -> NetDenoiser:
+        """A network with a single label, as context "null", beside denoisers for further contexts."""
+        return self._wrap(self._network(part), {"null": {"class_labels": 0}, **(others or {})})
+
+    def _wrap(self, net: nn.Module, contexts: Mapping[str, Any]) -> NetDenoiser:
+        shape = self.config["image_shape"]
+        return denoiser(net, prediction=self.config["prediction"], contexts=contexts, path=self.path, shape=shape)
 
     def _labels(self, concepts: int | str | Sequence[int | str] | None) -> list[int]:
         if concepts is None:
@@ -189,12 +218,14 @@ class Model:
     @torch.no_grad()
     def judge(self, x: Tensor) -> Tensor:
         """Class logits of clean images, (N, classes); on the CPU."""
-        return torch.cat([self._judge(part.to(self.device, torch.float32)).cpu() for part in x.split(512)])
+        return torch.cat([self._network("judge")(part.to(self.device, torch.float32)).cpu() for part in x.split(512)])
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
         """Features of clean images, (N, d), from a network that never judges; on the CPU."""
-        return torch.cat([self._features.features(part.to(self.device, torch.float32)).cpu() for part in x.split(512)])
+        return torch.cat(
+            [self._network("features").features(part.to(self.device, torch.float32)).cpu() for part in x.split(512)]
+        )
 
     @property
     def guidance(self) -> dict[str, dict[str, Any]]:
@@ -210,7 +241,7 @@ class Model:
             own, timestep = self.path.locate(level)
             inside = x * (own.alpha / level.alpha if level.alpha > 0 else own.sigma / level.sigma)
             times = torch.full((len(x),), round(timestep), device=x.device)
-            return self._noisy_classifier(inside.float(), times).softmax(1)[:, label]
+            return self._network("noisy_classifier")(inside.float(), times).softmax(1)[:, label]
 
         return estimate
 
