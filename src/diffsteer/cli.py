@@ -126,7 +126,7 @@ def removal(
 
 @app.command
 def train(
-    dataset: Literal["digits", "mnist", "cifar10"] = "digits",
+    dataset: str = "digits",
     *,
     out: Path | None = None,
     part: Annotated[list[str] | None, Parameter(negative="")] = None,
@@ -134,6 +134,7 @@ def train(
     steps: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
+    image_size: int = 32,
     resume: bool = True,
 ) -> None:
     """Train a model: a conditional denoiser, a judge, a feature network and a noise-aware classifier.
@@ -143,7 +144,8 @@ def train(
     Parameters
     ----------
     dataset
-        What to train on. All but the digits come from the Hugging Face hub, or from $DIFFSTEER_DATA/<dataset>.
+        digits, mnist, cifar10 (from $DIFFSTEER_DATA/<dataset> or the Hugging Face hub), or a folder of your own with
+        one sub-folder of images per class.
     out
         The model's folder, by default runs/<dataset>; pass it to `diffsteer remove --model`.
     part
@@ -152,13 +154,18 @@ def train(
         Of the initial weights and every batch.
     steps, batch_size, lr
         Instead of the recipe's.
+    image_size
+        Pixels to which the images of your own folder are resized.
     resume
         Go on from the last checkpoint.
     """
     from diffsteer.train import train as run
 
-    folder = out or Path("runs") / dataset
-    run(dataset, folder, parts=part, seed=seed, steps=steps, batch_size=batch_size, lr=lr, resume=resume)
+    folder = out or Path("runs") / Path(dataset).name
+    run(
+        dataset, folder, parts=part, seed=seed, steps=steps, batch_size=batch_size, lr=lr, image_size=image_size,
+        resume=resume,
+    )  # fmt: skip
 
 
 @app.command

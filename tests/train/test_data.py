@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 
-from diffsteer.errors import UnknownNameError
+from diffsteer.errors import ParameterError, UnknownNameError
 from diffsteer.train.data import digits, load
-from diffsteer.train.tasks import affine
+from diffsteer.train.recipes import for_images
+from diffsteer.train.tasks import AUGMENTATIONS, affine, flip
 
 
 def test_digits_are_split_once_and_for_all() -> None:
@@ -41,3 +45,64 @@ def test_augmentation_moves_images_a_little_and_pads_with_the_background() -> No
     assert abs(out.mean() - images.mean()) < 0.05  # a wrong padding value would brighten the borders
     empty = affine(torch.full((200, 1, 8, 8), -1.0), torch.Generator().manual_seed(0))
     assert abs(empty.mean() + 1) < 0.02
+
+
+def test_flip_mirrors_and_shifts_within_the_border() -> None:
+    ramp = torch.arange(16.0).expand(400, 2, 16, 16) / 8 - 1
+    out = flip(ramp, torch.Generator().manual_seed(0))
+    assert out.shape == ramp.shape
+    torch.testing.assert_close(out, flip(ramp, torch.Generator().manual_seed(0)), rtol=0, atol=0)
+    steps = out[:, 0, 8].diff(dim=1)[:, 4:-4]  # away from the reflected border
+    assert ((steps > 0).all(1) | (steps < 0).all(1)).all()
+    assert abs(float((steps[:, 0] < 0).double().mean()) - 0.5) < 0.1
+    assert {int(v) for v in (out[:, 0, 8, 7] * 8 + 8).round()} >= {5, 6, 7, 8, 9, 10}
+    assert set(AUGMENTATIONS) == {"affine", "flip"}
+
+
+def _picture(shade: int, mode: str = "L", size: tuple[int, int] = (12, 10)) -> Image.Image:
+    return Image.new(mode, size, shade if mode == "L" else (shade, 0, 255 - shade))
+
+
+def test_a_hub_data_set_is_read_from_the_folder_that_the_environment_names(tmp_path: Path, monkeypatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    (tmp_path / "mnist").mkdir()
+    for split, number in (("train", 6), ("test", 3)):
+        rows = {"image": [_picture(40 * i, size=(28, 28)) for i in range(number)], "label": list(range(number))}
+        path = tmp_path / "mnist" / f"{split}-00000-of-00001.parquet"
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    monkeypatch.setenv("DIFFSTEER_DATA", str(tmp_path))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = load("mnist")
+    assert data.images.shape == (6, 1, 28, 28)
+    assert data.heldout_labels.tolist() == [0, 1, 2]
+    torch.testing.assert_close(data.images[3], torch.full((1, 28, 28), 120 / 127.5 - 1))
+
+
+def test_a_folder_of_images_is_cropped_resized_and_split(tmp_path: Path, monkeypatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for mode in ("L", "RGB"):
+        root = tmp_path / mode
+        for name, shade in (("dark", 20), ("light", 220)):
+            (root / name).mkdir(parents=True)
+            for i in range(10):
+                _picture(shade + i, mode).save(root / name / f"{i}.png")
+        data = load(str(root), image_size=8)
+        assert data.classes == ("dark", "light")
+        assert data.images.shape == (18, 1 if mode == "L" else 3, 8, 8)
+        assert len(data.heldout_labels) == 2
+        assert data.images[data.labels == 1, 0].min() > data.images[data.labels == 0, 0].max()
+        assert set(for_images(tuple(data.images.shape[1:]), 2)) >= {"denoiser", "judge", "only_1"}
+
+
+def test_a_folder_of_one_class_is_refused(tmp_path: Path, monkeypatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "one").mkdir()
+    for i in range(3):
+        _picture(i).save(tmp_path / "one" / f"{i}.png")
+    with pytest.raises(ParameterError, match=r"folder of its name|at least two classes"):
+        load(str(tmp_path / "one"))
+    with pytest.raises(ParameterError, match="multiple of 4"):
+        for_images((3, 30, 30), 2)

@@ -39,3 +39,19 @@ def test_noisy_classifier_depends_on_the_time_step_of_its_own_row() -> None:
 def test_unknown_kind_is_refused() -> None:
     with pytest.raises(UnknownNameError, match="judge"):
         build({"kind": "transformer"})
+
+
+def test_a_patched_network_is_the_inner_one_on_stacked_pixels() -> None:
+    net = build({**RECIPES["mnist"]["denoiser"].network, "block_out_channels": [8, 16]}).eval()
+    x, t, labels = torch.randn(2, 1, 28, 28), torch.tensor([3, 900]), torch.tensor([1, 10])
+    (out,) = net(x, t, class_labels=labels)
+    assert out.shape == x.shape
+    inner = net.unet(torch.nn.functional.pixel_unshuffle(x, 2), t, class_labels=labels).sample
+    assert inner.shape == (2, 4, 14, 14)
+    torch.testing.assert_close(out[:, 0, 0::2, 1::2], inner[:, 1])
+
+
+@pytest.mark.parametrize(("data", "limit"), [("mnist", 8e6), ("cifar10", 16e6)])
+def test_all_networks_of_a_data_set_fit_its_budget(data: str, limit: float) -> None:
+    sizes = {p: sum(w.numel() for w in build(r.network).parameters()) for p, r in RECIPES[data].items()}
+    assert 2 * sum(sizes.values()) < limit  # float16 bytes

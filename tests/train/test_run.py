@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import diffsteer as ds
 from diffsteer.errors import ParameterError, UnknownNameError
 from diffsteer.train import export, run, train
 from diffsteer.train.data import digits
 from diffsteer.train.loop import read_checkpoint
+from diffsteer.train.recipes import RECIPES, Recipe
 from diffsteer.zoo.networks import build
 
 
@@ -81,6 +83,36 @@ def test_parts_share_no_random_stream(tmp_path: Path, monkeypatch: pytest.Monkey
     for seed in (0, 1):
         train("digits", tmp_path, seed=seed)
     assert len(seeds) == len(set(seeds)) == 8
+
+
+def test_networks_of_one_class_see_that_class_alone() -> None:
+    data = digits()
+    for part, wanted in (("only_3", data.images[data.labels == 3]), ("unconditional", data.images)):
+        job = run.task(Recipe(part, {}, steps=1, batch_size=1, lr=1.0), data)
+        assert torch.equal(job.data.images, wanted)
+        *_, labels, _ = job.draw(64, torch.Generator().manual_seed(0))
+        assert labels.tolist() == [0] * 64
+
+
+def test_separate_networks_are_contexts_of_the_unconditional_one(tmp_path: Path, monkeypatch) -> None:
+    network = {**RECIPES["digits"]["denoiser"].network, "num_class_embeds": 1, "block_out_channels": [16, 16]}
+    rows = dict(RECIPES["digits"])
+    for part in ("unconditional", "only_3"):
+        rows[part] = Recipe(part, network, steps=2, batch_size=4, lr=1e-3)
+    monkeypatch.setitem(run.RECIPES, "digits", rows)
+    train("digits", tmp_path, parts=["denoiser", "unconditional", "only_3"], steps=2, batch_size=4, num_samples=0)
+    model = ds.zoo.load(tmp_path)
+    den = model.denoiser(neg=3, separate=True)
+    x, level = torch.randn(2, 1, 8, 8), ds.Level(0.6, 0.8)
+    answers = [den.predict(c, x, level, torch.arange(2)) for c in ("null", "neg")]
+    assert den.shape == (1, 8, 8)
+    assert not torch.allclose(*answers)
+    out = ds.sample(den, ds.NegativePrompting(0.5), scheduler=model.scheduler(), num_samples=2, steps=3)
+    assert out.nfe.tolist() == [6, 6]
+    with pytest.raises(UnknownNameError, match="only_3"):
+        model.denoiser(neg=4, separate=True)
+    with pytest.raises(ParameterError, match="no wanted class"):
+        model.denoiser(pos=1, neg=3, separate=True)
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ def card(config: Mapping[str, Any], num_train: int, num_heldout: int) -> str:
         "",
         "## Data",
         f"{data['name']}. Licence: {data['licence']}. {data['note']}",
-        f"Every network is trained on the same {num_train} images (a stratified, seeded 80/20 split); the other "
-        f"{num_heldout} are held out. Classes: {', '.join(config['classes'])}.",
+        f"Every network is trained on the same {num_train} images (those called only_<label> on one class of them); "
+        f"the other {num_heldout} are held out. Classes: {', '.join(config['classes'])}.",
         "",
         "## Recipe",
         "AdamW, gradient clipping, weight averaging; every setting is in `config.json`. The command `diffsteer train "
@@ -82,7 +82,7 @@ def card(config: Mapping[str, Any], num_train: int, num_heldout: int) -> str:
     lines += [
         "",
         "## Limits",
-        "For experiments with guidance methods, not for reading or forging handwriting. Where the held-out denoising "
+        "For experiments with guidance methods, not for any other use. Where the held-out denoising "
         "loss exceeds the training loss, the model has begun to remember its images. A classifier that counts samples "
         "makes errors of its own: print its floor beside every share.",
         "",

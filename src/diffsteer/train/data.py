@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsteer.errors import UnknownNameError
+from diffsteer.errors import ParameterError, UnknownNameError
 
-__all__ = ["LOADERS", "Dataset", "cifar10", "digits", "load", "mnist"]
+__all__ = ["LOADERS", "Dataset", "cifar10", "digits", "image_folder", "load", "mnist"]
 
 
 @dataclass(frozen=True)
@@ -72,26 +72,33 @@ def digits(split_seed: int = 0) -> Dataset:
         name="Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak, 1998), test part",
         licence="CC BY 4.0 (UCI Machine Learning Repository)",
         note="Copy shipped with scikit-learn (load_digits): 1797 images of 8x8 pixels with values 0..16, mapped to "
-        "[-1, 1] by pixels / 8 - 1. https://doi.org/10.24432/C50P49",
+        "[-1, 1] by pixels / 8 - 1; split 80/20 with equal class shares. https://doi.org/10.24432/C50P49",
     )
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError('this data set needs datasets: pip install "diffsteer[train]"') from error
+    return datasets
 
 
 def _hub(name: str, repository: str) -> Any:
     """A data set of the Hugging Face hub: from the folder ``$DIFFSTEER_DATA/<name>`` if there is one."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f'the data set {name!r} needs datasets: pip install "diffsteer[train]"') from error
+    datasets = _datasets()
     local = Path(os.environ.get("DIFFSTEER_DATA", "")) / name
     return datasets.load_dataset(str(local) if "DIFFSTEER_DATA" in os.environ and local.is_dir() else repository)
 
 
 def _split(rows: Any, column: str) -> tuple[Tensor, Tensor]:
     """Images (N, C, H, W) in [-1, 1] and labels of one split."""
-    pixels = np.stack([np.asarray(image) for image in rows[column]])
-    images = torch.from_numpy(pixels).float().div_(127.5).sub_(1)
-    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-    return images, torch.as_tensor(rows["label"])
+    return _tensors(rows[column]), torch.as_tensor(rows["label"])
+
+
+def _tensors(pictures: Iterable[Any]) -> Tensor:
+    images = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).float().div_(127.5).sub_(1)
+    return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
 
 
 def mnist() -> Dataset:
@@ -122,17 +129,71 @@ def cifar10() -> Dataset:
     )
 
 
+def image_folder(folder: Path, image_size: int = 32) -> Dataset:
+    """Load a folder with one sub-folder of images per class, or such folders called ``train`` and ``test``.
+
+    Images are cropped to the middle square and resized; all of them are grey if all files are. Without a ``test``
+    folder a tenth of every class is held out.
+
+    Raises
+    ------
+    ParameterError
+        There are fewer than two classes, or a class has no image left to train on.
+    """
+    splits = _datasets().load_dataset("imagefolder", data_dir=str(folder))
+    if "label" not in splits["train"].features:
+        raise ParameterError(f"{folder} holds no classes: put the images of each class into a folder of its name")
+    classes = tuple(splits["train"].features["label"].names)
+    grey = all(image.mode in ("L", "1") for split in splits.values() for image in split["image"])
+
+    def read(rows: Any) -> tuple[Tensor, Tensor]:
+        square = [_square(image.convert("L" if grey else "RGB"), image_size) for image in rows["image"]]
+        return _tensors(square), torch.as_tensor(rows["label"])
+
+    images, labels = read(splits["train"])
+    if "test" in splits:
+        training, heldout = (images, labels), read(splits["test"])
+    else:
+        train, held = _stratified_split(labels, heldout=0.1, seed=0)
+        training, heldout = (images[train], labels[train]), (images[held], labels[held])
+    if len(classes) < 2 or len(training[1].unique()) < len(classes):
+        raise ParameterError(f"{folder} needs at least two classes with images to train on, found {classes}")
+    return Dataset(
+        *training,
+        *heldout,
+        classes=classes,
+        name=folder.name,
+        licence="the user's own",
+        note=f"{len(labels)} images, cropped and resized to {image_size}x{image_size} pixels in [-1, 1].",
+    )
+
+
+def _square(image: Any, size: int) -> Any:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side)).resize((size, size))
+
+
 LOADERS: Mapping[str, Callable[[], Dataset]] = {"digits": digits, "mnist": mnist, "cifar10": cifar10}
 
 
-def load(name: str) -> Dataset:
-    """Load a data set by name.
+def load(name: str, image_size: int = 32) -> Dataset:
+    """Load a data set by name, or a user's folder of images by its path.
+
+    Parameters
+    ----------
+    name : str
+        A name in ``LOADERS``, or a folder for :func:`image_folder`.
+    image_size : int
+        Of a folder's images.
 
     Raises
     ------
     UnknownNameError
-        The name is not in ``LOADERS``.
+        Neither a name nor a folder.
     """
-    if name not in LOADERS:
-        raise UnknownNameError("data set", name, LOADERS)
-    return LOADERS[name]()
+    if name in LOADERS:
+        return LOADERS[name]()
+    if not Path(name).is_dir():
+        raise UnknownNameError("data set", name, [*LOADERS, "or a folder with one sub-folder of images per class"])
+    return image_folder(Path(name), image_size)

@@ -71,11 +71,11 @@ def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str
         nets[part].load_state_dict(weights)
         progress = {"steps_done": record["step"], "seconds": round(record["seconds"]), "device": record["device"]}
         recipe[part] = record["recipe"] | progress
-    data = datasets.load(record["dataset"])
+    data = datasets.load(record["dataset"], record.get("image_size", 32))
     counts = torch.bincount(data.labels, minlength=len(data.classes))
     config = {
         "format": 1,
-        "name": record["dataset"],
+        "name": Path(record["dataset"]).name,
         "classes": list(data.classes),
         "null_label": len(data.classes),
         "image_shape": list(data.images.shape[1:]),

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-__all__ = ["PARTS", "RECIPES", "SCHEDULE", "Recipe"]
+from diffsteer.errors import ParameterError
+
+__all__ = ["PARTS", "RECIPES", "SCHEDULE", "Recipe", "for_images"]
 
 PARTS = ("denoiser", "judge", "features", "noisy_classifier", "unconditional")
 """The parts of a model. ``only_<label>``, a denoiser of one class alone, is a part as well."""
@@ -167,8 +169,8 @@ _MNIST = (
 
 _CIFAR10 = (
     *_denoisers(
-        _unet(32, 3, 11, [64, 128, 128], layers_per_block=2),
-        _unet(32, 3, 1, [32, 64, 64]),
+        _unet(32, 3, 11, [48, 96, 96], layers_per_block=2),
+        _unet(32, 3, 1, [24, 48, 48], attention_head_dim=8),
         only=[0, 3],
         steps=40_000,
         batch_size=256,
@@ -177,12 +179,34 @@ _CIFAR10 = (
         ema=0.9995,
         label_dropout=0.15,
     ),
-    *_classifiers(32, 3, 10, steps=15_000, width=64, augmentation="flip"),
+    *_classifiers(32, 3, 10, steps=15_000, width=56, augmentation="flip"),
 )
 
 
 def _rows(recipes: Sequence[Recipe]) -> Mapping[str, Recipe]:
     return {recipe.part: recipe for recipe in recipes}
+
+
+def for_images(shape: tuple[int, ...], classes: int) -> Mapping[str, Recipe]:
+    """Recipes for a user's images, (C, H, H), H a multiple of 4: a small network, on patches where H is large."""
+    channels, size, _ = shape
+    if size % 4:
+        raise ParameterError(f"images of {size}x{size} pixels do not halve twice; choose a multiple of 4")
+    patch = 2 if size % 8 == 0 and size > 32 else 1
+    width = [64, 128, 128] if size // patch >= 16 else [32, 64]
+    alone = [32, 64, 64] if size // patch >= 16 else [32, 64]
+    training = {"steps": 20_000, "batch_size": 128, "lr": 4e-4, "warmup": 500, "label_dropout": 0.15}
+    return _rows(
+        (
+            *_denoisers(
+                _unet(size, channels, classes + 1, width, patch=patch),
+                _unet(size, channels, 1, alone, patch=patch),
+                only=list(range(classes)),
+                **training,
+            ),
+            *_classifiers(size, channels, classes, steps=4000, width=32, augmentation="flip"),
+        )
+    )
 
 
 RECIPES: Mapping[str, Mapping[str, Recipe]] = {

@@ -14,7 +14,7 @@ from diffsteer.errors import UnknownNameError
 from diffsteer.train import data as datasets
 from diffsteer.train.export import export
 from diffsteer.train.loop import accelerator, fit
-from diffsteer.train.recipes import PARTS, RECIPES, SCHEDULE, Recipe
+from diffsteer.train.recipes import PARTS, RECIPES, SCHEDULE, Recipe, for_images
 from diffsteer.train.tasks import AUGMENTATIONS, Classify, ClassifyNoisy, Denoise, Task
 from diffsteer.zoo.networks import build
 
@@ -30,6 +30,7 @@ def train(
     steps: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
+    image_size: int = 32,
     resume: bool = True,
     num_samples: int = 1000,
 ) -> None:
@@ -40,16 +41,18 @@ def train(
     Parameters
     ----------
     dataset : str
-        A name in ``RECIPES``.
+        A name in ``RECIPES``, or a folder with one sub-folder of images per class.
     out : Path
         The model's folder; the checkpoints lie in ``out/checkpoints``.
     parts : sequence of str, optional
-        Which networks to train; default: all of the data set's recipes. The folder is written from all the
-        checkpoints that are there.
+        Which networks to train; default: all of the data set's recipes, and of a user's folder the first four of
+        ``PARTS``. The folder is written from all the checkpoints that are there.
     seed : int
         >= 0. Seeds weights and batches; each part has a stream of its own.
     steps, batch_size, lr : optional
         Replace the recipe's values, for every part.
+    image_size : int
+        To which a folder's images are resized; a multiple of 4.
     resume : bool
         Continue from the checkpoints in ``out``; a finished part is not trained again.
     num_samples : int
@@ -60,30 +63,31 @@ def train(
     ImportError
         accelerate is not installed.
     UnknownNameError
-        There is no such recipe or part.
+        There is no such data set or part.
     ParameterError
         A checkpoint in ``out`` belongs to another recipe or seed.
     KeyboardInterrupt
         Stopped by a signal; the checkpoint has been written, and the same command resumes.
     """
-    if dataset not in RECIPES:
-        raise UnknownNameError("recipe", dataset, RECIPES)
-    parts = list(RECIPES[dataset]) if parts is None else parts
+    data = datasets.load(dataset, image_size)
+    recipes = RECIPES.get(dataset) or for_images(tuple(data.images.shape[1:]), len(data.classes))
+    if parts is None:
+        parts = list(recipes) if dataset in RECIPES else PARTS[:4]
     for part in parts:
-        if part not in RECIPES[dataset]:
-            raise UnknownNameError("part", part, RECIPES[dataset])
-    data = datasets.load(dataset)
+        if part not in recipes:
+            raise UnknownNameError("part", part, recipes)
     changes = {k: v for k, v in {"steps": steps, "batch_size": batch_size, "lr": lr}.items() if v is not None}
     checkpoints = out / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     for part in parts:
-        recipe = replace(RECIPES[dataset][part], **changes)
+        recipe = replace(recipes[part], **changes)
         number = PARTS.index(part) if part in PARTS else len(PARTS) + int(part.removeprefix("only_"))
         stream = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream)
             net = build(recipe.network)
-        record = {"dataset": dataset, "seed": seed, "recipe": asdict(recipe)}
+        own = {} if dataset in RECIPES else {"image_size": image_size}
+        record = {"dataset": dataset, **own, "seed": seed, "recipe": asdict(recipe)}
         path = checkpoints / f"{part}.safetensors"
         fit(net, task(recipe, data), recipe, path, seed=stream, record=record, resume=resume)
     if accelerator().is_main_process:
