@@ -44,7 +44,7 @@ def log_loss(p: torch.Tensor, truth: torch.Tensor) -> float:
 @pytest.fixture(scope="module")
 def fitted():
     net = Biased(0.35)
-    method = ds.DynamicNegativeGuidance(prior=1 / 8)
+    method = ds.DynamicNegativeGuidance(prior=1 / 8, estimator="ito")
     return net, method, ds.calibrate(net, method, scheduler=DDPM, steps=40, num_rollouts=1200, seed=5)
 
 

@@ -4,7 +4,8 @@ Along a chain of a trained network the tracked log-ratio drifts: both branches c
 not vanish where it should, and each step that follows the chain's own score counts -|g|**2 / 2 of it as evidence
 against the tracked concept. The drift hits everybody, so at the end of a rollout the concept's samples still stand
 clearly apart. That separation labels the rollouts, and the labels calibrate every level before:
-p = sigmoid(a + b * log-odds).
+p = sigmoid(a + b * log-odds). What is calibrated is the ratio of c to everything ("ito"), not the odds against
+the complement, which are more accurate where networks are exact but saturate under drift, and separate less.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from diffsteer.errors import ParameterError
 from diffsteer.methods.dynamic_negative_guidance import DynamicNegativeGuidance
 from diffsteer.posterior import Calibration
 from diffsteer.sampling import sample
+from diffsteer.schedulers import SchedulerView
 
 SMOOTHING = 0.005  # share of doubt in every label: bounds the slope where the rollouts separate perfectly
 ANCHOR = 2.0  # pseudo-observations that hold (a, b) at (0, 1) where the rollouts say nothing
@@ -59,7 +61,8 @@ def calibrate(
     Returns
     -------
     DynamicNegativeGuidance
-        The method with its ``calibration`` set, one per context.
+        The method with its ``calibration`` set, one per context, and "auto" resolved: on samplers with the full
+        ancestral noise to "ito".
 
     Raises
     ------
@@ -78,6 +81,8 @@ def calibrate(
             f"{num_rollouts} rollouts hold about {num_rollouts * min(priors):.0f} samples of the rarest concept; "
             f"use at least {round(10 / min(priors))}"
         )
+    if method.estimator == "auto" and SchedulerView(scheduler, steps, eta).stochastic == 1:
+        method = replace(method, estimator="ito")
     watch = replace(method, scale=0.0, calibration=None, p_min=1e-12, p_max=max(method.p_max, 0.99))
     out = sample(
         denoiser, watch, scheduler=scheduler, num_samples=num_rollouts, steps=steps, seed=seed, eta=eta,
