@@ -35,7 +35,8 @@ def estimators(mixture: GaussianMixture, ode: bool) -> dict[str, dict]:
         "ode, softening inf": {"estimator": "ode", "divergence": "exact", "softening": math.inf},
     }
     first = {"surrogate": {"estimator": "surrogate"}} if ode else {}
-    return exact | first | ({} if ode else {"kernel (the paper's)": {"estimator": "kernel"}, "ito": {}}) | second
+    noisy = {name: {"estimator": name.split()[0]} for name in ("odds", "kernel (the paper's)", "ito")}
+    return exact | first | ({} if ode else noisy) | second
 
 
 def measure(mixture: GaussianMixture, prior: float, scheduler, steps: int, options: dict, n: int, rest) -> str:

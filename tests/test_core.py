@@ -88,3 +88,29 @@ def test_the_ground_imports_torch_and_nothing_heavier(module: str) -> None:
     )
     assert "torch" in loaded
     assert not loaded & {"diffusers", "transformers", "sklearn", "matplotlib", "rich", "cyclopts", "safetensors"}
+
+
+@dataclass(frozen=True)
+class StandsStill(Guidance):
+    """Needs no evaluation, as zero-init does."""
+
+    def guide(self, step, state):
+        return torch.full_like(step.x, 10.0), state, {}
+        yield
+
+
+def test_a_method_that_asks_nothing_can_be_added() -> None:
+    for method, expected in ((StandsStill() + TwoRounds(), 10.0 + 1.0 - 1.0), (TwoRounds() + StandsStill(), 10.0)):
+        prediction, *_ = drive(method, STEP, (None, None), answer([]))
+        assert torch.allclose(prediction, torch.full((2, 3), expected))
+
+
+@pytest.mark.parametrize("space", ["x0", "flow", "v"])
+def test_a_method_defined_on_eps_survives_pure_noise(space: str) -> None:
+    """A flow scheduler starts at alpha = 0, where eps says nothing of x0."""
+    step = Step(torch.ones(2, 3), Level(0.0, 1.0), Level(0.1, 0.9), 0, 5, space)
+    off = ds.SafeLatentDiffusion(scale=1.0, safety_scale=0.0, momentum_scale=0.0, warmup=0)
+    prediction, *_ = drive(off, step, torch.zeros(2, 3), answer([]))
+    assert torch.allclose(prediction, torch.full((2, 3), ANSWERS["pos"]), atol=2e-3)
+    on = ds.SafeLatentDiffusion.preset("medium", scale=3.0)
+    assert torch.isfinite(drive(on, step, torch.zeros(2, 3), answer([]))[0]).all()

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteSchedu
 
 import diffsteer as ds
 from diffsteer.core import Call, Guidance
-from diffsteer.errors import MissingContextError, NonFiniteError, ParameterError, StateError
+from diffsteer.errors import MissingContextError, NonFiniteError, ParameterError, StateError, UnsupportedError
 from diffsteer.sampling import describe, stream
 
 MIX = ds.toy.ring()
@@ -199,3 +199,21 @@ def test_describe_is_plain_data() -> None:
     told = json.loads(json.dumps(describe(method)))
     assert told["methods"][0] == {"name": "ClassifierFreeGuidance", "scale": 2.0}
     assert told["methods"][1]["method"]["estimator"] == "GaussianMixture.posterior"
+
+
+def test_an_evaluation_with_a_graph_serves_the_same_one_without() -> None:
+    """CFG and DNG on a deterministic sampler both want the unconditional prediction: three evaluations, not four."""
+    three = MIX.denoiser({"null": None, "pos": [1], "neg": [0]})
+    ddim = DDIMScheduler(clip_sample=False)
+    both = ds.ClassifierFreeGuidance(2.0) + ds.DynamicNegativeGuidance(prior=1 / 8, doubt=1e-9)
+    out = ds.sample(three, both, scheduler=ddim, num_samples=3, steps=5)
+    assert out.nfe.tolist() == [15] * 3
+
+
+def test_a_derivative_in_inference_mode_is_refused() -> None:
+    dng = ds.DynamicNegativeGuidance(prior=1 / 8)
+    ddim = DDIMScheduler(clip_sample=False)
+    with torch.inference_mode():
+        with pytest.raises(UnsupportedError, match="no_grad"):
+            run(dng, scheduler=ddim)
+        run(ds.DynamicNegativeGuidance(prior=1 / 8, divergence="difference"), scheduler=ddim)

@@ -25,6 +25,8 @@ SCHEDULERS = {
     "euler trailing": (d.EulerDiscreteScheduler(timestep_spacing="trailing"), 0.0, 0.0),
     "euler ancestral": (d.EulerAncestralDiscreteScheduler(), 0.0, 1.0),
     "heun": (d.HeunDiscreteScheduler(), 0.0, 0.0),
+    "kdpm2": (d.KDPM2DiscreteScheduler(), 0.0, 0.0),
+    "kdpm2 ancestral": (d.KDPM2AncestralDiscreteScheduler(), 0.0, None),
     "lms": (d.LMSDiscreteScheduler(), 0.0, 0.0),
     "pndm": (d.PNDMScheduler(), 0.0, 0.0),
     "pndm, no Runge-Kutta": (d.PNDMScheduler(skip_prk_steps=True), 0.0, 0.0),

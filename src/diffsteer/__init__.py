@@ -14,9 +14,21 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Call": "core", "Guidance": "core", "Run": "core", "Step": "core", "Sum": "core", "gather": "core",
-    "ClassifierFreeGuidance": "methods", "DynamicNegativeGuidance": "methods", "NegativePrompting": "methods",
-    "SafeLatentDiffusion": "methods", "Window": "methods", "cite": "methods", "get_method": "methods",
+    "AdaptiveGuidance": "methods", "AdaptiveProjectedGuidance": "methods", "Autoguidance": "methods",
+    "CFGPlusPlus": "methods", "CFGZeroStar": "methods", "CharacteristicGuidance": "methods",
+    "ClassifierFreeGuidance": "methods", "ComposableDiffusion": "methods", "ConditionAnnealedSampling": "methods",
+    "DecoupledGuidance": "methods", "DynamicNegativeGuidance": "methods", "DynamicThresholding": "methods",
+    "FeedbackGuidance": "methods", "FrequencyDecoupledGuidance": "methods", "GaussianFit": "methods",
+    "GradientFreeClassifierGuidance": "methods", "IndependentConditionGuidance": "methods",
+    "LimitedIntervalGuidance": "methods", "LinearAdaptiveGuidance": "methods", "LinearCFG": "methods",
+    "MimicScale": "methods", "NegativePrompting": "methods", "PastRegression": "methods", "PerpNeg": "methods",
+    "PersonalizationGuidance": "methods", "ReinforcementLearningGuidance": "methods", "Relative": "methods",
+    "Renorm": "methods", "Rescale": "methods", "SIMS": "methods", "SafeLatentDiffusion": "methods",
+    "Schedule": "methods", "SemanticGuidanceTuning": "methods", "Switch": "methods",
+    "TangentialDampingCFG": "methods", "TiedDiffusionGuidance": "methods", "UpsampleGuidance": "methods",
+    "Window": "methods", "cite": "methods", "get_method": "methods", "interpolate_weights": "methods",
     "list_methods": "methods", "register": "methods",
+    "Attached": "adapters", "attach": "adapters",
     "Level": "paths",
     "Calibration": "posterior", "PosteriorTracker": "posterior",
     "calibrate": "calibration",
@@ -24,7 +36,7 @@ _HOMES = {
     "Result": "sampling", "Unguided": "sampling", "sample": "sampling",
 }  # fmt: skip
 _MODULES = (
-    "bench", "calibration", "core", "denoisers", "errors", "methods", "paths", "posterior", "sampling",
+    "adapters", "bench", "calibration", "core", "denoisers", "errors", "methods", "paths", "posterior", "sampling",
     "schedulers", "testing", "toy", "zoo",
 )  # fmt: skip
 
@@ -32,17 +44,52 @@ __all__ = [*_HOMES, *_MODULES]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from diffsteer import bench, errors, methods, paths, posterior, testing, toy, zoo
+    from diffsteer.adapters import Attached, attach
     from diffsteer.calibration import calibrate
     from diffsteer.core import Call, Guidance, Run, Step, Sum, gather
     from diffsteer.denoisers import denoiser
     from diffsteer.methods import (
+        AdaptiveGuidance,
+        AdaptiveProjectedGuidance,
+        Autoguidance,
+        CFGPlusPlus,
+        CFGZeroStar,
+        CharacteristicGuidance,
         ClassifierFreeGuidance,
+        ComposableDiffusion,
+        ConditionAnnealedSampling,
+        DecoupledGuidance,
         DynamicNegativeGuidance,
+        DynamicThresholding,
+        FeedbackGuidance,
+        FrequencyDecoupledGuidance,
+        GaussianFit,
+        GradientFreeClassifierGuidance,
+        IndependentConditionGuidance,
+        LimitedIntervalGuidance,
+        LinearAdaptiveGuidance,
+        LinearCFG,
+        MimicScale,
         NegativePrompting,
+        PastRegression,
+        PerpNeg,
+        PersonalizationGuidance,
+        ReinforcementLearningGuidance,
+        Relative,
+        Renorm,
+        Rescale,
+        SIMS,
         SafeLatentDiffusion,
+        Schedule,
+        SemanticGuidanceTuning,
+        Switch,
+        TangentialDampingCFG,
+        TiedDiffusionGuidance,
+        UpsampleGuidance,
         Window,
         cite,
         get_method,
+        interpolate_weights,
         list_methods,
         register,
     )

@@ -124,6 +124,41 @@ def removal(
     sweep(model, chosen, out=folder, separate=separate, device=device)
 
 
+@bench.command(name="methods")
+def bench_methods(
+    model: str = "digits",
+    *,
+    out: Path = Path("runs/methods"),
+    samples: int = 1000,
+    steps: int = 25,
+    method: Annotated[list[str] | None, Parameter(negative="")] = None,
+    pages: Path | None = None,
+) -> None:
+    """Generate all classes under every guidance method, and compare accuracy, distance, diversity and cost.
+
+    About twenty minutes for the digits on 2 cores. Interrupt it at will: finished runs are kept and read back.
+
+    Parameters
+    ----------
+    model
+        A shipped model, or the folder of your own.
+    out
+        Folder for runs, table and pictures.
+    samples, steps
+        Per method and scale.
+    method
+        Only these, by their short names.
+    pages
+        Also write a page for every method into this folder, from its docstring and what was measured.
+    """
+    from diffsteer.bench.catalogue import bench_methods as run
+    from diffsteer.bench.pages import write_pages
+
+    run(model, out=out, samples=samples, steps=steps, only=tuple(method or ()))
+    if pages is not None:
+        write_pages(pages, out)
+
+
 @app.command
 def train(
     dataset: str = "digits",
@@ -149,7 +184,7 @@ def train(
     out
         The model's folder, by default runs/<dataset>; pass it to `diffsteer remove --model`.
     part
-        Only these: denoiser, judge, features, noisy_classifier, unconditional, only_<label> (one class alone).
+        Only these: denoiser, weak (its twin), judge, features, noisy_classifier, unconditional, only_<label> (a class).
     seed
         Of the initial weights and every batch.
     steps, batch_size, lr
@@ -165,6 +200,61 @@ def train(
     run(
         dataset, folder, parts=part, seed=seed, steps=steps, batch_size=batch_size, lr=lr, image_size=image_size,
         resume=resume,
+    )  # fmt: skip
+
+
+@app.command
+def generate(
+    prompt: str,
+    *,
+    pipeline: str,
+    negative: str = "",
+    method: str = "cfg:7.5+dng:1,prior=0.01",
+    steps: int = 30,
+    seed: int = 0,
+    num: int = 4,
+    batch_size: int = 4,
+    size: tuple[int, int] | None = None,
+    compare: bool = True,
+    out: Path = Path("generated"),
+    device: str = "cpu",
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+) -> None:
+    """Generate pictures with a diffusers pipeline under any method, beside the usual negative prompt.
+
+    Needs `pip install "diffsteer[pipelines]"`. Writes PNGs, a contact sheet under the same seeds, the trace of the
+    posterior and the run record.
+
+    Parameters
+    ----------
+    prompt
+        What to draw.
+    pipeline
+        The folder of a pipeline, or its name on the Hugging Face hub; safetensors only.
+    negative
+        What not to draw; several separated by |.
+    method
+        Terms joined by +: a name of `diffsteer methods`, then : and values, such as cfg:7.5+dng:2,prior=0.01.
+    steps
+        Inference steps of the pipeline's own scheduler.
+    seed
+        Picture i depends on (seed, i) alone.
+    num, batch_size
+        How many pictures, and how many at a time.
+    size
+        Width and height in pixels; default: the pipeline's.
+    compare
+        Also the usual negative prompt and none at all, under the same seeds.
+    out
+        Folder for the pictures.
+    device, dtype
+        Where and in which precision the networks run.
+    """
+    from diffsteer.generate import generate as run
+
+    run(
+        prompt, pipeline=pipeline, negative=negative, method=method, steps=steps, seed=seed, num=num,
+        batch_size=batch_size, size=size, compare=compare, out=out, device=device, dtype=dtype,
     )  # fmt: skip
 
 

@@ -67,6 +67,8 @@ class Run:
     generators: Sequence[torch.Generator] = ()
 
 
+_NO_SIGNAL = 1e-3  # signal-to-noise ratio below which it counts as this
+
 Plan = Generator[list[Call], Sequence[Tensor], tuple[Tensor, State, Info]]
 
 
@@ -107,14 +109,16 @@ def guide_in(method: Guidance, step: Step, state: State) -> Plan:
             )
     except StopIteration as done:
         prediction, state, info = done.value
-        return convert(prediction, step.x, step.level, inner.space, step.space), state, info
+        return _between(prediction, Call(), step, inner.space, step.space), state, info
 
 
 def _between(prediction: Tensor, call: Call, step: Step, source: str, target: str) -> Tensor:
-    x = call.x
+    x, level = call.x, call.level or step.level
     if x is None:
         x = step.x if call.rows is None else step.x[call.rows]
-    return convert(prediction, x, call.level or step.level, source, target)
+    if "eps" in (source, target) and level.alpha < _NO_SIGNAL * level.sigma:
+        level = Level(_NO_SIGNAL * level.sigma, level.sigma)  # in pure noise eps says nothing of x0; both ways alike
+    return convert(prediction, x, level, source, target)
 
 
 def _terms(method: Guidance) -> tuple[Guidance, ...]:
@@ -136,11 +140,16 @@ class Sum(Guidance):
 
     def guide(self, step: Step, state: State) -> Plan:
         plans = [guide_in(m, step, s) for m, s in zip(self.methods, state, strict=True)]
-        waiting = {i: next(plan) for i, plan in enumerate(plans)}
-        references = [Call(m.reference) for m in self.methods[1:]]
         results: dict[int, tuple[Tensor, State, Info]] = {}
+        waiting: dict[int, list[Call]] = {}
+        for i, plan in enumerate(plans):
+            try:
+                waiting[i] = next(plan)
+            except StopIteration as done:  # a method that needs no evaluation at this step
+                results[i] = done.value
+        references = [Call(m.reference) for m in self.methods[1:]]
         bases: Sequence[Tensor] | None = None
-        while waiting:
+        while waiting or bases is None:
             extra = references if bases is None else []
             answers = list((yield [*(c for calls in waiting.values() for c in calls), *extra]))
             sent, waiting = waiting, {}

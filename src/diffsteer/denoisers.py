@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffsteer.errors import MissingContextError, ParameterError, UnsupportedError
 from diffsteer.paths import SPACES, Level, Path, convert
+from diffsteer.perturb import ContextNoise
 
 _ALIASES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 
@@ -102,12 +103,12 @@ class NetDenoiser:
         """Prediction in ``self.space`` at ``x``, (B, ...)."""
         if context not in self.contexts:
             raise MissingContextError(f"no context {context!r} among {list(self.contexts)}")
-        if perturb is not None:
-            raise UnsupportedError("this denoiser takes no perturbations")
+        if not isinstance(perturb, ContextNoise | None):
+            raise UnsupportedError(f"this denoiser knows no perturbation {type(perturb).__name__}, only ContextNoise")
         bundle = self.contexts[context]
         if not isinstance(bundle, Mapping):
             (only,) = bundle.contexts
-            return convert(bundle.predict(only, x, level, samples), x, level, bundle.space, self.space)
+            return convert(bundle.predict(only, x, level, samples, perturb), x, level, bundle.space, self.space)
         if self.path is None:
             raise UnsupportedError("this denoiser has no path of its own yet; call with_path(...) or use sample()")
         own, timestep = self.path.locate(level)
@@ -117,6 +118,8 @@ class NetDenoiser:
         if timestep.is_integer():
             times = times.long()
         keywords = {name: _rows(value, samples, x) for name, value in bundle.items()}
+        if perturb is not None:
+            keywords = perturb.apply(keywords)
         out = self.net(inside, times, **keywords)
         raw = out.sample if hasattr(out, "sample") else out[0] if isinstance(out, tuple) else out
         return convert(raw, inside, own, self.prediction, self.space)  # the spaces mean the same in all coordinates

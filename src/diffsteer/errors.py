@@ -50,3 +50,7 @@ class ClippingWarning(UserWarning):
 
 class CalibrationWarning(UserWarning):
     """A calibration is used (or left out) away from where it was fitted."""
+
+
+class UnverifiedWarning(UserWarning):
+    """Something that should work by its code, but that no test of ours has shown to work."""

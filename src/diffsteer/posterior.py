@@ -190,7 +190,7 @@ class PosteriorTracker:
                     "this scheduler's noise is unknown or exceeds the ancestral one, so the posterior cannot be "
                     "tracked; use DDPM, DDIM, Euler, DPM-Solver++ or flow matching, or pass estimator=callable"
                 )
-            return {0: "ode", 1: "odds"}.get(stochastic, "ito")
+            return "ode" if stochastic == 0 else "odds" if stochastic == 1 else "ito"
         if stochastic == 0 and self.estimator in ("odds", "kernel", "ito"):
             raise UnsupportedError(
                 f"estimator={self.estimator!r} needs a stochastic sampler: on a deterministic one it removes almost "
@@ -252,13 +252,7 @@ class PosteriorTracker:
             step.level,
         )
         if state.last is not None and state.last.level != now.level:  # some schedulers repeat a level
-            if kind == "odds":
-                gain = self._increment(state.last.against_complement(state.log_odds), now, "kernel", step.stochastic)
-                limits = _logit(self.p_min), _logit(self.p_max)
-                state = replace(state, log_odds=(state.log_odds + gain.to(state.log_odds)).clamp(*limits))
-            else:
-                gain = self._increment(state.last, now, kind, step.stochastic)
-                state = replace(state, log_odds=self._add(state.log_odds, gain))
+            state = replace(state, log_odds=self._follow(state.log_odds, state.last, now, kind, step.stochastic))
         elif state.last is None and kind == "ode" and step.level.rho > _PURE_NOISE:
             # the prior holds at infinite noise, not at x_T
             gain = self.temperature * dot(now.alt - now.ref, now.x)
@@ -309,6 +303,13 @@ class PosteriorTracker:
             c = k_then / k_now if math.isfinite(self.softening) else 1.0
             gain = (c * then.gain(dx, dv) + now.gain(dx, dv) / c) / 2
         return self.temperature * gain + self.offset / (2 * variance * now.level.alpha**2)
+
+    def _follow(self, log_odds: Tensor, then: Point, now: Point, kind: str, stochastic: float | None) -> Tensor:
+        """Log-odds at ``now``."""
+        if kind != "odds":
+            return self._add(log_odds, self._increment(then, now, kind, stochastic))
+        gain = self._increment(then.against_complement(log_odds), now, "kernel", stochastic)
+        return (log_odds + gain.to(log_odds)).clamp(_logit(self.p_min), _logit(self.p_max))
 
     def _add(self, log_odds: Tensor, gain: Tensor) -> Tensor:
         """Log-odds after log p has grown by ``gain``, clamped to [p_min, p_max]."""

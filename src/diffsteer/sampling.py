@@ -7,22 +7,19 @@ order, or by how many processes (bitwise at equal ``batch_size``).
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Info, Run, Step, Sum, drive
+from diffsteer.core import Call, Guidance, Info, Plan, State, Step
 from diffsteer.denoisers import Denoiser
-from diffsteer.errors import MissingContextError, NonFiniteError, ParameterError
-from diffsteer.paths import convert
+from diffsteer.engine import Engine, describe, every_kth, plain, stack_trace, stream
+from diffsteer.errors import ParameterError
 from diffsteer.schedulers import SchedulerView
 
 Callback = Callable[[int, Tensor, Info], None]
@@ -47,12 +44,6 @@ class Result:
     trace: dict[str, Tensor]
     nfe: Tensor
     record: dict[str, Any] = field(repr=False)
-
-
-def stream(seed: int, index: int, purpose: int = 0) -> torch.Generator:
-    """The random stream of one sample: a hash of (seed, index), never their sum."""
-    state = np.random.SeedSequence([seed, index, purpose]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
 @torch.no_grad()
@@ -122,9 +113,10 @@ def sample(
         raise ParameterError("num_samples and batch_size must be at least 1, seed at least 0")
     if x_T is not None and tuple(x_T.shape) != (num_samples, *shape):
         raise ParameterError(f"x_T must be {(num_samples, *shape)}, got {tuple(x_T.shape)}")
-    every = _every(trace)
+    every = every_kth(trace)
     batch = batch_size or min(num_samples, 256)
     view = SchedulerView(scheduler, steps, eta, device)
+    view.require(method.needs)
     # eps says nothing of x0 at pure noise, where flow schedulers start: there a network converts on its own path
     space = "x0" if view.levels[0].alpha == 0 and denoiser.space == "eps" else None
     nets = {k: d.with_path(view.path, space) for k, d in {"main": denoiser, **(models or {})}.items()}
@@ -146,12 +138,12 @@ def sample(
                     callback(index, x[:keep], {k: v[:keep] for k, v in info.items()})
                 advance(keep)
             samples.append(chunk.x[:keep].cpu())
-            nfe.append(chunk.nfe[:keep].cpu())
-            traces.append(_stack(kept, keep))
+            nfe.append(chunk.engine.nfe[:keep].cpu())
+            traces.append(stack_trace(kept, keep))
     merged = {name: torch.cat([t[name] for t in traces], 1) for name in traces[0]}
     record = {
         "method": describe(method),
-        "scheduler": {"name": type(scheduler).__name__, "config": _plain(dict(scheduler.config))},
+        "scheduler": {"name": type(scheduler).__name__, "config": plain(dict(scheduler.config))},
         "steps": steps, "eta": eta, "stochastic": view.stochastic,
         "seed": seed, "num_samples": num_samples, "batch_size": batch,
         "dtype": str(dtype), "device": str(device),
@@ -174,69 +166,23 @@ class _Chunk:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.nets, self.method, self.numbers, self.dtype, self.device = nets, method, numbers, dtype, device
+        self.engine = Engine(nets, method, numbers, [stream(seed, int(i), 1) for i in numbers])
+        self.numbers, self.dtype, self.device = numbers, dtype, device
         self.noise_streams = [stream(seed, int(i)) for i in numbers]
-        self.method_streams = [stream(seed, int(i), 1) for i in numbers]
-        self.nfe = torch.zeros(len(numbers), dtype=torch.long)
         self.x: Tensor
 
-    def run(self, view: SchedulerView, shape: tuple[int, ...], noise: Tensor | None) -> Any:
+    def run(self, view: SchedulerView, shape: tuple[int, ...], noise: Tensor | None) -> Iterator[Any]:
         """Yield (index, x_next, info) for every evaluation of the scheduler's loop."""
         if noise is None:
             drawn = [torch.randn(shape, generator=g, dtype=self.dtype) for g in self.noise_streams]
             noise = torch.stack(drawn).to(self.device)
-        main = self.nets["main"]
-        setup = Run(view.initial(noise), view.levels, view.stochastic, tuple(main.contexts), self.method_streams)
-        state, self.x = self.method.start(setup), setup.x
+        space = self.engine.space
+        self.x = self.engine.start(view.initial(noise), view.levels, view.stochastic)
         for index in range(len(view.timesteps)):
-            step = Step(
-                x=self.x,
-                level=view.levels[index],
-                level_next=view.levels[index + 1],
-                index=index,
-                num_steps=len(view.timesteps),
-                space=main.space,
-                on_trajectory=view.on_trajectory(index),
-                stochastic=view.stochastic,
-                generators=self.method_streams,
-            )
-            answered: dict[Any, tuple[Call, Tensor]] = {}
-            answer = partial(self.evaluate, step=step, answered=answered)
-            prediction, state, info = drive(self.method, step, state, answer)
-            self.x = view.step(prediction, main.space, index, self.x, self.noise_streams)
-            self.x, state = self.method.after(step, self.x, state)
+            prediction, info = self.engine.guide(self.x, index, view.on_trajectory(index))
+            x_next = view.step(prediction, space, index, self.x, self.noise_streams)
+            self.x = self.engine.after(x_next)
             yield index, self.x, info
-
-    def evaluate(self, calls: list[Call], step: Step, answered: dict[Any, tuple[Call, Tensor]]) -> list[Tensor]:
-        """Answer a method's calls, each different one once per step, in ``step.space``."""
-        for call in calls:
-            if call.key not in answered:
-                answered[call.key] = call, self._one(call, step)  # the call keeps alive what its key names by id
-        return [answered[call.key][1] for call in calls]
-
-    def _one(self, call: Call, step: Step) -> Tensor:
-        if call.model not in self.nets:
-            raise MissingContextError(f"the method asks for a network {call.model!r}; pass models={{...}}")
-        net, level, numbers = self.nets[call.model], call.level or step.level, self.numbers
-        if call.context not in net.contexts:
-            raise MissingContextError(
-                f"the method asks for a context {call.context!r}, but the denoiser has {list(net.contexts)}; "
-                f"add it to contexts={{...}}"
-            )
-        x = step.x if call.x is None else call.x
-        if call.rows is not None:
-            numbers = numbers[call.rows.cpu()]
-            x = x[call.rows] if call.x is None else x
-        with torch.set_grad_enabled(call.grad):
-            raw = net.predict(call.context, x, level, numbers, call.perturb)
-            prediction = convert(raw, x, level, net.space, step.space)
-        if not bool(torch.isfinite(prediction).all()):
-            raise NonFiniteError(
-                f"branch {call.context!r} of network {call.model!r} returned NaN or infinity at step {step.index} "
-                f"(rho = {level.rho:.4g}); lower the scale, use float32, or check the network"
-            )
-        self.nfe[slice(None) if call.rows is None else call.rows.cpu()] += 1
-        return prediction
 
 
 @dataclass(frozen=True)
@@ -245,47 +191,9 @@ class Unguided(Guidance):
 
     context: str = "null"
 
-    def guide(self, step: Step, state: Any) -> Any:
+    def guide(self, step: Step, state: State) -> Plan:
         (prediction,) = yield [Call(self.context)]
         return prediction, state, {}
-
-
-def describe(method: Guidance) -> dict[str, Any]:
-    """A method's configuration as plain data, for records."""
-    if isinstance(method, Sum):
-        return {"name": "Sum", "methods": [describe(m) for m in method.methods]}
-    fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
-    return {"name": type(method).__name__, **{f.name: _plain(getattr(method, f.name)) for f in fields}}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Guidance):
-        return describe(value)
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    if callable(value):
-        return getattr(value, "__qualname__", type(value).__qualname__)
-    return value if isinstance(value, (int, float, str, bool, type(None))) else repr(value)
-
-
-def _stack(kept: list[dict[str, Tensor]], size: int) -> dict[str, Tensor]:
-    """(steps, size) per diagnostic; NaN at steps that did not report it."""
-    names = {name for info in kept for name in info}
-    missing = torch.full((size,), torch.nan)
-    return {name: torch.stack([info.get(name, missing) for info in kept]) for name in sorted(names)}
-
-
-def _every(trace: str) -> int:
-    if trace in ("full", "off"):
-        return int(trace == "full")
-    kind, _, number = trace.partition(":")
-    if kind != "every" or not number.isdigit() or int(number) < 1:
-        raise ParameterError(f"trace must be 'full', 'off' or 'every:k', got {trace!r}")
-    return int(number)
 
 
 class _advance:

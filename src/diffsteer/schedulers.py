@@ -30,16 +30,34 @@ _VE_SIGMAS = (
 _EDM = ("EDMEuler", "EDMDPMSolverMultistep")  # x = x0 + sigma eps, with EDM's preconditioning inside step()
 _FLOW = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete")  # x = (1 - sigma) x0 + sigma eps
 
+_FIRST_ORDER = (
+    "DDPM",
+    "DDIM",
+    "LCM",
+    "TCD",
+    "EulerDiscrete",
+    "EulerAncestralDiscrete",
+    "EDMEuler",
+    "FlowMatchEulerDiscrete",
+)
 
-class SchedulerView:
-    """A private copy of a diffusers scheduler, set to a number of steps, that knows its own levels.
+
+def _kind(scheduler: Any) -> str:
+    names = [base.__name__.removesuffix("Scheduler") for base in type(scheduler).__mro__]
+    kinds = {"alphas": _ALPHAS, "vp": _VP_SIGMAS, "ve": _VE_SIGMAS, "edm": _EDM, "flow": _FLOW}
+    for kind, known in kinds.items():
+        if any(name in known for name in names):
+            return kind
+    listed = ", ".join(sorted(name for group in kinds.values() for name in group))
+    raise UnsupportedError(f"scheduler {names[0]} is not known; use one of {listed}")
+
+
+class ScheduleReading:
+    """What a diffusers scheduler, already set to its steps, says of itself; nothing is changed.
 
     Parameters
     ----------
     scheduler : diffusers scheduler
-        Left untouched.
-    steps : int
-        Number of inference steps, >= 1.
     eta : float
         DDIM's noise fraction in [0, 1].
 
@@ -51,38 +69,36 @@ class SchedulerView:
         kappa, the fraction of ancestral noise that a step adds: 1 ancestral, 0 deterministic, None unknown.
     path : Path
         The path of a network trained with this scheduler's own schedule.
+    prediction : str
+        The space of what ``step()`` wants: "eps", "x0", "v" or "flow" ("x0" stands for EDM's raw output).
     """
 
-    def __init__(self, scheduler: Any, steps: int, eta: float = 0.0, device: str | torch.device = "cpu") -> None:
-        names = [base.__name__.removesuffix("Scheduler") for base in type(scheduler).__mro__]
-        kinds = {"alphas": _ALPHAS, "vp": _VP_SIGMAS, "ve": _VE_SIGMAS, "edm": _EDM, "flow": _FLOW}
-        kind = next((k for k, known in kinds.items() if any(n in known for n in names)), None)
-        if kind is None:
-            known = sorted(name for group in kinds.values() for name in group)
-            raise UnsupportedError(f"scheduler {names[0]} is not known; use one of {', '.join(known)}")
-        if steps < 1:
-            raise ParameterError(f"steps must be at least 1, got {steps}")
-        self.scheduler = type(scheduler).from_config(scheduler.config)
-        self.name, self.kind, self.eta = names[0], kind, eta
-        config = self.scheduler.config
-        if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
-            raise ParameterError(f"{self.name} takes no eta; leave it 0 or use DDIMScheduler")
-        if not 0 <= eta <= 1:
-            raise ParameterError(f"eta must be in [0, 1], got {eta}")
+    def __init__(self, scheduler: Any, eta: float = 0.0) -> None:
+        self.scheduler, self.eta = scheduler, eta
+        self.name, self.kind = type(scheduler).__name__.removesuffix("Scheduler"), _kind(scheduler)
+        config = scheduler.config
         for option in ("clip_sample", "thresholding"):
             if config.get(option, False):
                 warnings.warn(
                     f"{type(scheduler).__name__} has {option}=True: x0 is clipped, so samples outside the box are "
                     f"distorted; build it with {option}=False",
                     ClippingWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
-        self.scheduler.set_timesteps(steps, device=device)
-        self.timesteps: Tensor = self.scheduler.timesteps
+        self.timesteps: Tensor = scheduler.timesteps
         self.levels = [self._level(i) for i in range(len(self.timesteps))] + [self._last()]
         self.stochastic = self._stochastic()
-        self._accepted = set(inspect.signature(self.scheduler.step).parameters)
-        self.prediction = "x0" if kind == "edm" else prediction_space(config.get("prediction_type", "flow"))
+        self.prediction = "x0" if self.kind == "edm" else prediction_space(config.get("prediction_type", "flow"))
+
+    def require(self, needs: frozenset[str]) -> None:
+        """Refuse a method that needs what this scheduler does not do."""
+        order = self.scheduler.config.get("solver_order") if self.name.startswith("DPMSolver") else None
+        single = self.name in _FIRST_ORDER or order == 1
+        if "first_order" in needs and not single:
+            raise UnsupportedError(
+                f"this method needs a scheduler that makes each step from one evaluation; {self.name} does not: use "
+                "DDIM, DDPM, Euler, Euler ancestral or FlowMatchEuler"
+            )
 
     @property
     def path(self) -> Path:
@@ -111,6 +127,9 @@ class SchedulerView:
     def _level(self, index: int) -> Level:
         if self.kind == "alphas":
             return self._from_alpha_bar(float(self._alphas_bar[int(self.timesteps[index])]))
+        if self.name.startswith("KDPM2") and index % 2:  # half way of a step
+            between = index if self.name == "KDPM2Discrete" else index - 1
+            return self._from_sigma(float(self.scheduler.sigmas_interpol[between]))
         return self._from_sigma(float(self.scheduler.sigmas[index]))
 
     def _last(self) -> Level:
@@ -131,10 +150,6 @@ class SchedulerView:
             return None
         return None if config.get("stochastic_sampling", False) else 0.0
 
-    def initial(self, noise: Tensor) -> Tensor:
-        """x_T from unit noise, (B, ...)."""
-        return noise * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
-
     def on_trajectory(self, index: int) -> bool:
         """Whether evaluation ``index`` is at a point of the trajectory, not an inner point of a step."""
         if self.name == "PNDM":  # no flag: blocks of four Runge-Kutta stages, or one repeated point
@@ -142,24 +157,63 @@ class SchedulerView:
             return index >= stages or index % 4 == 0 if stages else index != 1
         return bool(getattr(self.scheduler, "state_in_first_order", True))
 
+    def from_output(self, output: Tensor, x: Tensor, level: Level) -> Tensor:
+        """A network's answer to this scheduler as a prediction in ``self.prediction``; (B, ...)."""
+        if self.kind != "edm":
+            return output
+        skip, out = self._preconditioning(level)
+        return skip * x + out * output
+
+    def to_output(self, prediction: Tensor, x: Tensor, level: Level) -> Tensor:
+        """A prediction in ``self.prediction`` as what ``step()`` wants; undoes EDM's preconditioning."""
+        if self.kind != "edm":
+            return prediction
+        skip, out = self._preconditioning(level)
+        return (prediction - skip * x) / out
+
+    def _preconditioning(self, level: Level) -> tuple[float, float]:
+        data, sigma = self.scheduler.config.sigma_data, level.sigma
+        sign = -1.0 if self.scheduler.config.prediction_type == "v_prediction" else 1.0
+        return data**2 / (sigma**2 + data**2), sign * sigma * data / math.hypot(sigma, data)
+
+
+class SchedulerView(ScheduleReading):
+    """A private copy of a diffusers scheduler, set to a number of steps.
+
+    Parameters
+    ----------
+    scheduler : diffusers scheduler
+        Left untouched.
+    steps : int
+        Number of inference steps, >= 1.
+    eta : float
+        DDIM's noise fraction in [0, 1].
+    """
+
+    def __init__(self, scheduler: Any, steps: int, eta: float = 0.0, device: str | torch.device = "cpu") -> None:
+        if steps < 1:
+            raise ParameterError(f"steps must be at least 1, got {steps}")
+        _kind(scheduler)  # an unknown one is refused before it is touched
+        own = type(scheduler).from_config(scheduler.config)
+        self._accepted = set(inspect.signature(own.step).parameters)
+        if eta and "eta" not in self._accepted:
+            raise ParameterError(f"{type(scheduler).__name__} takes no eta; leave it 0 or use DDIMScheduler")
+        if not 0 <= eta <= 1:
+            raise ParameterError(f"eta must be in [0, 1], got {eta}")
+        own.set_timesteps(steps, device=device)
+        super().__init__(own, eta)
+
+    def initial(self, noise: Tensor) -> Tensor:
+        """x_T from unit noise, (B, ...)."""
+        return noise * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+
     def step(
         self, prediction: Tensor, space: str, index: int, x: Tensor, generators: Sequence[torch.Generator]
     ) -> Tensor:
         """The scheduler's next sample from a prediction in any space; (B, ...)."""
         level, t = self.levels[index], self.timesteps[index]
-        if self.kind == "edm":
-            output = self._edm_output(convert(prediction, x, level, space, "x0"), x, level)
-        else:
-            output = convert(prediction, x, level, space, self.prediction)
+        output = self.to_output(convert(prediction, x, level, space, self.prediction), x, level)
         self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else None
         keywords: dict[str, Any] = {"generator": list(generators), "eta": self.eta}
         used = {k: v for k, v in keywords.items() if k in self._accepted}
         return self.scheduler.step(output, t, x, return_dict=False, **used)[0]
-
-    def _edm_output(self, x0: Tensor, x: Tensor, level: Level) -> Tensor:
-        """Undo the preconditioning that the scheduler's own step() applies."""
-        data, sigma = self.scheduler.config.sigma_data, level.sigma
-        skip = data**2 / (sigma**2 + data**2)
-        out = sigma * data / math.hypot(sigma, data)
-        sign = -1.0 if self.scheduler.config.prediction_type == "v_prediction" else 1.0
-        return sign * (x0 - skip * x) / out

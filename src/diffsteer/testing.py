@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,13 +35,16 @@ class Script:
     networks : dict of str to callable
         ``networks[context](x, alpha, sigma) -> eps`` for ndarrays (B, ...): what the network answers. Contexts
         "null", "pos", "neg" and "neg2"; "weak:null" and "weak:pos" are those of a twin network "weak", and so for
-        "tuned".
+        "tuned". Given ``embedding``, (B, 8), it answers for that in place of its context's own.
+    embeddings : dict of str to ndarray, (8,)
+        The contexts' own, which perturbations of the context act on.
     """
 
     levels: tuple[Level, ...]
     points: tuple[np.ndarray, ...]
     stochastic: float
     networks: dict[str, Callable[..., np.ndarray]] = field(repr=False)
+    embeddings: dict[str, np.ndarray] = field(repr=False, default_factory=dict)
 
 
 def script(
@@ -66,20 +70,23 @@ def script(
     angles = np.linspace(1.4, 0.1, steps)
     levels = (*(_level(coordinates, float(np.tan(a))) for a in angles), Level(1.0, 0.0))
     points = tuple(rng.normal(size=(batch, *shape)) * np.hypot(le.alpha, le.sigma) for le in levels[:-1])
-    networks = {}
+    networks, embeddings = {}, {}
     twins = [f"{twin}:{context}" for twin in ("weak", "tuned") for context in ("null", "pos")]
     for context in ("null", "pos", "neg", "neg2", *twins):
         inner, outer, bias = rng.normal(size=(size, 8)), rng.normal(size=(8, size)), rng.normal(size=8)
 
-        def network(x: np.ndarray, alpha: float, sigma: float, a=inner, b=outer, c=bias, own=context) -> np.ndarray:
+        def network(
+            x: np.ndarray, alpha: float, sigma: float, a=inner, b=outer, embedding=bias, own=context
+        ) -> np.ndarray:
             unit = np.hypot(alpha, sigma)
             flat = x.reshape(len(x), -1) / unit
-            hidden = np.tanh((flat[:, :, None] * a).sum(1) / 3 + c + np.log(sigma / alpha))
-            bump = (hidden[:, :, None] * b).sum(1) / 3  # sums, not BLAS: row i must not depend on the batch
+            size = flat.shape[1]  # a smaller x, such as a shrunken image, is met by the first weights
+            hidden = np.tanh((flat[:, :, None] * a[:size]).sum(1) / 3 + embedding + np.log(sigma / alpha))
+            bump = (hidden[:, :, None] * b[:, :size]).sum(1) / 3  # sums, not BLAS: row i must not depend on the batch
             return (flat * sigma / unit + (0.5 if own == "null" else spread + 0.5) * bump).reshape(x.shape)
 
-        networks[context] = network
-    return Script(levels, points, stochastic, networks)
+        networks[context], embeddings[context] = network, bias
+    return Script(levels, points, stochastic, networks, embeddings)
 
 
 def _level(coordinates: str, rho: float) -> Level:
@@ -156,7 +163,11 @@ def _answer(scene: Script, call: Call, step: Step) -> Tensor:
     if call.rows is not None and call.x is None:
         x = x[call.rows]
     level = call.level or step.level
-    network = scene.networks[call.context if call.model == "main" else f"{call.model}:{call.context}"]
+    name = call.context if call.model == "main" else f"{call.model}:{call.context}"
+    network = scene.networks[name]
+    if call.perturb is not None:
+        own = torch.as_tensor(scene.embeddings[name]).expand(len(x), -1)
+        network = partial(network, embedding=call.perturb.apply({"embedding": own})["embedding"].numpy())
     eps = _Network.apply(x, network, level)
     return convert(eps if call.grad else eps.detach(), x, level, "eps", step.space)
 

@@ -182,7 +182,10 @@ CASE = Case(
 ],
     formulas=[
         ("methods.dynamic_negative_guidance", ("guide",)),
-        ("posterior", ("kernel_increment", "ito_increment", "against_complement", "gain", "_increment", "_add")),
+        (
+            "posterior",
+            ("kernel_increment", "ito_increment", "against_complement", "gain", "_increment", "_follow", "_add"),
+        ),
         ("paths", ("reverse_kernel", "ve_score")),
     ],
 )  # fmt: skip

@@ -16,11 +16,11 @@ from diffsteer.testing import Script, play, script
 
 
 def oracle(method: Any, scene: Script) -> list[Row]:
-    """(1 + lambda) e(0) - lambda e(c-)."""
-    rows = []
+    """(1 + lambda) [w e(c+) + (1 - w) e(0)] - lambda e(c-), with w the anchor."""
+    keep, w, rows = 1 + method.scale, method.anchor, []
     for i in range(len(scene.points)):
-        null, negative = branch(scene, "null", i), branch(scene, method.context, i)
-        rows.append({"prediction": (1 + method.scale) * null - method.scale * negative})
+        positive, null, negative = (branch(scene, c, i) for c in ("pos", "null", method.context))
+        rows.append({"prediction": keep * w * positive + keep * (1 - w) * null - method.scale * negative})
     return rows
 
 
@@ -32,8 +32,16 @@ CASE = Case(
         ({"scale": 3.4}, {"shape": (1, 4, 4), "coordinates": "flow"}),
         ({"scale": 0.3, "context": "neg2"}, {"shape": (4,), "coordinates": "ve", "stochastic": 0.0}),
         ({"scale": 0.0}, {"seed": 1}),
+        ({"scale": 1.7, "anchor": 3.0}, {"seed": 2}),
+        ({"scale": 0.6, "anchor": 0.4}, {"seed": 3, "coordinates": "ve"}),
+        ({"scale": 6.5, "anchor": 1.0}, {"seed": 4}),
+        ({"scale": 0.0, "anchor": 2.0}, {"seed": 5}),
     ],
-    contract=[(ds.NegativePrompting(1.5), 1.0)],
+    contract=[
+        (ds.NegativePrompting(1.5), 1.0),
+        (ds.NegativePrompting(1.5, anchor=4.0), 1.0),
+        (ds.NegativePrompting.replacing_null(7.5), 1.0),
+    ],
     formulas=[("methods.negative_prompting", ("guide",))],
 )
 
@@ -68,6 +76,51 @@ def test_three_branch_form(w, scale):
         null = branch(scene, "null", i)
         expected = null + w * (branch(scene, "pos", i) - null) - scale * (branch(scene, "neg", i) - null)
         np.testing.assert_allclose(point.prediction, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("w", [1.5, 7.5])
+def test_replacing_the_null_context(w):
+    """diffusers' two-branch form e(c-) + w (e(c+) - e(c-)); the null context is not asked for."""
+    scene = script(coordinates="flow")
+    without = replace(scene, networks={**scene.networks, "null": None})  # calling it raises
+    for i, point in enumerate(play(ds.NegativePrompting.replacing_null(w), without)):
+        positive, negative = branch(scene, "pos", i), branch(scene, "neg", i)
+        np.testing.assert_allclose(point.prediction, negative + w * (positive - negative), rtol=1e-12, atol=1e-13)
+        assert point.calls == 2
+
+
+def test_replacing_the_null_context_at_scale_one_is_the_prompt_alone():
+    scene = script()
+    alone = replace(scene, networks={"pos": scene.networks["pos"]})
+    for i, point in enumerate(play(ds.NegativePrompting.replacing_null(1.0), alone)):
+        assert np.array_equal(point.prediction.numpy(), branch(scene, "pos", i))
+
+
+def test_an_empty_negative_prompt_in_place_of_the_null_context_is_plain_guidance():
+    scene = script()
+    scene = replace(scene, networks={**scene.networks, "neg": scene.networks["null"]})
+    plain = play(ds.ClassifierFreeGuidance(7.5), scene)
+    for a, b in zip(play(ds.NegativePrompting.replacing_null(7.5), scene), plain, strict=True):
+        np.testing.assert_allclose(a.prediction, b.prediction, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("w", "scale"), [(7.5, 1.0), (3.0, 0.4), (0.5, 2.0)])
+def test_anchored_form(w, scale):
+    """b - lambda (e(c-) - b) with b guided by w is the three-branch form at w (1 + lambda) and lambda."""
+    scene = script()
+    three = play(ds.ClassifierFreeGuidance(w * (1 + scale)) + ds.NegativePrompting(scale), scene)
+    for a, b in zip(play(ds.NegativePrompting(scale, anchor=w), scene), three, strict=True):
+        np.testing.assert_allclose(a.prediction, b.prediction, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("anchor", "scale", "calls", "reference"),
+    [(0.0, 1.0, 2, "null"), (1.0, 1.0, 2, "pos"), (2.0, 1.0, 3, "null"), (2.0, 0.0, 2, "null"), (1.0, 0.0, 1, "pos")],
+)
+def test_asks_for_what_it_needs(anchor, scale, calls, reference):
+    method = ds.NegativePrompting(scale, anchor=anchor)
+    assert {p.calls for p in play(method, script())} == {calls}
+    assert method.reference == reference
 
 
 def test_several_negatives_add_up():
@@ -116,6 +169,19 @@ def test_same_in_every_parameterisation(space):
 def test_refuses_scale(scale):
     with pytest.raises(ParameterError, match="scale"):
         ds.NegativePrompting(scale)
+
+
+@pytest.mark.parametrize("anchor", [-0.1, float("nan"), float("inf")])
+def test_refuses_anchor(anchor):
+    with pytest.raises(ParameterError, match="anchor"):
+        ds.NegativePrompting(anchor=anchor)
+
+
+@pytest.mark.parametrize("w", [0.9, -1.0, float("nan")])
+def test_refuses_to_replace_the_null_context_below_scale_one(w):
+    """There w e(c+) + (1 - w) e(c-) would pull towards the negative prompt."""
+    with pytest.raises(ParameterError, match="at least 1"):
+        ds.NegativePrompting.replacing_null(w)
 
 
 def test_needs_its_context():

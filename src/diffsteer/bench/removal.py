@@ -111,7 +111,7 @@ def method_for(model: Model, name: str, setting: Setting, scale: float | None = 
         preset = {"sld": "removal", "sld-medium": "medium"}[name]
         return _sum([SafeLatentDiffusion.preset(preset, positive="null", context=c, **values) for c in negatives])
     if name == "dng-paper":
-        return DynamicNegativeGuidance(contexts=negatives, **values)
+        return DynamicNegativeGuidance.preset("cifar10", contexts=negatives, **values)
     if name == "ceiling":
         if len(negatives) > 1:
             raise UnsupportedError("the classifier-driven ceiling removes one concept at a time")
@@ -159,12 +159,10 @@ def calibrate_model(
     return path
 
 
-_PAPER = {"prior": 0.01, "temperature": 0.2, "offset": 2e-4, "p_max": 0.8, "estimator": "kernel", "scale": 5.0}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "np": {"scale": 0.3},
     "sld": {"scale": 0.3},
     "sld-medium": {"scale": 1.0},
-    "dng-paper": _PAPER,
 }
 METHODS = ("unguided", "np", "sld", "sld-medium", "dng", "dng-paper", "ceiling")
 UNTOUCHED = 0.1  # root mean square difference of pixels in [-1, 1] below which nobody sees one
@@ -185,9 +183,9 @@ def run(
 ) -> Outcome:
     """Generate under one method, judge, and keep the labels and features; read back if ``store`` has them."""
     context = {"model": model.fingerprint, "setting": asdict(setting), "method": describe(method)}
-    path = store / f"{_digest(context)}.safetensors" if store else None
-    if path is not None and path.is_file():
-        return _read(path)
+    found = read_outcome(store, context) if store else None
+    if found is not None:
+        return found
     result = sample(
         model.denoiser(neg=setting.concepts or None, separate=setting.separate),
         method,
@@ -205,8 +203,8 @@ def run(
     images = ((result.samples.clamp(-1, 1) + 1) * 127.5).round().byte()
     nfe = float(result.nfe.double().mean())
     outcome = Outcome(labels, features, nfe, result.record["seconds"], record, images, result)
-    if path is not None:
-        _write(path, outcome)
+    if store is not None:
+        write_outcome(store, context, outcome)
     return outcome
 
 
@@ -288,11 +286,15 @@ def reject(outcome: Outcome, concepts: Sequence[int]) -> Outcome:
     )  # fmt: skip
 
 
-def _digest(context: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(context, sort_keys=True).encode()).hexdigest()[:16]
+def _file(store: Path, context: dict[str, Any]) -> Path:
+    """Named by a hash of everything that a run depends on: different configurations never share a file."""
+    digest = hashlib.sha256(json.dumps(context, sort_keys=True).encode()).hexdigest()[:16]
+    return store / f"{digest}.safetensors"
 
 
-def _write(path: Path, outcome: Outcome) -> None:
+def write_outcome(store: Path, context: dict[str, Any], outcome: Outcome) -> None:
+    """Keep a run under everything that it depends on; a reader sees the whole file or none."""
+    path = _file(store, context)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     facts = {"nfe": outcome.nfe, "seconds": outcome.seconds, "record": outcome.record}
@@ -304,7 +306,11 @@ def _write(path: Path, outcome: Outcome) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> Outcome:
+def read_outcome(store: Path, context: dict[str, Any]) -> Outcome | None:
+    """A run that was kept under the same ``context``, if there is one."""
+    path = _file(store, context)
+    if not path.is_file():
+        return None
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["facts"])
         return Outcome(**{name: file.get_tensor(name) for name in ("labels", "features", "images")}, **facts)

@@ -253,13 +253,13 @@ def _share_out(model: Model, plan: Sequence[_Job], bases: _Bases, store: Path, c
         (concept,) = job.setting.concepts
         label = f"{job.sampler} {model.classes[concept]} {job.method} {job.scale:g}"
         work.append((label, partial(job.run, model, store)))
-    with _bars(console, disable=rank > 0) as bars:
-        task = bars.add_task(title, total=len(work))
+    with bars(console, disable=rank > 0) as progress:
+        task = progress.add_task(title, total=len(work))
         for number, (label, do) in enumerate(work):
-            bars.update(task, description=label)
+            progress.update(task, description=label)
             if number % world == rank:
                 do()
-            bars.advance(task)
+            progress.advance(task)
     if world > 1:
         from accelerate import PartialState
 
@@ -486,7 +486,7 @@ def _signed(lead: Lead) -> str:
     return f"{lead.difference:+.2f} ({low:+.2f} to {high:+.2f}), {verdict}"
 
 
-def _bars(console: Console, disable: bool = False) -> Progress:
+def bars(console: Console, disable: bool = False) -> Progress:
     return Progress(
         TextColumn("{task.description:<26}"),
         BarColumn(),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from diffsteer.core import Guidance, Plan, Run, Step
-from diffsteer.errors import ParameterError
+from diffsteer.errors import ParameterError, UnknownNameError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
 from diffsteer.posterior import Calibration, Estimator, PosteriorTracker, Tracked, like
@@ -76,7 +78,7 @@ class DynamicNegativeGuidance(Guidance):
     them, about one more evaluation in cost, for samples in doubt. With a positive prompt use
     ``ClassifierFreeGuidance(w) + DynamicNegativeGuidance(...)``. Information, (B,) each: "posterior" (their sum),
     "scale", and "posterior:<context>" and the raw "log_odds:<context>" of every context.
-    The paper's CIFAR-10 settings: scale 5, prior 0.01, temperature 0.2, offset 2e-4, p_max 0.8.
+    The paper's settings: :meth:`preset`.
     """
 
     scale: float = 1.0
@@ -108,6 +110,32 @@ class DynamicNegativeGuidance(Guidance):
         self._trackers  # noqa: B018  checks the other parameters
         if self.scale > 0 and sum(self.priors) >= 1:
             raise ParameterError(f"the priors of {len(self.contexts)} contexts add up to 1 or more; nothing is left")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> DynamicNegativeGuidance:
+        """One of the paper's configurations.
+
+        Parameters
+        ----------
+        name : {"cifar10", "stable-diffusion"}
+            "cifar10" removes a class, with the paper's kernel. "stable-diffusion" goes beside a positive prompt; it is
+            the median of five prompts' settings, second-hand, and not verified on pretrained weights here.
+        **changes
+            Other parameters, which win.
+
+        Raises
+        ------
+        UnknownNameError
+            There is no such preset.
+
+        Examples
+        --------
+        >>> DynamicNegativeGuidance.preset("stable-diffusion", scale=12.0).prior
+        0.01
+        """
+        if name not in _PRESETS:
+            raise UnknownNameError("preset", name, _PRESETS)
+        return cls(**{**_PRESETS[name], **changes})
 
     @property
     def priors(self) -> tuple[float, ...]:
@@ -156,3 +184,11 @@ class DynamicNegativeGuidance(Guidance):
         for context, p, tracked in zip(self.contexts, posteriors, states, strict=True):
             info |= {f"posterior:{context}": p, f"log_odds:{context}": tracked.log_odds}
         return prediction, tuple(states), info
+
+
+_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "cifar10": {
+        "scale": 5.0, "prior": 0.01, "temperature": 0.2, "offset": 2e-4, "p_max": 0.8, "estimator": "kernel"
+    },
+    "stable-diffusion": {"scale": 21.0, "prior": 0.01, "temperature": 0.2, "offset": 0.003},
+}  # fmt: skip

@@ -1,10 +1,11 @@
-"""Negative prompting, and the NOT of composable diffusion (Liu et al., 2022)."""
+"""Negative prompting: the NOT of composable diffusion (Liu et al., 2022), in its four conventions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from diffsteer.core import Call, Guidance, Plan, State, Step
+from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
 
@@ -25,32 +26,65 @@ from diffsteer.methods._registry import register
 class NegativePrompting(Guidance):
     """Push every sample away from an unwanted context with a constant weight.
 
-    .. math:: e = e(\\emptyset) - \\lambda\\,(e(c^-) - e(\\emptyset))
+    .. math:: e = b - \\lambda\\,(e(c^-) - b),\\qquad b = e(\\emptyset) + w\\,(e(c^+) - e(\\emptyset))
+
+    Four rules go by this name; ``e0, e+, e-`` are the predictions of "null", "pos" and the unwanted context.
+
+    ========== =================================== =========================================================
+    convention prediction                          here
+    ========== =================================== =========================================================
+    alone      e0 - lambda (e- - e0)               ``NegativePrompting(lambda)``
+    added      e0 + w (e+ - e0) - lambda (e- - e0) ``ClassifierFreeGuidance(w) + NegativePrompting(lambda)``
+    replacing  e- + w (e+ - e-)                    ``NegativePrompting.replacing_null(w)``
+    anchored   b - lambda (e- - b), b guided by w  ``NegativePrompting(lambda, anchor=w)``
+    ========== =================================== =========================================================
 
     Parameters
     ----------
     scale : float
-        lambda >= 0; 0 is unguided.
+        lambda >= 0; 0 leaves b.
     context : str
         The unwanted context.
+    anchor : float
+        w >= 0 of the guided prediction b that the unwanted context is compared with: 0 is the null context, 1 the
+        positive one.
 
     Notes
     -----
-    2 evaluations per step. With a positive prompt, ``ClassifierFreeGuidance(w) + NegativePrompting(scale)`` is the
-    three-branch form; at ``scale = w - 1`` it equals diffusers' two-branch form, in which the negative embedding
-    takes the place of the empty one. Its target p(x) / p(c- | x)**lambda rewards being unlike c- without bound, so
-    samples that never had to do with c- move too.
+    2 evaluations per step at anchor 0 ("null") or 1 ("pos"), 3 at others; one less at scale 0. Affine. Replacing is
+    adding at ``lambda = w - 1``: the null context drops out. Its target p(x) / p(c- | x)**lambda rewards being unlike
+    c- without bound, so samples that never had to do with c- move too.
     """
 
     scale: float = 1.0
     context: str = "neg"
+    anchor: float = 0.0
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
+        check_scale(self.anchor, "anchor")
+
+    @classmethod
+    def replacing_null(cls, guidance_scale: float = 7.5, context: str = "neg") -> NegativePrompting:
+        """The form of diffusers and the web interfaces: the negative prompt takes the empty one's place.
+
+        Parameters
+        ----------
+        guidance_scale : float
+            w >= 1, the only scale there is; at 1 the negative prompt has no effect and is not evaluated.
+        context : str
+        """
+        if not guidance_scale >= 1:
+            raise ParameterError(f"guidance_scale must be at least 1, got {guidance_scale}: below, it attracts")
+        return cls(guidance_scale - 1, context, anchor=1.0)
+
+    @property
+    def reference(self) -> str:  # type: ignore[override]
+        return "pos" if self.anchor == 1 else "null"
 
     def guide(self, step: Step, state: State) -> Plan:
-        if self.scale == 0:
-            (null,) = yield [Call("null")]
-            return null, state, {}
-        neg, null = yield [Call(self.context), Call("null")]
-        return null - self.scale * (neg - null), state, {}
+        positive = "pos" if self.anchor else "null"  # equal calls are evaluated once
+        negative = self.context if self.scale else positive
+        neg, cond, null = yield [Call(negative), Call(positive), Call(self.reference)]
+        base = null + self.anchor * (cond - null)
+        return base - self.scale * (neg - base), state, {}

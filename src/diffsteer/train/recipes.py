@@ -11,8 +11,9 @@ from diffsteer.errors import ParameterError
 
 __all__ = ["PARTS", "RECIPES", "SCHEDULE", "Recipe", "for_images"]
 
-PARTS = ("denoiser", "judge", "features", "noisy_classifier", "unconditional")
-"""The parts of a model. ``only_<label>``, a denoiser of one class alone, is a part as well."""
+PARTS = ("denoiser", "judge", "features", "noisy_classifier", "unconditional", "weak")
+"""The parts of a model: "weak" is a smaller, less trained twin of the denoiser. ``only_<label>``, a denoiser of one
+class alone, is a part as well."""
 
 SCHEDULE: Mapping[str, Any] = MappingProxyType(
     {"beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000, "beta_schedule": "linear"}
@@ -125,6 +126,14 @@ _DIGITS = (
         batch_size=128,
         lr=2e-3,
         warmup=200,
+        label_dropout=0.15,
+    ),
+    Recipe(
+        part="weak",
+        network=_unet(8, 1, 11, [16, 32], attention_head_dim=8),
+        steps=1500,
+        batch_size=128,
+        lr=2e-3,
         label_dropout=0.15,
     ),
     Recipe(

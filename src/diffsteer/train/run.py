@@ -97,7 +97,7 @@ def train(
 def task(recipe: Recipe, data: datasets.Dataset) -> Task:
     """The objective of one part: the only place that knows which part is trained how."""
     scheduler = DDPMScheduler(**SCHEDULE)
-    if recipe.part == "denoiser":
+    if recipe.part in ("denoiser", "weak"):
         return Denoise(data, scheduler, null_label=len(data.classes), dropout=recipe.label_dropout)
     if recipe.part == "noisy_classifier":
         return ClassifyNoisy(data, scheduler)

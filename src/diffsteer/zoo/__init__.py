@@ -145,19 +145,22 @@ class Model:
 
     def denoiser(
         self,
-        pos: int | str | None = None,
+        pos: int | str | Tensor | None = None,
         neg: int | str | Sequence[int | str] | None = None,
         *,
         separate: bool = False,
+        part: str = "denoiser",
     ) -> NetDenoiser:
         """The denoiser with contexts "null", "pos" and "neg".
 
         Parameters
         ----------
-        pos : class, optional
-            The wanted class.
+        pos : class or Tensor of labels, (M,), optional
+            The wanted class; sample i of a run gets label i modulo M.
         neg : class or sequence of classes, optional
             One unwanted class is the context "neg"; several are "neg:<class>" each (see :meth:`negatives`).
+        part : str
+            Which network: "denoiser", or "weak", its smaller and less trained twin.
         separate : bool
             The unconditional network and one network per unwanted class, each trained on that class alone, instead
             of one conditional network.
@@ -177,10 +180,10 @@ class Model:
             return self._alone("unconditional", nets)
         contexts: dict[str, Mapping[str, Any]] = {"null": {"class_labels": self.config["null_label"]}}
         if pos is not None:
-            contexts["pos"] = {"class_labels": self.label(pos)}
+            contexts["pos"] = {"class_labels": pos if isinstance(pos, Tensor) else self.label(pos)}
         for context, label in zip(self.negatives(neg), self._labels(neg), strict=True):
             contexts[context] = {"class_labels": label}
-        return self._wrap(self.network, contexts)
+        return self._wrap(self._network(part), contexts)
 
     def _alone(self, part: str, others: Mapping[str, Denoiser] | None = None) -> NetDenoiser:
         """A network with a single label, as context "null", beside denoisers for further contexts."""

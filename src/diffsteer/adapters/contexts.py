@@ -1,0 +1,216 @@
+"""From prompts to named contexts: "null", "neg", "neg2", and whatever else is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from diffsteer.adapters.specs import Spec
+from diffsteer.core import Guidance
+from diffsteer.errors import MissingContextError, ParameterError, UnsupportedError
+
+Bundle = dict[str, Tensor | None]  # arguments of the denoiser by (dotted) name
+
+
+def pop_negatives(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Take the negative prompts out of a pipeline's arguments.
+
+    Returns
+    -------
+    dict of str to dict
+        For "neg", "neg2", ...: the arguments of ``encode_prompt`` that describe it.
+
+    Raises
+    ------
+    ParameterError
+        The negatives do not match the prompts, or each other, in number.
+    """
+    given = {k: arguments.pop(k) for k in list(arguments) if k.startswith("negative_") and "prompt" in k}
+    prompts = _number_of_prompts(arguments)
+    split = {k: _split(k, v, prompts, isinstance(arguments.get("prompt"), str)) for k, v in given.items()}
+    split = {k: values for k, values in split.items() if values}
+    counts = {k: len(values) for k, values in split.items()}
+    if len(set(counts.values())) > 1:
+        raise ParameterError(f"different numbers of negatives: {counts}; give the same number by each argument")
+    number = next(iter(counts.values()), 0)
+    return {f"neg{i + 1 if i else ''}": {k: values[i] for k, values in split.items()} for i in range(number)}
+
+
+def _number_of_prompts(arguments: Mapping[str, Any]) -> int:
+    prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
+    if isinstance(prompt, (list, tuple)):
+        return len(prompt)
+    return 1 if embeds is None else len(embeds)
+
+
+def _split(name: str, value: Any, prompts: int, single: bool) -> list[Any]:
+    """One entry per negative: a string for a single prompt, else a list with one per prompt; or a tensor."""
+    if value is None:
+        return []
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, str):
+        value = [value] * prompts
+    elif value and isinstance(value[0], Tensor):
+        return list(value)
+    elif prompts == 1:  # a list for one prompt is a list of negatives
+        value = ["|".join(value)]
+    if len(value) != prompts:
+        raise ParameterError(
+            f"{len(value)} entries of {name} for {prompts} prompts: give one each (and separate several negatives of a "
+            "prompt by '|'), or one string for all"
+        )
+    parts = [[part.strip() for part in text.split("|") if part.strip()] for text in value]
+    if len({len(p) for p in parts}) > 1:
+        raise ParameterError(
+            f"{name} has {[len(p) for p in parts]} negatives for the prompts of one batch; give each prompt as many, "
+            "or run them one by one"
+        )
+    each = [list(negative) for negative in zip(*parts, strict=True)]
+    return [negative[0] for negative in each] if single else each
+
+
+def widen(method: Guidance, negatives: list[str], others: set[str]) -> Guidance:
+    """The method with one posterior for each negative, where it was written for "neg" alone.
+
+    Parameters
+    ----------
+    method : Guidance
+    negatives : list of str
+        The contexts that were given as negative prompts.
+    others : set of str
+        Those that were given otherwise.
+
+    Raises
+    ------
+    UnsupportedError
+        The method cannot use a negative prompt, or only one.
+    MissingContextError
+        The method wants a negative prompt that was not given.
+    """
+    if len(negatives) > 1:
+        method = _replace(method, tuple(negatives))
+    wanted = {name for name in mentioned(method) if name == "neg" or (name[:3] == "neg" and name[3:].isdigit())}
+    unused = [name for name in negatives if name not in wanted]
+    if unused == negatives and negatives:
+        raise UnsupportedError(
+            f"a negative prompt was given, but {type(method).__name__} cannot use one; add "
+            "diffsteer.DynamicNegativeGuidance() or diffsteer.NegativePrompting() to it, or drop the negative prompt"
+        )
+    if unused:
+        raise UnsupportedError(
+            f"{len(negatives)} negative prompts were given, but {type(method).__name__} uses {sorted(wanted)} alone; "
+            "join them into one prompt, or use diffsteer.DynamicNegativeGuidance(), which tracks each"
+        )
+    missing = sorted(wanted - set(negatives) - others)
+    if missing:
+        raise MissingContextError(
+            f"{type(method).__name__} wants {len(wanted)} negative prompt(s), {len(negatives)} given; pass "
+            "negative_prompt=... (several: a list, or separated by '|'), or detach"
+        )
+    return method
+
+
+def mentioned(value: Any) -> set[str]:
+    """Every string in a method's fields: among them the contexts that it names."""
+    if isinstance(value, str):
+        return {value}
+    if isinstance(value, Mapping):
+        return set().union(*(mentioned(part) for part in value))
+    if isinstance(value, (tuple, list)):
+        return set().union(*(mentioned(part) for part in value))
+    if isinstance(value, Guidance):
+        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        return set(value.needs).union(*(mentioned(getattr(value, f.name)) for f in fields))
+    return set()
+
+
+def _replace(value: Any, negatives: tuple[str, ...]) -> Any:
+    """``contexts=("neg",)`` becomes all negatives, in a method and in those that it is made of."""
+    if isinstance(value, tuple):
+        return tuple(_replace(part, negatives) for part in value)
+    if not isinstance(value, Guidance) or not dataclasses.is_dataclass(value):
+        return value
+    changed = {f.name: _replace(getattr(value, f.name), negatives) for f in dataclasses.fields(value) if f.init}
+    if changed.get("contexts") == ("neg",):
+        changed["contexts"] = negatives
+    kept = {name: part for name, part in changed.items() if part is not getattr(value, name)}
+    return dataclasses.replace(value, **kept) if kept else value
+
+
+def encode(
+    spec: Spec, native: Any, arguments: dict[str, Any], wanted: Mapping[str, str | Mapping[str, Any]]
+) -> dict[str, Bundle]:
+    """Encode every context as the pipeline encodes its own negative prompt.
+
+    Parameters
+    ----------
+    spec : Spec
+    native : callable
+        The pipeline's own ``encode_prompt``.
+    arguments : dict
+        What the pipeline calls it with for the positive prompt.
+    wanted : mapping of str to str or mapping
+        The prompt of each context; or the arguments that describe it, be it to ``encode_prompt`` or already to the
+        denoiser; none of them: the pipeline's own unconditional prompt.
+    """
+    prompt = arguments.get("prompt")
+    batch = _number_of_prompts(arguments)
+    bundles: dict[str, Bundle] = {}
+    for name, given in wanted.items():
+        own = {"negative_prompt": given} if isinstance(given, str) else given
+        if own and own.keys() <= spec.conditioning.keys():
+            bundles[name] = dict(own)
+            continue
+        own = {k: _like_prompt(v, prompt, batch) for k, v in own.items()}
+        if any(slot is None for _, slot in spec.conditioning.values()):  # one prompt per call
+            blank = {k: None for k in arguments if "prompt" in k and "num" not in k}
+            own = {k.replace("negative_", ""): v for k, v in own.items()}
+            own = own or {"prompt": _like_prompt(str(spec.null), prompt, batch)}
+            answer = native(**{**arguments, **blank, **own})
+            bundles[name] = {k: answer[slot] for k, (slot, _) in spec.conditioning.items()}
+        else:
+            answer = native(**{**arguments, "do_classifier_free_guidance": True, **own})
+            bundles[name] = {k: answer[slot] for k, (_, slot) in spec.conditioning.items() if slot is not None}
+    return bundles
+
+
+def _like_prompt(text: Any, prompt: Any, batch: int) -> Any:
+    """One text for all prompts in the form that the pipeline wants: the prompt's."""
+    return [text] * batch if isinstance(text, str) and not isinstance(prompt, str) else text
+
+
+def place(arguments: Mapping[str, Any], bundle: Bundle) -> dict[str, Any]:
+    """A network's arguments with a context's in the place of the positive prompt's."""
+    placed = dict(arguments)
+    for name, value in bundle.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            placed[first] = place(placed[first], {rest: value})
+        else:
+            placed[first] = _fit(value, placed[first])
+    return placed
+
+
+def _fit(value: Tensor | None, positive: Any) -> Tensor | None:
+    """In the precision, on the device and with the rows of the positive prompt's."""
+    if value is None or not isinstance(positive, Tensor):
+        return value
+    value = value.to(positive.device, positive.dtype)
+    if len(value) == 1 < len(positive) and value.shape[1:] == positive.shape[1:]:
+        value = value.expand_as(positive)
+    return value
+
+
+def select(value: Any, rows: Tensor, batch: int, shared: tuple[str, ...] = ()) -> Any:
+    """Some samples' rows of everything in a network's arguments that has one per sample."""
+    if isinstance(value, Tensor):
+        return value[rows.to(value.device)] if value.ndim and len(value) == batch else value
+    if isinstance(value, Mapping):
+        return {k: v if k in shared else select(v, rows, batch) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(select(part, rows, batch) for part in value)
+    return value

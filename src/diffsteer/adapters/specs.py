@@ -1,0 +1,148 @@
+"""What the engine must know of each diffusers pipeline class: a table, and nothing else."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from diffsteer.errors import UnsupportedError, UnverifiedWarning
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How a family of pipelines feeds its denoiser.
+
+    Attributes
+    ----------
+    conditioning : mapping of str to (int, int or None)
+        For each of the denoiser's arguments that carries the prompt (a dot leads into a dictionary): its place in
+        what ``encode_prompt`` returns, and the place of its negative twin; None where ``encode_prompt`` knows only
+        one prompt and is called once per context.
+    denoisers : tuple of str
+        Attributes of the pipeline; a step calls one of them.
+    off : mapping of str to float
+        The arguments of ``__call__`` that switch the pipeline's own guidance off.
+    refused : tuple of str
+        Arguments of its own guidance beside those, which could only be ignored.
+    shared : tuple of str
+        Arguments of the denoiser whose first dimension is not the batch.
+    grid : callable, optional
+        For latents that are packed into tokens, (B, tokens, channels): the tokens' rows and columns (and frames before
+        them) from the denoiser's arguments. Methods then see (B, channels, rows, columns).
+    null : str or mapping
+        The unconditional prompt, where ``encode_prompt`` has no default for it; the denoiser's arguments, where there
+        is no ``encode_prompt``.
+    sign : int
+        -1 where the network answers with the opposite of what the scheduler wants.
+    time : (float, float)
+        The network's timestep is ``time[0] + time[1] * t`` of the scheduler's t.
+    renormalised : str
+        When the pipeline gives its guided prediction the norm of the conditional one: "" never, "always", or the
+        argument of ``__call__`` that says so.
+    """
+
+    conditioning: Mapping[str, tuple[int, int | None]]
+    denoisers: tuple[str, ...] = ("transformer",)
+    off: Mapping[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    refused: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    grid: Callable[[Mapping[str, Any]], Sequence[int]] | None = None
+    null: str | Mapping[str, int] = ""
+    sign: int = 1
+    time: tuple[float, float] = (0.0, 1.0)
+    renormalised: str = ""
+
+
+_SD = Spec({"encoder_hidden_states": (0, 1)}, ("unet",), refused=("guidance_rescale",))
+_SDXL = Spec(
+    {"encoder_hidden_states": (0, 1), "added_cond_kwargs.text_embeds": (2, 3)},
+    ("unet",),
+    refused=("guidance_rescale",),
+)
+_SD3 = Spec(
+    {"encoder_hidden_states": (0, 1), "pooled_projections": (2, 3)},
+    refused=("skip_guidance_layers",),
+)
+_MASKED = Spec({"encoder_hidden_states": (0, 2), "encoder_attention_mask": (1, 3)}, refused=("guidance_rescale",))
+_LTX = replace(_MASKED, grid=lambda arguments: [arguments[k] for k in ("num_frames", "height", "width")])
+_FLUX = Spec(
+    {"encoder_hidden_states": (0, None), "pooled_projections": (1, None), "txt_ids": (2, None)},
+    off={"true_cfg_scale": 1.0},
+    shared=("txt_ids", "img_ids"),
+    grid=lambda arguments: [int(n) + 1 for n in arguments["img_ids"][-1, 1:]],
+    time=(0.0, 1e-3),
+)
+_QWEN = Spec(
+    {"encoder_hidden_states": (0, None), "encoder_hidden_states_mask": (1, None)},
+    off={"true_cfg_scale": 1.0},
+    grid=lambda arguments: arguments["img_shapes"][0][0][1:],
+    null=" ",
+    time=(0.0, 1e-3),
+    renormalised="always",
+)
+_WAN = Spec({"encoder_hidden_states": (0, 1)}, ("transformer", "transformer_2"), refused=("guidance_scale_2",))
+_LUMINA2 = Spec(
+    {"encoder_hidden_states": (0, 2), "encoder_attention_mask": (1, 3)},
+    refused=("cfg_trunc_ratio",),
+    sign=-1,
+    time=(1.0, -1e-3),
+    renormalised="cfg_normalization",
+)
+_DIT = Spec({"class_labels": (0, None)}, null={"class_labels": 1000})
+
+# Parity with the pipeline's own guidance is proven by the tests for every class here.
+VERIFIED: Mapping[str, Spec] = {
+    "StableDiffusionPipeline": _SD,
+    "StableDiffusionImg2ImgPipeline": _SD,
+    "StableDiffusionInpaintPipeline": _SD,
+    "StableDiffusionControlNetPipeline": _SD,
+    "StableDiffusionControlNetImg2ImgPipeline": _SD,
+    "StableDiffusionControlNetInpaintPipeline": _SD,
+    "StableDiffusionXLPipeline": _SDXL,
+    "StableDiffusionXLImg2ImgPipeline": _SDXL,
+    "StableDiffusionXLInpaintPipeline": _SDXL,
+    "StableDiffusionXLControlNetPipeline": _SDXL,
+    "StableDiffusionXLControlNetImg2ImgPipeline": _SDXL,
+    "StableDiffusionXLControlNetInpaintPipeline": _SDXL,
+    "StableDiffusion3Pipeline": _SD3,
+    "StableDiffusion3Img2ImgPipeline": _SD3,
+    "StableDiffusion3InpaintPipeline": _SD3,
+    "FluxPipeline": _FLUX,
+    "FluxImg2ImgPipeline": _FLUX,
+    "FluxInpaintPipeline": _FLUX,
+    "PixArtAlphaPipeline": _MASKED,
+    "PixArtSigmaPipeline": _MASKED,
+    "WanPipeline": _WAN,
+    "QwenImagePipeline": _QWEN,
+    "Lumina2Pipeline": _LUMINA2,
+    "LTXPipeline": _LTX,
+    "DiTPipeline": _DIT,
+}
+
+# By reading alone: the same families, used with a warning.
+UNVERIFIED: Mapping[str, Spec] = {}
+
+
+def spec_of(pipe: Any) -> Spec:
+    """The row of a pipeline's class, or of the verified class that it derives from."""
+    name = type(pipe).__name__
+    if name in VERIFIED:
+        return VERIFIED[name]
+    known = {**UNVERIFIED, **VERIFIED}
+    base = next((c.__name__ for c in type(pipe).__mro__ if c.__name__ in known), None)
+    if base is None:
+        raise UnsupportedError(
+            f"{name} is not among the pipelines that diffsteer can guide: {', '.join(known)}; use one of them, or "
+            "diffsteer.sample() with diffsteer.denoiser(network)"
+        )
+    relation = "by reading its code only" if base == name else f"only as a {base}"
+    warnings.warn(
+        f"{name} is known {relation}: that its own guidance is off, and that its prompt reaches the denoiser "
+        f"through {', '.join(known[base].conditioning)} alone, is not verified; compare "
+        "ClassifierFreeGuidance(scale) attached with the pipeline's own guidance_scale once",
+        UnverifiedWarning,
+        stacklevel=4,
+    )
+    return known[base]

@@ -1,0 +1,114 @@
+"""One Markdown page per method from its docstring, with what ``diffsteer bench methods`` measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from diffsteer.bench.report import check_writable, write_text
+from diffsteer.methods import entry, list_methods
+
+
+def write_pages(out: Path, results: Path | None = None) -> list[Path]:
+    """Write ``<name>.md`` per registered method, and ``README.md``, their index, into ``out``.
+
+    Parameters
+    ----------
+    results : Path, optional
+        A folder that :func:`diffsteer.bench.catalogue.bench_methods` wrote: its rows and pictures are shown.
+    """
+    check_writable(out / "README.md")
+    measured: dict[str, Any] = {"lines": []}
+    if results is not None:
+        measured = json.loads((results / "methods.json").read_text(encoding="utf-8"))
+    written = []
+    for name in list_methods():
+        rows = [line for line in measured["lines"] if line["method"] == name]
+        picture = results / f"samples-{name}.png" if results is not None and rows else None
+        if picture is not None:
+            shutil.copyfile(picture, out / f"{name}.png")
+        written.append(write_text(out / f"{name}.md", page(name, rows, measured)))
+    index = ["# Methods", "", "| name | method | class | evaluations / step |", "|---|---|---|---|"]
+    for name in list_methods():
+        found = entry(name)
+        index.append(f"| [{name}]({name}.md) | {found.title} | `{found.cls.__name__}` | {found.nfe:g} |")
+    text = "\n".join([*index, "", "Made by `diffsteer bench methods --pages docs/methods`.", ""])
+    written.append(write_text(out / "README.md", text))
+    return written
+
+
+def page(name: str, rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """The page of one method."""
+    found = entry(name)
+    values = [f"{f.name}={_default(f)}" for f in dataclasses.fields(found.cls)]  # type: ignore[arg-type]
+    lines = [
+        f"# {found.title}",
+        "",
+        f"`ds.{found.cls.__name__}`, short name `{name}`, {found.nfe:g} evaluations per step with its defaults.",
+        "",
+        "```python",
+        f"ds.{found.cls.__name__}({', '.join(values)})",
+        "```",
+        "",
+        markdown(inspect.getdoc(found.cls) or ""),
+        "",
+    ]
+    if rows:
+        lines += [
+            "## Measured",
+            "",
+            f"On the {facts['model']} model, {facts['samples']} samples of all classes, {facts['steps']} steps, the "
+            "same seeds for all: `diffsteer bench methods`.",
+            "",
+            "| scale | accuracy | distance to data | recall | saturated | evaluations |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {r['scale']:g} | {r['accuracy']:.1%} | {r['distance']:.2f} | {r['recall']:.2f} | "
+            f"{r['saturation']:.2%} | {r['nfe']:g} |"
+            for r in rows
+        ]
+        lines += ["", f"![samples]({name}.png)", ""]
+    return "\n".join([*lines, "## Paper", "", "```bibtex", found.bibtex, "```", ""])
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return repr(field.default_factory())
+    return "..." if field.default is dataclasses.MISSING else repr(field.default)
+
+
+def markdown(docstring: str) -> str:
+    """A numpydoc docstring as Markdown that GitHub renders."""
+    text = re.sub(r":(?:class|meth|func|mod):`~?([^`]+)`", r"`\1`", docstring).replace("``", "`") + "\n\n"
+    text = re.sub(r"^\.\. math::[ ]*(.*)\n((?:    .*\n)*)", _math, text, flags=re.M)
+    text = re.sub(r"^(=+ =[= ]*)\n((?:.+\n)+)", r"```\n\1\n\2```\n", text, flags=re.M)  # a table stays as it is set
+    text = re.sub(r"^(>>> (?:.+\n)+)", r"```python\n\1```\n", text, flags=re.M)
+    text = re.sub(r"^(\w[\w ]*)\n-{3,}$", r"## \1\n", text, flags=re.M)
+    head, *sections = re.split(r"^(?=## )", text, flags=re.M)
+    return "".join([head, *(_parameters(s) if s.startswith("## Parameters") else s for s in sections)]).strip()
+
+
+def _math(found: re.Match[str]) -> str:
+    body = inspect.cleandoc(found[1] or found[2])
+    if "&" in body:
+        body = f"\\begin{{aligned}}\n{body}\n\\end{{aligned}}"
+    return f"```math\n{body}\n```\n"
+
+
+def _parameters(section: str) -> str:
+    """``name : type`` lines with indented text as a list."""
+    return re.sub(
+        r"^(\w[\w, ]*) ?: (.*)\n((?:    .*\n?)*)",
+        lambda m: f"- `{m[1].strip()}` ({m[2]}): " + " ".join(m[3].split()) + "\n",
+        section,
+        flags=re.M,
+    )
+
+
+__all__ = ["markdown", "page", "write_pages"]

@@ -1,0 +1,56 @@
+"""Methods written in one line: ``cfg:7.5+dng:2,prior=0.01``."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from diffsteer.core import Guidance, Sum
+from diffsteer.errors import ParameterError
+from diffsteer.methods._registry import get_method
+
+
+def parse_method(text: str) -> Guidance:
+    """A method, or a sum of several, from its short name and parameters.
+
+    Parameters
+    ----------
+    text : str
+        Terms joined by ``+``; a term is a name of :func:`list_methods`, optionally ``:`` and values separated by
+        commas: first in the order of the class's parameters, then as ``name=value``. Values are Python literals;
+        strings may do without quotes. Nothing is executed.
+
+    Raises
+    ------
+    UnknownNameError
+        There is no such method.
+    ParameterError
+        A parameter does not exist or has a wrong value.
+
+    Examples
+    --------
+    >>> parse_method("cfg:3")
+    ClassifierFreeGuidance(scale=3)
+    >>> parse_method("cfg:7.5+np:0.5,context=neg2").methods[1].context
+    'neg2'
+    """
+    terms = tuple(_term(term.strip()) for term in text.split("+"))
+    return terms[0] if len(terms) == 1 else Sum(terms)
+
+
+def _term(text: str) -> Guidance:
+    name, _, rest = text.partition(":")
+    cls = get_method(name)
+    try:
+        call = ast.parse(f"f({rest})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        values = [_value(part) for part in call.args]
+        return cls(*values, **{str(part.arg): _value(part.value) for part in call.keywords})
+    except (SyntaxError, TypeError, ValueError) as error:
+        if isinstance(error, ParameterError):
+            raise
+        raise ParameterError(f"{text!r} does not fit {cls.__name__}: {error}") from error
+
+
+def _value(node: ast.expr) -> Any:
+    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)

@@ -1,0 +1,331 @@
+"""Every verified pipeline class: our guidance equals its own."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers", reason="pipelines need transformers: pip install 'diffsteer[pipelines]'")
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers as d
+import tiny
+import torch
+
+import diffsteer as ds
+from diffsteer.adapters.specs import UNVERIFIED, VERIFIED
+from diffsteer.errors import UnsupportedError, UnverifiedWarning
+
+_draw = torch.Generator().manual_seed(7)
+IMAGE, CONTROL = torch.rand(2, 2, 3, 16, 16, generator=_draw)
+MASK = (torch.rand(2, 1, 16, 16, generator=_draw) > 0.5).float()
+SIZE = {"height": 16, "width": 16}
+LATENT = {"num_inference_steps": 4, "output_type": "latent", "return_dict": False}
+PROMPTS, NEGATIVES = ["a red house", "b"], ["ugly", "x y"]
+
+
+@dataclass
+class Row:
+    """One pipeline: how it is built and called."""
+
+    make: Callable[[], Any]
+    call: dict[str, Any] = field(default_factory=dict)
+    scale: str = "guidance_scale"
+    null: str | None = None  # the unconditional prompt, where the pipeline has none of its own
+
+
+def sd(name: str, **parts: Any) -> Callable[[], Any]:
+    return lambda: tiny.stable_diffusion(getattr(d, name), **{k: v() for k, v in parts.items()})
+
+
+def xl(name: str, **parts: Any) -> Callable[[], Any]:
+    return lambda: tiny.stable_diffusion_xl(
+        getattr(d, name), **{k: v() if callable(v) else v for k, v in parts.items()}
+    )
+
+
+def xl_controlnet() -> d.ControlNetModel:
+    return tiny.controlnet(**tiny.SIZES, cross_attention_dim=32)
+
+
+IMG2IMG = {"image": IMAGE, "strength": 0.8}
+INPAINT = {"image": IMAGE, "mask_image": MASK, **SIZE}
+SHORT = {**SIZE, "max_sequence_length": 16}
+PIXART = {**SHORT, "use_resolution_binning": False, "clean_caption": False}
+TWO_NETS = {
+    "image": [CONTROL, CONTROL.flip(0)],
+    "controlnet_conditioning_scale": [1.0, 0.5],
+    "control_guidance_end": 0.5,
+}
+FLUX_IMAGE = {"image": IMAGE, "strength": 0.8, **SHORT}
+
+ROWS = {
+    "StableDiffusionPipeline": Row(tiny.stable_diffusion),
+    "StableDiffusionImg2ImgPipeline": Row(sd("StableDiffusionImg2ImgPipeline"), IMG2IMG),
+    "StableDiffusionInpaintPipeline": Row(sd("StableDiffusionInpaintPipeline"), INPAINT),
+    "StableDiffusionInpaintPipeline, 9 channels": Row(
+        sd("StableDiffusionInpaintPipeline", unet=lambda: tiny.unet(9)), INPAINT
+    ),
+    "StableDiffusionControlNetPipeline": Row(
+        sd("StableDiffusionControlNetPipeline", controlnet=tiny.controlnet), {"image": CONTROL}
+    ),
+    "StableDiffusionControlNetPipeline, guess mode": Row(
+        sd("StableDiffusionControlNetPipeline", controlnet=tiny.controlnet), {"image": CONTROL, "guess_mode": True}
+    ),
+    "StableDiffusionControlNetPipeline, two nets": Row(
+        sd("StableDiffusionControlNetPipeline", controlnet=lambda: [tiny.controlnet(), tiny.controlnet(9)]), TWO_NETS
+    ),
+    "StableDiffusionControlNetImg2ImgPipeline": Row(
+        sd("StableDiffusionControlNetImg2ImgPipeline", controlnet=tiny.controlnet),
+        {**IMG2IMG, "control_image": CONTROL},
+    ),
+    "StableDiffusionControlNetInpaintPipeline": Row(
+        sd("StableDiffusionControlNetInpaintPipeline", controlnet=tiny.controlnet),
+        {**INPAINT, "control_image": CONTROL},
+    ),
+    "StableDiffusionXLPipeline": Row(tiny.stable_diffusion_xl),
+    "StableDiffusionXLImg2ImgPipeline": Row(xl("StableDiffusionXLImg2ImgPipeline"), IMG2IMG),
+    "StableDiffusionXLImg2ImgPipeline, refiner": Row(
+        xl("StableDiffusionXLImg2ImgPipeline", ids=5, requires_aesthetics_score=True), IMG2IMG
+    ),
+    "StableDiffusionXLInpaintPipeline": Row(xl("StableDiffusionXLInpaintPipeline"), INPAINT),
+    "StableDiffusionXLInpaintPipeline, 9 channels": Row(xl("StableDiffusionXLInpaintPipeline", in_channels=9), INPAINT),
+    "StableDiffusionXLControlNetPipeline": Row(
+        xl("StableDiffusionXLControlNetPipeline", controlnet=xl_controlnet), {"image": CONTROL}
+    ),
+    "StableDiffusionXLControlNetImg2ImgPipeline": Row(
+        xl("StableDiffusionXLControlNetImg2ImgPipeline", controlnet=xl_controlnet),
+        {**IMG2IMG, "control_image": CONTROL},
+    ),
+    "StableDiffusionXLControlNetInpaintPipeline": Row(
+        xl("StableDiffusionXLControlNetInpaintPipeline", controlnet=xl_controlnet),
+        {**INPAINT, "control_image": CONTROL},
+    ),
+    "StableDiffusion3Pipeline": Row(tiny.stable_diffusion_3, SHORT),
+    "StableDiffusion3Img2ImgPipeline": Row(
+        lambda: tiny.stable_diffusion_3(d.StableDiffusion3Img2ImgPipeline), {**FLUX_IMAGE}
+    ),
+    "StableDiffusion3InpaintPipeline": Row(
+        lambda: tiny.stable_diffusion_3(d.StableDiffusion3InpaintPipeline, 16), {**FLUX_IMAGE, "mask_image": MASK}
+    ),
+    "FluxPipeline": Row(tiny.flux, SHORT, "true_cfg_scale", ""),
+    "FluxImg2ImgPipeline": Row(lambda: tiny.flux(d.FluxImg2ImgPipeline), FLUX_IMAGE, "true_cfg_scale", ""),
+    "FluxInpaintPipeline": Row(
+        lambda: tiny.flux(d.FluxInpaintPipeline), {**FLUX_IMAGE, "mask_image": MASK}, "true_cfg_scale", ""
+    ),
+    "PixArtAlphaPipeline": Row(lambda: tiny.pixart(d.PixArtAlphaPipeline), PIXART),
+    "PixArtSigmaPipeline": Row(tiny.pixart, PIXART),
+    "WanPipeline": Row(tiny.wan, {**SHORT, "height": 32, "width": 32, "num_frames": 5}),
+    "WanPipeline, two transformers": Row(lambda: tiny.wan(second=True), {**SHORT, "height": 32, "width": 32, "num_frames": 5}),
+    "QwenImagePipeline": Row(tiny.qwen, {"height": 32, "width": 48}, "true_cfg_scale", " "),
+    "Lumina2Pipeline": Row(tiny.lumina2, {"height": 64, "width": 32}),
+    "Lumina2Pipeline, not renormalised": Row(tiny.lumina2, {"height": 64, "width": 32, "cfg_normalization": False}),
+    "LTXPipeline": Row(tiny.ltx, {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}),
+}
+
+
+def run(pipe: Any, row: Row, **keywords: Any) -> torch.Tensor:
+    return pipe(PROMPTS, generator=torch.Generator().manual_seed(0), **{**LATENT, **row.call, **keywords})[0]
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_cfg_equals_the_pipelines_own(name: str) -> None:
+    row = ROWS[name]
+    pipe = row.make()
+    null = {} if row.null is None else {"negative_prompt": [row.null] * 2}
+    native = run(pipe, row, **{row.scale: 5.0}, **null)
+    assert error(run(pipe, row, **{row.scale: 1.0}), native) > 1e-3
+    with ds.attach(pipe, ds.ClassifierFreeGuidance(5.0)):
+        assert error(run(pipe, row), native) < 1e-5
+    assert torch.equal(run(pipe, row, **{row.scale: 5.0}, **null), native)
+    negative = run(pipe, row, **{row.scale: 5.0}, negative_prompt=NEGATIVES)
+    assert error(negative, native) > 1e-3
+    with ds.attach(pipe, ds.NegativePrompting.replacing_null(5.0)):
+        assert error(run(pipe, row, negative_prompt=NEGATIVES), negative) < 1e-5
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_dng_acts_and_leaves_a_trace(name: str) -> None:
+    row = ROWS[name]
+    pipe = row.make()
+    plain = ds.ClassifierFreeGuidance(3.0)
+    with ds.attach(pipe, plain):
+        before = run(pipe, row)
+    with ds.attach(pipe, plain + ds.DynamicNegativeGuidance(prior=0.3)) as handle:
+        after = run(pipe, row, negative_prompt="ugly|x y")
+    assert after.isfinite().all()
+    assert error(after, before) > 1e-4
+    trace = handle.last.trace
+    assert {"posterior:neg", "posterior:neg2", "scale"} <= set(trace)
+    assert len({round(float(p), 6) for p in trace["posterior:neg"][:, 0]}) > 1  # it moved
+
+
+def test_every_verified_class_is_tested() -> None:
+    assert set(VERIFIED) - {"DiTPipeline"} == {name.split(",")[0] for name in ROWS}
+    assert all(hasattr(d, name) for name in (*VERIFIED, *UNVERIFIED))
+
+
+def test_class_labels() -> None:
+    pipe = tiny.dit()
+
+    def run(**keywords: Any) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        return pipe(
+            [3, 5], generator=generator, num_inference_steps=4, output_type="np", return_dict=False, **keywords
+        )[0]
+
+    native = run(guidance_scale=4.0)
+    with ds.attach(pipe, ds.ClassifierFreeGuidance(4.0)):
+        assert abs(run() - native).max() < 1e-5
+    assert abs(run(guidance_scale=1.0) - native).max() > 1e-3
+    assert (run(guidance_scale=4.0) == native).all()
+    method = ds.ClassifierFreeGuidance(4.0) + ds.DynamicNegativeGuidance(prior=0.3)
+    with ds.attach(pipe, method, contexts={"neg": {"class_labels": torch.tensor([207])}}) as handle:
+        assert abs(run() - native).max() > 1e-4
+    assert handle.last.trace["posterior"].shape == (4, 2)
+
+
+def test_sizes_of_the_negative_branch() -> None:
+    """SDXL's own negative sizes; for one prompt, because the pipeline mixes them up within a batch."""
+    pipe, row = tiny.stable_diffusion_xl(), Row(tiny.stable_diffusion_xl)
+    sizes = {"negative_original_size": (4, 4), "negative_target_size": (9, 8)}
+    keywords = {**LATENT, **row.call}
+
+    def run(**more: Any) -> torch.Tensor:
+        return pipe("a red house", generator=torch.Generator().manual_seed(0), **keywords, **more)[0]
+
+    native = run(guidance_scale=5.0, **sizes)
+    assert error(run(guidance_scale=5.0), native) > 1e-3
+    with ds.attach(pipe, ds.ClassifierFreeGuidance(5.0)):
+        assert error(run(**sizes), native) < 1e-5
+
+
+def test_own_guidance_left_on_is_refused() -> None:
+    pipe = tiny.lumina2()
+    with (
+        ds.attach(pipe, ds.ClassifierFreeGuidance(5.0)),
+        pytest.raises(ds.errors.ParameterError, match="cfg_trunc_ratio"),
+    ):
+        run(pipe, ROWS["Lumina2Pipeline"], cfg_trunc_ratio=0.5)
+
+
+class Derived(d.StableDiffusionPipeline):
+    pass
+
+
+class Other(d.DDPMPipeline):
+    pass
+
+
+def test_classes_that_nobody_verified() -> None:
+    pipe = tiny.stable_diffusion(Derived)
+    with pytest.warns(UnverifiedWarning, match="only as a StableDiffusionPipeline"):
+        handle = ds.attach(pipe, ds.ClassifierFreeGuidance(5.0))
+    ours = run(pipe, Row(tiny.stable_diffusion))
+    handle.detach()
+    assert type(pipe) is Derived
+    assert error(ours, run(pipe, Row(tiny.stable_diffusion), guidance_scale=5.0)) < 1e-5
+    unconditional = Other(unet=tiny.unet(), scheduler=d.DDPMScheduler())
+    with pytest.raises(UnsupportedError, match=r"use one of them, or diffsteer.sample"):
+        ds.attach(unconditional, ds.ClassifierFreeGuidance(5.0))
+
+
+def test_a_cached_denoiser_is_refused() -> None:
+    pipe = tiny.flux()
+    pipe.transformer.enable_cache(d.FirstBlockCacheConfig(threshold=0.1))
+    with ds.attach(pipe, ds.ClassifierFreeGuidance(5.0)), pytest.raises(UnsupportedError, match="disable_cache"):
+        run(pipe, ROWS["FluxPipeline"])
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_denoiser(in_place: bool) -> None:
+    pipe, row = tiny.stable_diffusion_3(), ROWS["StableDiffusion3Pipeline"]
+    native = run(pipe, row, guidance_scale=5.0, num_inference_steps=2)
+    graphs = 0
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    if in_place:
+        pipe.transformer.compile(backend=backend)
+    else:
+        pipe.transformer = torch.compile(pipe.transformer, backend=backend)
+    with ds.attach(pipe, ds.ClassifierFreeGuidance(5.0)):
+        assert error(run(pipe, row, num_inference_steps=2), native) < 1e-5
+    assert graphs > 0
+    torch._dynamo.reset()
+
+
+@dataclass(frozen=True)
+class Elsewhere(ds.Guidance):
+    """Asks at the step's own noise level, but in coordinates twice as large; and at another level."""
+
+    differences: list[tuple[float, float]] = field(default_factory=list)
+
+    def guide(self, step: Any, state: Any) -> Any:
+        twice = ds.Level(2 * step.level.alpha, 2 * step.level.sigma)
+        less = ds.Level(step.level.alpha, 0.5 * step.level.sigma)
+        calls = [ds.Call("pos"), ds.Call("pos", x=2 * step.x, level=twice), ds.Call("pos", level=less)]
+        plain, same, other = yield calls
+        self.differences.append((error(same, plain), error(other, plain)))
+        return plain, state, {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "StableDiffusionPipeline", "StableDiffusionXLControlNetPipeline", "StableDiffusion3Pipeline", "FluxPipeline",
+        "PixArtSigmaPipeline", "WanPipeline", "QwenImagePipeline", "Lumina2Pipeline", "LTXPipeline",
+    ],
+)  # fmt: skip
+def test_other_noise_levels(name: str) -> None:
+    pipe, method = ROWS[name].make(), Elsewhere()
+    if name == "WanPipeline":  # its UniPC cuts the times that the network is told down to integers
+        pipe.scheduler = tiny.flow_scheduler()
+    with ds.attach(pipe, method):
+        run(pipe, ROWS[name])
+    for same, other in method.differences:
+        assert same < 0.02 * other
+        assert other > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"), [("FluxPipeline", (8, 4)), ("QwenImagePipeline", (2, 3)), ("LTXPipeline", (3, 2, 2))]
+)
+def test_methods_see_packed_latents_as_images(name: str, grid: tuple[int, ...]) -> None:
+    pipe, row = ROWS[name].make(), ROWS[name]
+    size = {"height": 32, "width": 16} if name == "FluxPipeline" else {}
+    seen: list[torch.Tensor] = []
+    tokens: list[torch.Tensor] = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, given: tokens.append(given["hidden_states"]), with_kwargs=True
+    )
+
+    class Watch(ds.Guidance):
+        def guide(self, step, state):
+            seen.append(step.x)
+            (cond,) = yield [ds.Call("pos")]
+            return cond, state, {}
+
+        def after(self, step, x_next, state):
+            return x_next.index_fill(2, torch.tensor([0]), 0.0), state  # the first row, or frame
+
+    with ds.attach(pipe, Watch()):
+        packed = run(pipe, row, **size)
+    assert len(seen) == len(tokens) == 4
+    for x, shown in zip(seen, tokens, strict=True):
+        assert tuple(x.shape[2:]) == grid
+        assert torch.equal(x[:, :, *(n - 1 for n in grid)], shown[:, -1])
+        assert torch.equal(x[:, :, 0, 0, 1] if len(grid) == 3 else x[:, :, 0, 1], shown[:, 1])
+    per_row = packed.shape[1] // grid[0]
+    assert (packed[:, :per_row] == 0).all()
+    assert (packed[:, per_row:] != 0).all()

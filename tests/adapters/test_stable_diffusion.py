@@ -1,0 +1,421 @@
+"""Stable Diffusion: parity with its own guidance, everything that a call may carry, and exact restoration."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers", reason="pipelines need transformers: pip install 'diffsteer[pipelines]'")
+
+import diffusers as d
+import tiny
+import torch
+
+import diffsteer as ds
+from diffsteer.engine import stream
+from diffsteer.errors import MissingContextError, ParameterError, StateError, UnsupportedError
+
+CFG = ds.ClassifierFreeGuidance(5.0)
+BOTH = CFG + ds.DynamicNegativeGuidance(prior=0.1)
+LATENT = {"num_inference_steps": 4, "output_type": "latent", "return_dict": False}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def latents(pipe, prompt="a red house", **keywords) -> torch.Tensor:
+    return pipe(prompt, **{"generator": seeded(), **LATENT, **keywords})[0]
+
+
+def guided(pipe, prompt="a red house", method=CFG, **keywords) -> torch.Tensor:
+    with ds.attach(pipe, method):
+        return latents(pipe, prompt, **keywords)
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return tiny.stable_diffusion()
+
+
+@pytest.fixture
+def pipe(shared):
+    before = shared.scheduler
+    yield shared
+    shared.scheduler = before
+    assert type(shared) is d.StableDiffusionPipeline
+    assert "forward" not in shared.unet.__dict__
+    assert "step" not in shared.scheduler.__dict__
+
+
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {}, {}),
+    "ddim eta": ("DDIMScheduler", {}, {"eta": 0.7}),
+    "ddpm": ("DDPMScheduler", {}, {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, {}),
+    "pndm, Runge-Kutta": ("PNDMScheduler", {}, {}),
+    "lms": ("LMSDiscreteScheduler", {}, {}),
+    "euler": ("EulerDiscreteScheduler", {}, {}),
+    "euler karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, {}),
+    "euler ancestral": ("EulerAncestralDiscreteScheduler", {}, {}),
+    "heun": ("HeunDiscreteScheduler", {}, {}),
+    "dpm++ 2m": ("DPMSolverMultistepScheduler", {}, {}),
+    "dpm++ 2m sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {}),
+    "dpm++ singlestep": ("DPMSolverSinglestepScheduler", {}, {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}, {}),
+    "kdpm2 ancestral": ("KDPM2AncestralDiscreteScheduler", {}, {}),
+    "deis": ("DEISMultistepScheduler", {}, {}),
+    "unipc": ("UniPCMultistepScheduler", {}, {}),
+    "edm euler": ("EDMEulerScheduler", {}, {}),
+    "edm dpm++": ("EDMDPMSolverMultistepScheduler", {}, {}),
+    "lcm": ("LCMScheduler", {}, {}),
+    "tcd": ("TCDScheduler", {}, {}),
+    "sa solver": ("SASolverScheduler", {}, {}),
+}
+
+
+def with_scheduler(pipe, name: str, prediction_type: str = "epsilon"):
+    kind, options, keywords = SCHEDULERS[name]
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    config |= {"clip_sample": False, "set_alpha_to_one": False}
+    accepted = getattr(d, kind)._get_init_keys(getattr(d, kind))
+    known = {k: v for k, v in config.items() if k in accepted}
+    pipe.scheduler = getattr(d, kind)(**known, **options, prediction_type=prediction_type)
+    return keywords
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_cfg_equals_the_pipelines_own_under_every_scheduler(pipe, name: str, prediction_type: str) -> None:
+    keywords = with_scheduler(pipe, name, prediction_type)
+    native = latents(pipe, guidance_scale=5.0, **keywords)
+    assert error(guided(pipe, **keywords), native) < 1e-5
+    assert torch.equal(latents(pipe, guidance_scale=5.0, **keywords), native)
+
+
+def test_the_parity_could_fail(pipe) -> None:
+    native = latents(pipe, guidance_scale=5.0)
+    assert error(guided(pipe, method=ds.ClassifierFreeGuidance(5.01)), native) > 1e-4
+    assert error(latents(pipe, guidance_scale=1.0), native) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "pndm", "euler", "heun", "dpm++ 2m", "unipc"])
+def test_dng_equals_sample_on_the_same_network(pipe, name: str) -> None:
+    """Levels, coordinates, inner points and random streams: the same numbers from the other engine room."""
+    with_scheduler(pipe, name)
+    texts = {"pos": "a red house", "null": "", "neg": "meat"}
+    encoded = {k: pipe.encode_prompt(v, "cpu", 1, False)[0] for k, v in texts.items()}
+    net = ds.denoiser(pipe.unet, contexts={k: {"encoder_hidden_states": v} for k, v in encoded.items()})
+    noise = torch.randn(2, 4, 8, 8, generator=seeded(3))
+    ours = ds.sample(net, BOTH, scheduler=pipe.scheduler, num_samples=2, steps=5, seed=3, x_T=noise)
+    noisy = [stream(3, i) for i in (0, 1)]  # what sample() draws each step's noise from
+    with ds.attach(pipe, BOTH) as handle:
+        pipe(
+            "a red house", negative_prompt="meat", num_inference_steps=5, num_images_per_prompt=2, latents=noise,
+            generator=noisy if name == "ddpm" else seeded(3), output_type="latent",
+        )  # fmt: skip
+    last = handle.last
+    assert torch.allclose(last.trace["posterior"], ours.trace["posterior"], atol=2e-3)
+    assert last.record["log_snr"] == pytest.approx(ours.record["log_snr"], abs=1e-4)
+    assert error(last.samples, ours.samples) < 1e-3
+    assert last.nfe.tolist() == ours.nfe.tolist()
+
+
+def test_a_negative_prompt_as_diffusers_means_it(pipe) -> None:
+    native = latents(pipe, guidance_scale=5.0, negative_prompt="ugly")
+    ours = guided(pipe, negative_prompt="ugly", method=ds.NegativePrompting.replacing_null(5.0))
+    assert error(ours, native) < 1e-5
+    assert error(native, latents(pipe, guidance_scale=5.0)) > 1e-2
+
+
+def test_batches_and_images_per_prompt(pipe) -> None:
+    prompts, negatives = ["a red house", "b"], ["ugly", "x y"]
+    keywords = {"num_images_per_prompt": 2, "generator": [seeded(i) for i in range(4)]}
+    native = latents(pipe, prompts, guidance_scale=5.0, negative_prompt=negatives, **keywords)
+    keywords["generator"] = [seeded(i) for i in range(4)]
+    method = ds.NegativePrompting.replacing_null(5.0)
+    assert error(guided(pipe, prompts, method, negative_prompt=negatives, **keywords), native) < 1e-5
+    keywords["generator"] = [seeded(i) for i in range(4)]
+    one = guided(pipe, prompts, method, negative_prompt="ugly", **keywords)
+    assert error(one[:2], native[:2]) < 1e-5
+    assert error(one[2:], native[2:]) > 1e-3
+
+
+def test_embeddings_in_the_place_of_prompts(pipe) -> None:
+    positive, negative = (pipe.encode_prompt(text, "cpu", 1, False)[0] for text in ("a red house", "ugly"))
+    method = ds.NegativePrompting.replacing_null(5.0)
+    expected = guided(pipe, method=method, negative_prompt="ugly")
+    given = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+    assert torch.equal(guided(pipe, None, method, **given), expected)
+    assert torch.equal(guided(pipe, None, method, prompt_embeds=positive, negative_prompt="ugly"), expected)
+    assert torch.equal(guided(pipe, method=method, negative_prompt_embeds=negative), expected)
+    several = guided(pipe, method=BOTH, negative_prompt_embeds=[negative, positive])
+    assert torch.equal(several, guided(pipe, method=BOTH, negative_prompt="ugly|a red house"))
+
+
+def test_several_negatives_have_a_posterior_each(pipe) -> None:
+    with ds.attach(pipe, BOTH) as handle:
+        listed = latents(pipe, negative_prompt=["meat", "fish"])
+        trace = handle.last.trace
+        assert {"posterior:neg", "posterior:neg2", "posterior", "scale"} <= set(trace)
+        assert trace["posterior"].shape == (4, 1)
+        assert not torch.allclose(trace["posterior:neg"][-1], trace["posterior:neg2"][-1])
+        assert torch.equal(latents(pipe, negative_prompt="meat | fish"), listed)
+        assert not torch.equal(latents(pipe, negative_prompt="meat"), listed)
+        batch = latents(pipe, ["a red house"] * 2, negative_prompt=["meat|fish", "fish|meat"])
+    assert batch.shape[0] == 2
+
+
+def test_each_image_depends_on_its_own_generator(pipe) -> None:
+    with ds.attach(pipe, BOTH) as handle:
+        both = latents(pipe, ["a red house"] * 2, negative_prompt="meat", generator=[seeded(1), seeded(2)])
+        together = handle.last.trace["posterior"]
+        for i in (0, 1):
+            alone = latents(pipe, negative_prompt="meat", generator=[seeded(i + 1)])
+            assert error(both[i : i + 1], alone) < 1e-4
+            assert torch.allclose(together[:, i : i + 1], handle.last.trace["posterior"], atol=1e-3)
+
+
+def test_a_method_draws_nothing_from_the_pipelines_generator(pipe) -> None:
+    idle = ds.ClassifierFreeGuidance(5.0) + ds.DynamicNegativeGuidance(scale=0.0, prior=0.1)
+    with_scheduler(pipe, "ddpm")
+    assert torch.equal(guided(pipe, method=idle, negative_prompt="meat"), guided(pipe))
+
+
+def test_trace_record_and_its_thinning(pipe) -> None:
+    with ds.attach(pipe, BOTH, trace="every:3") as handle:
+        assert handle.last is None
+        out = latents(pipe, ["a", "b"], negative_prompt="meat", num_inference_steps=5)
+    last = handle.last
+    assert last.trace["scale"].shape == (2, 2)
+    assert torch.equal(last.samples, out)
+    assert last.record["pipeline"] == "StableDiffusionPipeline"
+    assert last.record["method"]["name"] == "Sum"
+    assert last.record["contexts"] == ["pos", "null", "neg"]
+    assert len(last.record["log_snr"]) == 6
+    with pytest.raises(ParameterError, match="trace must be"):
+        ds.attach(pipe, CFG, trace="some")
+
+
+def test_callbacks_see_and_change_the_latents(pipe) -> None:
+    def nudge(pipe, step, timestep, tensors):
+        return {"latents": tensors["latents"] + 0.1 * (step == 1)}
+
+    native = latents(pipe, guidance_scale=5.0, callback_on_step_end=nudge)
+    assert error(guided(pipe, callback_on_step_end=nudge), native) < 1e-5
+    assert error(native, latents(pipe, guidance_scale=5.0)) > 1e-3
+    points: list[torch.Tensor] = []
+
+    class Watch(ds.Guidance):
+        def guide(self, step, state):
+            points.append(step.x)
+            (cond,) = yield [ds.Call("pos")]
+            return cond, state, {}
+
+    guided(pipe, method=Watch(), callback_on_step_end=nudge)
+    nudged, points = points, []
+    guided(pipe, method=Watch())
+    assert torch.equal(nudged[1], points[1])
+    assert torch.allclose(nudged[2], points[2] + 0.1, atol=1e-6)
+
+
+def test_interruption_keeps_what_there_is(pipe) -> None:
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 1
+        return tensors
+
+    with ds.attach(pipe, BOTH) as handle:
+        latents(pipe, negative_prompt="meat", callback_on_step_end=stop)
+        assert handle.last.trace["posterior"].shape == (2, 1)
+        assert latents(pipe, negative_prompt="meat").isfinite().all()
+        assert handle.last.trace["posterior"].shape == (4, 1)
+
+
+def test_restored_after_an_error_inside_the_call(pipe) -> None:
+    before = latents(pipe, guidance_scale=5.0)
+
+    def fail(pipe, step, timestep, tensors):
+        raise RuntimeError("from inside")
+
+    handle = ds.attach(pipe, CFG)
+    with pytest.raises(RuntimeError, match="from inside"):
+        latents(pipe, callback_on_step_end=fail)
+    assert "forward" not in pipe.unet.__dict__
+    assert "step" not in pipe.scheduler.__dict__
+    assert handle.last.record["steps"] == 1
+    assert error(latents(pipe), before) < 1e-5  # still attached, and usable
+    handle.detach()
+    handle.detach()
+    assert torch.equal(latents(pipe, guidance_scale=5.0), before)
+
+
+def test_the_scheduler_may_be_replaced_while_attached(pipe) -> None:
+    with ds.attach(pipe, CFG):
+        for name in ("euler", "heun"):
+            with_scheduler(pipe, name)
+            ours = latents(pipe)
+            with_scheduler(pipe, name)
+            native = (
+                type(pipe).__mro__[1].__call__(pipe, "a red house", generator=seeded(), guidance_scale=5.0, **LATENT)
+            )
+            assert error(ours, native[0]) < 1e-5
+
+
+def test_named_as_before_saved_as_before(pipe, tmp_path) -> None:
+    with ds.attach(pipe, CFG):
+        assert type(pipe).__name__ == "StableDiffusionPipeline"
+        assert isinstance(pipe, d.StableDiffusionPipeline)
+        pipe.save_pretrained(tmp_path)
+    again = d.StableDiffusionPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(latents(again, guidance_scale=5.0), latents(pipe, guidance_scale=5.0))
+
+
+def test_custom_contexts(pipe) -> None:
+    method = ds.ComposableDiffusion({"pos": 5.0, "hat": 2.0})
+    with ds.attach(pipe, method, contexts={"hat": "a hat"}) as handle:
+        text = latents(pipe)
+    assert handle.last.record["contexts"] == ["pos", "null", "hat"]
+    embedding = pipe.encode_prompt("a hat", "cpu", 1, False)[0]
+    with ds.attach(pipe, method, contexts={"hat": {"encoder_hidden_states": embedding}}):
+        assert torch.equal(latents(pipe), text)
+    with ds.attach(pipe, CFG, contexts={"null": "ugly"}):
+        assert error(latents(pipe), latents(tiny.stable_diffusion(), guidance_scale=5.0, negative_prompt="ugly")) < 1e-5
+
+
+def test_twin_networks(pipe) -> None:
+    weak = tiny.unet(seed=9)
+    with ds.attach(pipe, ds.Autoguidance(1.5), models={"weak": weak}):
+        ours = latents(pipe)
+    assert error(ours, latents(pipe, guidance_scale=1.0)) > 1e-2
+
+
+def test_another_base_for_the_negative(pipe) -> None:
+    """The three references of a negative with a positive prompt are three methods."""
+    dng = ds.DynamicNegativeGuidance(prior=0.3)
+    outs = [
+        guided(pipe, method=CFG + dng, negative_prompt="meat"),
+        guided(pipe, method=CFG + ds.Relative(dng), negative_prompt="meat"),
+        guided(pipe, method=CFG + ds.Relative(dng), negative_prompt="a red house, meat"),
+    ]
+    assert all(out.isfinite().all() for out in outs)
+    assert error(outs[0], outs[1]) > 1e-3
+    assert error(outs[1], outs[2]) > 1e-3
+
+
+def test_refusals_say_what_to_do(pipe) -> None:
+    handle = ds.attach(pipe, CFG)
+    with pytest.raises(StateError, match="detach it first"):
+        ds.attach(pipe, CFG)
+    with pytest.raises(UnsupportedError, match=r"add .*DynamicNegativeGuidance"):
+        latents(pipe, negative_prompt="meat")
+    with pytest.raises(ParameterError, match="leave guidance_scale out"):
+        latents(pipe, guidance_scale=3.0)
+    with pytest.raises(ParameterError, match="guidance_rescale"):
+        latents(pipe, guidance_rescale=0.7)
+    with pytest.raises(UnsupportedError, match="ip_adapter_image"):
+        latents(pipe, ip_adapter_image=object())
+    latents(pipe, negative_prompt="")  # as good as none
+    handle.detach()
+    with ds.attach(pipe, BOTH):
+        with pytest.raises(MissingContextError, match="pass negative_prompt="):
+            latents(pipe)
+        with pytest.raises(ParameterError, match="give each prompt as many"):
+            latents(pipe, ["a", "b"], negative_prompt=["meat", "fish|meat"])
+        with pytest.raises(ParameterError, match="give one each"):
+            latents(pipe, ["a", "b"], negative_prompt=["meat", "fish", "egg"])
+        with_scheduler(pipe, "lcm")
+        with pytest.raises(UnsupportedError, match="noise is unknown"):
+            latents(pipe, negative_prompt="meat")
+    with ds.attach(pipe, CFG + ds.NegativePrompting(2.0)), pytest.raises(UnsupportedError, match="join them"):
+        latents(pipe, negative_prompt=["meat", "fish"])
+    with_scheduler(pipe, "dpm++ 2m")
+    with ds.attach(pipe, ds.CFGPlusPlus()), pytest.raises(UnsupportedError, match="makes each step from one"):
+        latents(pipe)
+    with pytest.raises(ParameterError, match="must be a Guidance"):
+        ds.attach(pipe, 7.5)
+    with pytest.raises(ParameterError, match='"pos" is the prompt'):
+        ds.attach(pipe, CFG, contexts={"pos": "a"})
+    with pytest.raises(UnsupportedError, match="use sample"):
+        ds.attach(pipe, Needy())
+
+
+class Needy(ds.Guidance):
+    needs = frozenset({"population"})
+
+
+def test_an_unknown_scheduler_is_refused(pipe) -> None:
+    pipe.scheduler = d.IPNDMScheduler()
+    with ds.attach(pipe, CFG), pytest.raises(UnsupportedError, match="IPNDM is not known; use one of"):
+        latents(pipe)
+
+
+def test_attention_and_vae_slicing(pipe) -> None:
+    native = latents(pipe, guidance_scale=5.0, output_type="np")
+    pipe.enable_attention_slicing()
+    pipe.vae.enable_slicing()
+    try:
+        assert abs(guided(pipe, output_type="np") - native).max() < 1e-5
+    finally:
+        pipe.disable_attention_slicing()
+        pipe.vae.disable_slicing()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 5e-2), (torch.float16, 1e-2)])
+def test_half_precision(dtype: torch.dtype, tolerance: float) -> None:
+    half = tiny.stable_diffusion().to(dtype=dtype)
+    native = latents(half, guidance_scale=5.0)
+    ours = guided(half)
+    assert ours.dtype == dtype
+    assert error(ours.float(), native.float()) < tolerance
+    with ds.attach(half, BOTH) as handle:
+        latents(half, negative_prompt="meat")
+    assert handle.last.trace["posterior"].isfinite().all()
+
+
+def test_offload_hooks_stay_in_place() -> None:
+    hooks = pytest.importorskip("accelerate.hooks", reason="offloading needs accelerate")
+    pipe = tiny.stable_diffusion()
+    native = latents(pipe, guidance_scale=5.0)
+    moves: list[str] = []
+
+    class Hook(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            moves.append("in")
+            return args, kwargs
+
+        def post_forward(self, module, output):
+            moves.append("out")
+            return output
+
+    hooks.add_hook_to_module(pipe.unet, Hook())
+    own = pipe.unet.__dict__["forward"]
+    assert error(guided(pipe), native) < 1e-5
+    assert pipe.unet.__dict__["forward"] is own
+    assert moves == ["in", "out"] * 8  # both branches of four steps
+
+
+def test_a_lora_is_heard() -> None:
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    pipe = tiny.stable_diffusion()
+    before = latents(pipe, guidance_scale=5.0)
+    torch.manual_seed(0)
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    native = latents(pipe, guidance_scale=5.0)
+    assert error(native, before) > 1e-3
+    assert error(guided(pipe), native) < 1e-5
+    scaled = {"cross_attention_kwargs": {"scale": 0.5}}
+    assert error(guided(pipe, **scaled), latents(pipe, guidance_scale=5.0, **scaled)) < 1e-5
+
+
+def test_a_distilled_denoiser_gets_a_warning_and_its_scale() -> None:
+    pipe = tiny.stable_diffusion(unet=tiny.unet(time_cond_proj_dim=8))
+    with pytest.warns(ds.errors.UnverifiedWarning, match="distilled"):
+        handle = ds.attach(pipe, ds.Unguided("pos"))
+    ours = latents(pipe, guidance_scale=8.5)
+    handle.detach()
+    assert torch.equal(ours, latents(pipe, guidance_scale=8.5))
+    assert error(ours, latents(pipe, guidance_scale=2.0)) > 1e-4

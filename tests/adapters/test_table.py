@@ -1,0 +1,110 @@
+"""Which method runs in which pipeline, under which scheduler: measured, and printed in the guide."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers", reason="pipelines need transformers: pip install 'diffsteer[pipelines]'")
+
+from test_methods import CHANGES, TEXTS
+from test_pipelines import ROWS, Row
+from test_pipelines import run as call
+from test_stable_diffusion import SCHEDULERS, with_scheduler
+
+import diffsteer as ds
+from diffsteer.adapters.contexts import mentioned
+from diffsteer.errors import DiffsteerError
+
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "pipelines.md"
+FAMILIES = {
+    "SD": "StableDiffusionPipeline", "SDXL": "StableDiffusionXLPipeline", "SD3": "StableDiffusion3Pipeline",
+    "Flux": "FluxPipeline", "PixArt": "PixArtSigmaPipeline", "Wan": "WanPipeline", "Qwen": "QwenImagePipeline",
+    "Lumina2": "Lumina2Pipeline", "LTX": "LTXPipeline",
+}  # fmt: skip
+SHORT = (
+    "ddpm",
+    "ddim",
+    "ddim eta",
+    "pndm",
+    "euler",
+    "euler ancestral",
+    "heun",
+    "dpm++ 2m",
+    "dpm++ 2m sde",
+    "unipc",
+    "lcm",
+)
+
+
+def runs(pipe: Any, row: Row, name: str, **keywords: Any) -> str:
+    """ "yes", or "-" where it is refused with a reason."""
+    method = ds.get_method(name)(**CHANGES.get(name, {}))
+    named = mentioned(method)
+    others = {c: TEXTS[c] for c in ("independent", "donor") if c in named}
+    negative = "|".join(TEXTS[c] for c in ("neg", "neg2") if c in named) or None
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    with ds.attach(pipe, method, contexts=others, models={"weak": denoiser, "tuned": denoiser}):
+        try:
+            out = call(pipe, row, negative_prompt=negative, **keywords)
+        except DiffsteerError:
+            return "-"
+    assert out.isfinite().all(), (name, type(pipe).__name__)
+    return "yes"
+
+
+def methods() -> Iterator[str]:
+    for name in ds.list_methods():
+        try:
+            ds.get_method(name)(**CHANGES.get(name, {}))
+        except TypeError:  # fitted to one network
+            continue
+        yield name
+
+
+def table(corner: str, columns: list[str], rows: dict[str, list[str]]) -> list[str]:
+    head = [f"| {corner} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    return head + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore::UserWarning:diffsteer.*")
+def test_the_page_says_what_runs() -> None:
+    pipes = {family: ROWS[name].make() for family, name in FAMILIES.items()}
+    by_family = {m: [runs(pipes[f], ROWS[name], m) for f, name in FAMILIES.items()] for m in methods()}
+    pipe, row = pipes["SD"], ROWS["StableDiffusionPipeline"]
+    by_scheduler = {m: [runs(pipe, row, m, **with_scheduler(pipe, s)) for s in SHORT] for m in methods()}
+    text = [
+        "# What runs where", "",
+        "Made by `tests/adapters/test_table.py` on tiny pipelines with random weights: \"yes\" is a run of four steps",
+        "to finite latents, \"-\" a refusal with a reason. Whether a method improves pictures is another question.", "",
+        "## Classifier-free guidance equals the pipeline's own to 1e-5", "",
+        *table("class", ["variants"], {n: [", ".join(v)] for n, v in variants().items()}), "",
+        "Stable Diffusion 1 and 2 (eps and v) under: " + ", ".join(SCHEDULERS) + ".", "",
+        "## Methods in pipelines", "", "Under the scheduler that each pipeline comes with.", "",
+        *table("method", list(FAMILIES), by_family), "",
+        "## Methods under schedulers, in Stable Diffusion", "",
+        *table("method", list(SHORT), by_scheduler), "",
+    ]  # fmt: skip
+    if os.environ.get("DIFFSTEER_WRITE_PAGES"):
+        PAGE.write_text("\n".join(text), encoding="utf-8")
+    stale = "set DIFFSTEER_WRITE_PAGES=1 to write docs/guide/pipelines.md anew"
+    assert PAGE.read_text(encoding="utf-8") == "\n".join(text), stale
+
+
+def variants() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {"DiTPipeline": []}
+    for name in ROWS:
+        cls, _, variant = name.partition(", ")
+        found.setdefault(cls, []).extend([variant] if variant else [])
+    return dict(sorted(found.items()))
+
+
+def test_the_page_lists_every_class_and_method() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for name in (*variants(), *methods()):
+        assert f"| {name} |" in page, f"{name} is missing: set DIFFSTEER_WRITE_PAGES=1 and run the full table"
