@@ -150,6 +150,21 @@ class ScheduleReading:
             return None
         return None if config.get("stochastic_sampling", False) else 0.0
 
+    def position(self, expected: int, timestep: Any = None) -> int:
+        """The index in ``levels`` of where the scheduler stands; ``expected`` where it does not tell."""
+        if self.kind == "alphas":  # levels go by timestep, and one may come twice
+            return expected if timestep is None else int((self.timesteps == timestep).nonzero()[0])
+        for known in (self.scheduler.step_index, self.scheduler.begin_index):
+            if known is not None:
+                return int(known)
+        return expected if timestep is None else int(self.scheduler.index_for_timestep(timestep))
+
+    def input_scale(self, level: Level) -> float:
+        """From this scheduler's coordinates to those in which it shows samples to the network."""
+        if self.kind == "ve":
+            return 1 / math.hypot(1.0, level.sigma)
+        return 1 / math.hypot(self.scheduler.config.sigma_data, level.sigma) if self.kind == "edm" else 1.0
+
     def on_trajectory(self, index: int) -> bool:
         """Whether evaluation ``index`` is at a point of the trajectory, not an inner point of a step."""
         if self.name == "PNDM":  # no flag: blocks of four Runge-Kutta stages, or one repeated point

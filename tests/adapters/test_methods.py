@@ -15,7 +15,8 @@ import diffsteer as ds
 from diffsteer.adapters.contexts import mentioned
 from diffsteer.errors import DiffsteerError, UnsupportedError
 
-TEXTS = {"pos": "a red house", "null": "", "neg": "meat", "neg2": "fish", "independent": "a hat", "donor": "b"}
+FURTHER = {"independent": "a hat", "donor": "b", "image": "c", "text": "d"}  # contexts of single methods
+TEXTS = {"pos": "a red house", "null": "", "neg": "meat", "neg2": "fish", **FURTHER}
 STEPS = 4
 CHANGES = {"sld": {"warmup": 2}}
 
@@ -43,7 +44,7 @@ def test_agrees_with_sample(pipe: Any, name: str) -> None:
     except DiffsteerError as refusal:
         pytest.skip(f"sample() refuses it here: {refusal}")
     negatives = [TEXTS[c] for c in ("neg", "neg2") if c in mentioned(method)]
-    others = {c: encoded[c] for c in ("independent", "donor") if c in mentioned(method)}
+    others = {c: encoded[c] for c in FURTHER if c in mentioned(method)}
     handle = ds.attach(pipe, method, contexts=others, models=twins)
     try:
         pipe(

@@ -13,10 +13,12 @@ from typing import Any
 import diffusers as d
 import tiny
 import torch
+from PIL import Image
 
 import diffsteer as ds
 from diffsteer.adapters.specs import UNVERIFIED, VERIFIED
 from diffsteer.errors import UnsupportedError, UnverifiedWarning
+from diffsteer.paths import convert
 
 _draw = torch.Generator().manual_seed(7)
 IMAGE, CONTROL = torch.rand(2, 2, 3, 16, 16, generator=_draw)
@@ -50,7 +52,9 @@ def xl_controlnet() -> d.ControlNetModel:
     return tiny.controlnet(**tiny.SIZES, cross_attention_dim=32)
 
 
-IMG2IMG = {"image": IMAGE, "strength": 0.8}
+LARGE = {"height": 32, "width": 32}
+VIDEO = [Image.fromarray(frame) for frame in (IMAGE.repeat(3, 1, 2, 2)[:5] * 255).byte().permute(0, 2, 3, 1).numpy()]
+IMG2IMG = {"image": IMAGE, "strength": 0.75}
 INPAINT = {"image": IMAGE, "mask_image": MASK, **SIZE}
 SHORT = {**SIZE, "max_sequence_length": 16}
 PIXART = {**SHORT, "use_resolution_binning": False, "clean_caption": False}
@@ -59,7 +63,7 @@ TWO_NETS = {
     "controlnet_conditioning_scale": [1.0, 0.5],
     "control_guidance_end": 0.5,
 }
-FLUX_IMAGE = {"image": IMAGE, "strength": 0.8, **SHORT}
+FLUX_IMAGE = {"image": IMAGE, "strength": 0.75, **SHORT}
 
 ROWS = {
     "StableDiffusionPipeline": Row(tiny.stable_diffusion),
@@ -86,6 +90,11 @@ ROWS = {
         {**INPAINT, "control_image": CONTROL},
     ),
     "StableDiffusionXLPipeline": Row(tiny.stable_diffusion_xl),
+    "StableDiffusionXLPipeline, first half": Row(tiny.stable_diffusion_xl, {"denoising_end": 0.5}),
+    "StableDiffusionXLImg2ImgPipeline, second half": Row(
+        xl("StableDiffusionXLImg2ImgPipeline"),
+        {"image": torch.randn(2, 4, 8, 8, generator=_draw), "denoising_start": 0.5, "num_inference_steps": 8},
+    ),
     "StableDiffusionXLImg2ImgPipeline": Row(xl("StableDiffusionXLImg2ImgPipeline"), IMG2IMG),
     "StableDiffusionXLImg2ImgPipeline, refiner": Row(
         xl("StableDiffusionXLImg2ImgPipeline", ids=5, requires_aesthetics_score=True), IMG2IMG
@@ -117,9 +126,21 @@ ROWS = {
     ),
     "PixArtAlphaPipeline": Row(lambda: tiny.pixart(d.PixArtAlphaPipeline), PIXART),
     "PixArtSigmaPipeline": Row(tiny.pixart, PIXART),
+    "AuraFlowPipeline": Row(tiny.aura_flow, SHORT),
     "WanPipeline": Row(tiny.wan, {**SHORT, "height": 32, "width": 32, "num_frames": 5}),
-    "WanPipeline, two transformers": Row(lambda: tiny.wan(second=True), {**SHORT, "height": 32, "width": 32, "num_frames": 5}),
+    "WanPipeline, two transformers": Row(
+        lambda: tiny.wan(second=True), {**SHORT, "height": 32, "width": 32, "num_frames": 5}
+    ),
+    "WanVideoToVideoPipeline": Row(
+        lambda: tiny.wan(d.WanVideoToVideoPipeline), {**SHORT, **LARGE, "video": VIDEO, "strength": 0.75}
+    ),
     "QwenImagePipeline": Row(tiny.qwen, {"height": 32, "width": 48}, "true_cfg_scale", " "),
+    "QwenImageImg2ImgPipeline": Row(
+        lambda: tiny.qwen(d.QwenImageImg2ImgPipeline), {**IMG2IMG, **LARGE}, "true_cfg_scale", " "
+    ),
+    "QwenImageInpaintPipeline": Row(
+        lambda: tiny.qwen(d.QwenImageInpaintPipeline), {**INPAINT, **LARGE}, "true_cfg_scale", " "
+    ),
     "Lumina2Pipeline": Row(tiny.lumina2, {"height": 64, "width": 32}),
     "Lumina2Pipeline, not renormalised": Row(tiny.lumina2, {"height": 64, "width": 32, "cfg_normalization": False}),
     "LTXPipeline": Row(tiny.ltx, {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}),
@@ -127,7 +148,12 @@ ROWS = {
 
 
 def run(pipe: Any, row: Row, **keywords: Any) -> torch.Tensor:
-    return pipe(PROMPTS, generator=torch.Generator().manual_seed(0), **{**LATENT, **row.call, **keywords})[0]
+    prompt = PROMPTS
+    if "video" in row.call:  # of which there is one
+        prompt = PROMPTS[0]
+        keywords = {k: v[0] if k == "negative_prompt" and isinstance(v, list) else v for k, v in keywords.items()}
+    generator = torch.Generator().manual_seed(0)
+    return pipe(prompt=prompt, generator=generator, **{**LATENT, **row.call, **keywords})[0]
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -329,3 +355,102 @@ def test_methods_see_packed_latents_as_images(name: str, grid: tuple[int, ...]) 
     per_row = packed.shape[1] // grid[0]
     assert (packed[:, :per_row] == 0).all()
     assert (packed[:, per_row:] != 0).all()
+
+
+FIRST_ORDER = {
+    "StableDiffusionPipeline": d.DDIMScheduler(clip_sample=False),
+    "StableDiffusionImg2ImgPipeline": d.DDIMScheduler(clip_sample=False, prediction_type="v_prediction"),
+    "StableDiffusionControlNetPipeline": d.EDMEulerScheduler(),
+    "StableDiffusionXLPipeline": d.EulerDiscreteScheduler(),
+    "StableDiffusionXLImg2ImgPipeline": d.EulerDiscreteScheduler(),
+    "StableDiffusion3Pipeline": d.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "StableDiffusion3Img2ImgPipeline": d.FlowMatchEulerDiscreteScheduler(),
+    "FluxPipeline": d.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    "FluxImg2ImgPipeline": d.FlowMatchEulerDiscreteScheduler(),
+    "PixArtSigmaPipeline": d.DDIMScheduler(clip_sample=False),
+    "WanPipeline": d.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=1, disable_corrector=list(range(9))
+    ),
+    "QwenImagePipeline": d.FlowMatchEulerDiscreteScheduler(),
+    "Lumina2Pipeline": d.FlowMatchEulerDiscreteScheduler(),
+    "LTXPipeline": d.FlowMatchEulerDiscreteScheduler(),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_ORDER)
+def test_levels_spaces_and_signs(name: str) -> None:
+    """The next point is alpha x0 + sigma eps of our prediction at our next level; some rows are as good as all."""
+    pipe, row = ROWS[name].make(), ROWS[name]
+    pipe.scheduler = FIRST_ORDER[name]
+    steps: list[tuple[Any, torch.Tensor]] = []
+
+    class Watch(ds.Guidance):
+        def guide(self, step, state):
+            second = torch.tensor([1])
+            pos, neg, part, away, away_part = yield [
+                ds.Call("pos"), ds.Call("neg"), ds.Call("neg", rows=second), ds.Call("neg", x=1.5 * step.x),
+                ds.Call("neg", x=1.5 * step.x[1:], rows=second),
+            ]  # fmt: skip
+            assert error(part, neg[1:]) < 1e-4
+            assert error(away_part, away[1:]) < 1e-4
+            assert error(away, neg) > 1e-4
+            steps.append((step, pos))
+            return pos, state, {}
+
+    with ds.attach(pipe, Watch(), contexts={"neg": "ugly"}) as handle:
+        run(pipe, row)
+    points = [step.x for step, _ in steps[1:]] + [None]
+    for (step, pos), reached in zip(steps, points, strict=True):
+        x0, eps = (convert(pos, step.x, step.level, step.space, space) for space in ("x0", "eps"))
+        expected = step.level_next.alpha * x0 + step.level_next.sigma * eps
+        if reached is not None and step.level.alpha > 0:
+            assert error(reached, expected) < 1e-4
+    assert len(steps) == (3 if "Img2Img" in name else 4)
+    assert handle.last.nfe.tolist() == [3 * len(steps), 5 * len(steps)]
+    assert steps[-1][0].level_next.sigma < 0.2
+
+
+POOLED = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+WITH_MASKS = ["prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"]
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs"),
+    [
+        ("StableDiffusionXLPipeline", POOLED),
+        ("StableDiffusion3Pipeline", POOLED),
+        ("FluxPipeline", ["prompt_embeds", "pooled_prompt_embeds", ""]),
+        ("PixArtSigmaPipeline", WITH_MASKS),
+        ("WanPipeline", POOLED[:2]),
+        ("QwenImagePipeline", ["prompt_embeds", "prompt_embeds_mask"]),
+        ("Lumina2Pipeline", WITH_MASKS),
+        ("LTXPipeline", WITH_MASKS),
+    ],
+)
+def test_embeddings_in_the_place_of_prompts(name: str, outputs: list[str]) -> None:
+    pipe, row = ROWS[name].make(), ROWS[name]
+    options = {"device": "cpu", **{k: v for k, v in row.call.items() if k == "max_sequence_length"}}
+    options |= {"prompt_2": None, "prompt_3": None} if "Diffusion3" in name else {}
+
+    def encoded(outputs: list[str], **prompts: Any) -> dict[str, torch.Tensor]:
+        answer = pipe.encode_prompt(**prompts, **options)
+        return {k: v for k, v in zip(outputs, answer, strict=True) if k and v is not None}
+
+    if any(k.startswith("negative") for k in outputs):
+        embeddings = encoded(outputs, prompt=PROMPTS, negative_prompt=NEGATIVES)
+    else:
+        embeddings = encoded(outputs, prompt=PROMPTS)
+        embeddings |= encoded([k and f"negative_{k}" for k in outputs], prompt=NEGATIVES)
+    positive = {k: v for k, v in embeddings.items() if not k.startswith("negative")}
+    generator = torch.Generator()
+    with ds.attach(pipe, ds.ClassifierFreeGuidance(3.0) + ds.NegativePrompting(2.0)):
+        expected = run(pipe, row, negative_prompt=NEGATIVES)
+        for given in (embeddings, {**positive, "negative_prompt": NEGATIVES}):
+            out = pipe(generator=generator.manual_seed(0), **{**LATENT, **row.call, **given})[0]
+            assert error(out, expected) < 1e-5
+
+
+def test_a_class_without_encode_prompt_is_refused() -> None:
+    stranger = type("StableDiffusionPipeline", (), {"unet": tiny.unet()})()
+    with pytest.raises(UnsupportedError, match=r"no encode_prompt\(\)"):
+        ds.attach(stranger, ds.ClassifierFreeGuidance(5.0))

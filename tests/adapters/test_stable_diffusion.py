@@ -419,3 +419,36 @@ def test_a_distilled_denoiser_gets_a_warning_and_its_scale() -> None:
     handle.detach()
     assert torch.equal(ours, latents(pipe, guidance_scale=8.5))
     assert error(ours, latents(pipe, guidance_scale=2.0)) > 1e-4
+
+
+@pytest.mark.parametrize("kind", [d.StableDiffusionPipeline, d.StableDiffusionImg2ImgPipeline])
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if not name.startswith("edm")])
+def test_the_level_is_that_of_the_networks_timestep(shared, kind: type, name: str) -> None:
+    """Also after a late start, and at the inner points of a step."""
+    pipe = kind(**shared.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    keywords = with_scheduler(pipe, name)
+    if kind is d.StableDiffusionImg2ImgPipeline:
+        keywords |= {"image": torch.rand(1, 3, 16, 16, generator=seeded(4)), "strength": 0.7}
+    alphas = torch.cumprod(1 - pipe.scheduler.betas.double(), 0)
+    log_snr = torch.log(alphas / (1 - alphas))
+    times: list[float] = []
+    levels: list[float] = []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: times.append(float(args[1])))
+
+    class Watch(ds.Guidance):
+        def guide(self, step, state):
+            levels.append(step.level.log_snr)
+            (cond,) = yield [ds.Call("pos")]
+            return cond, state, {}
+
+    try:
+        guided(pipe, method=Watch(), num_inference_steps=7, **keywords)
+    finally:
+        hook.remove()
+    at = torch.tensor(times, dtype=torch.float64)
+    low = at.floor().long().clamp(max=998)
+    expected = log_snr[low] + (at - low) * (log_snr[low + 1] - log_snr[low])
+    close = (torch.tensor(levels, dtype=torch.float64) - expected).abs() < 0.02 + 0.6 / (1 + at)
+    assert close.all(), (times, levels, expected)
+    assert len(times) >= 4

@@ -184,7 +184,22 @@ def pixart(kind: type = d.PixArtSigmaPipeline, **more: Any) -> Any:
     )  # fmt: skip
 
 
-def wan(second: bool = False) -> Any:
+def aura_flow() -> Any:
+    torch.manual_seed(2)
+    net = d.AuraFlowTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pos_embed_max_size=64,
+    ).eval()  # fmt: skip
+    for weight in net.parameters():  # as it is made, the prompt hardly matters
+        torch.nn.init.normal_(weight, std=0.3)
+    return _quiet(
+        d.AuraFlowPipeline(
+            tokenizer=byte_tokenizer(), text_encoder=t5(), vae=vae(), transformer=net, scheduler=flow_scheduler()
+        )
+    )
+
+
+def wan(kind: type = d.WanPipeline, second: bool = False) -> Any:
     torch.manual_seed(2)
     nets = [
         d.WanTransformer3DModel(
@@ -197,15 +212,14 @@ def wan(second: bool = False) -> Any:
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
     )
     video = d.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval()
-    return _quiet(
-        d.WanPipeline(
-            tokenizer=byte_tokenizer(), text_encoder=t5(UMT5EncoderModel, UMT5Config), vae=video, scheduler=scheduler,
-            transformer=nets[0], transformer_2=nets[1] if second else None, boundary_ratio=0.7 if second else None,
-        )
-    )  # fmt: skip
+    parts = {"tokenizer": byte_tokenizer(), "text_encoder": t5(UMT5EncoderModel, UMT5Config), "vae": video}
+    parts |= {"scheduler": scheduler, "transformer": nets[0]}
+    if second:
+        parts |= {"transformer_2": nets[1], "boundary_ratio": 0.7}
+    return _quiet(kind(**parts))
 
 
-def qwen() -> Any:
+def qwen(kind: type = d.QwenImagePipeline) -> Any:
     torch.manual_seed(2)
     net = d.QwenImageTransformer2DModel(
         in_channels=16, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2,
@@ -222,9 +236,7 @@ def qwen() -> Any:
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
     ).eval()
     return _quiet(
-        d.QwenImagePipeline(
-            scheduler=flow_scheduler(), vae=image, text_encoder=encoder, tokenizer=byte_tokenizer(), transformer=net
-        )
+        kind(scheduler=flow_scheduler(), vae=image, text_encoder=encoder, tokenizer=byte_tokenizer(), transformer=net)
     )
 
 

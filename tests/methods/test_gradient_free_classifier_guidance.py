@@ -85,7 +85,11 @@ def test_a_sure_classifier_leaves_conditional_sampling():
 
 def test_scale_zero_asks_nobody():
     scene = script()
-    method = GFCG(None, ("pos", "neg"), scale=0.0)
+
+    def nobody(x0, level):
+        raise AssertionError
+
+    method = GFCG(nobody, ("pos", "neg"), scale=0.0)
     for i, point in enumerate(play(method, scene)):
         assert point.calls == 1
         assert np.array_equal(point.prediction.numpy(), branch(scene, "pos", i))
@@ -208,7 +212,7 @@ def test_the_wanted_class_is_recognised_more_often():
 
 @pytest.mark.parametrize("wrong", [
     {"scale": -1.0}, {"scale": float("nan")}, {"classes": ("pos",)}, {"classes": "pos"}, {"classes": ("pos", "pos")},
-    {"classes": ("neg", "neg2")}, {"classes": ()},
+    {"classes": ("neg", "neg2")}, {"classes": ()}, {"classifier": "resnet"},
 ], ids=str)  # fmt: skip
 def test_refuses_parameters(wrong):
     with pytest.raises(ParameterError, match=next(iter(wrong))):

@@ -77,6 +77,15 @@ def test_the_same_condition_changes_nothing():
         np.testing.assert_allclose(point.prediction, branch(scene, "pos", i), rtol=1e-13)
 
 
+def test_beside_classifier_free_guidance():
+    scene = script()
+    both = ds.ClassifierFreeGuidance(4.0) + ICG(2.5, ("neg",))
+    for i, point in enumerate(play(both, scene)):
+        cond, null, drawn = (branch(scene, c, i) for c in ("pos", "null", "neg"))
+        expected = null + 4.0 * (cond - null) + 1.5 * (cond - drawn)
+        np.testing.assert_allclose(point.prediction, expected, rtol=1e-11, atol=1e-13)
+
+
 def test_scale_one_is_conditional_and_alone():
     scene = script()
     alone = replace(scene, networks={"pos": scene.networks["pos"]})

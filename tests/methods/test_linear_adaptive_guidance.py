@@ -173,7 +173,7 @@ def test_estimates_are_better_than_holding_the_last_prediction():
 
 @pytest.mark.parametrize("wrong", [
     {"scale": -1.0}, {"scale": float("inf")}, {"warmup": -1}, {"warmup": 0.5}, {"stop": -0.1}, {"stop": 1.1},
-    {"regressions": weights()[1:]}, {"regressions": (ds.PastRegression((1.0, 0.0), ()),)},
+    {"regressions": weights()[1:]}, {"regressions": (ds.PastRegression((1.0, 0.0), ()),)}, {"regressions": (0.5,)},
 ], ids=lambda w: next(iter(w)))  # fmt: skip
 def test_refuses_parameters(wrong):
     with pytest.raises(ParameterError, match=next(iter(wrong))):

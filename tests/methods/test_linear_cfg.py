@@ -237,6 +237,11 @@ def test_refuses_parameters(name, value):
         ds.LinearCFG(**SIX, **{name: value})
 
 
+def test_refuses_what_is_no_fit():
+    with pytest.raises(ParameterError, match=r"GaussianFit\.of"):
+        ds.LinearCFG(torch.zeros(6), SIX["unconditional"])
+
+
 def test_refuses_fits_of_different_data():
     with pytest.raises(ParameterError, match="6 and 4"):
         ds.LinearCFG(SIX["conditional"], FOUR["conditional"])

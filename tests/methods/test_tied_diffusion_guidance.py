@@ -199,6 +199,22 @@ def test_second_order_schedulers_are_served_approximately():
     assert float((heun - fine).abs().max()) < float((coarse - fine).abs().max())
 
 
+def test_inner_points_use_the_gap_and_leave_it():
+    scene, method = script(), TDG(warmup=0.0, cooldown=0.0, context="neg")
+    x, gap = torch.as_tensor(scene.points[4]), torch.as_tensor(scene.points[5])
+    asked: list[torch.Tensor] = []
+
+    def answer(calls: list[ds.Call]) -> list[torch.Tensor]:
+        asked.append(calls[1].x)
+        return [x, 2 * x]
+
+    for on_trajectory in (True, False):
+        step = ds.Step(x, scene.levels[4], scene.levels[5], 4, 12, "flow", on_trajectory, 0.0)
+        _, after, _ = ds.core.drive(method, step, gap, answer)
+        assert torch.equal(after, gap) is not on_trajectory
+        assert torch.equal(asked[-1], x + scene.levels[4].alpha * gap)
+
+
 def test_refuses_an_unknown_sampler():
     with pytest.raises(UnsupportedError, match="DDIM"):
         run(TDG(), LCMScheduler(clip_sample=False))

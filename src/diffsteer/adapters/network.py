@@ -81,6 +81,8 @@ class PipelineNet:
     level : Level
         Of ``x``.
     spec : Spec
+    ready : optional
+        What ``call`` has returned already, if it was made.
     """
 
     shape = None
@@ -96,12 +98,13 @@ class PipelineNet:
         reading: ScheduleReading,
         level: Level,
         spec: Spec,
+        ready: Any = None,
     ) -> None:
         self.call, self.control, self.contexts = call, control, bundles
         self.x, self.scale, self.reading, self.level, self.sign = x, scale, reading, level, spec.sign
         self.conditioning = [name for name in spec.conditioning if name not in spec.shared]
         self.space, self.time, self.packed = reading.prediction, spec.time, spec.grid is not None
-        self.last: Any = None  # what the network returned last
+        self.ready = self.last = ready  # what the network returned last
 
     def predict(self, context: str, x: Tensor, level: Level, samples: Tensor, perturb: Any = None) -> Tensor:
         """Prediction in ``space`` at ``x``, (B, ...)."""
@@ -120,7 +123,11 @@ class PipelineNet:
             inside = self._shown(self.scale(x), rows)
         if self.control is not None:
             more |= self._residuals(self.control, context, inside, rows, **more)
-        self.last = self.call.repeat(bundle, inside, rows, **more)
+        own = context == "pos" and inside is self.call.x and perturb is None and not torch.is_grad_enabled()
+        if self.ready is not None and own:
+            self.last = self.ready
+        else:
+            self.last = self.call.repeat(bundle, inside, rows, **more)
         output = first(self.last)
         output = unpack(output, self.x.shape[2:]) if self.packed else output[:, : x.shape[1]]  # no learned variance
         return self.reading.from_output(self.sign * output.to(x.dtype), x, level)

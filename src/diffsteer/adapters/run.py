@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -79,14 +79,14 @@ class GuidedRun:
                             f"{name} has a cache enabled, which would answer one branch with another's features; call "
                             f"pipe.{name}.disable_cache() first"
                         )
-                    stack.enter_context(_patched(module, _entry(module), functools.partial(self._denoise, module)))
+                    stack.enter_context(patched(module, _entry(module), functools.partial(self._denoise, module)))
             control = getattr(self.pipe, "controlnet", None)
             if control is not None:
-                stack.enter_context(_patched(control, _entry(control), functools.partial(self._control, control)))
-            stack.enter_context(_patched(self.scheduler, "step", self._step))
+                stack.enter_context(patched(control, _entry(control), functools.partial(self._control, control)))
+            stack.enter_context(patched(self.scheduler, "step", self._step))
             if hasattr(self.scheduler, "scale_model_input"):
                 self.scale_model_input = self.scheduler.scale_model_input
-                stack.enter_context(_patched(self.scheduler, "scale_model_input", self._scale))
+                stack.enter_context(patched(self.scheduler, "scale_model_input", self._scale))
             yield
 
     def _scale(self, native: Callable[..., Tensor], sample: Tensor, timestep: Any) -> Tensor:
@@ -123,9 +123,9 @@ class GuidedRun:
         if self.index == 0:
             self.reading = ScheduleReading(self.scheduler, self.eta)
             self.reading.require(self.method.needs)
-            self.levels = self.reading.levels[self._position(0) :]
+            self.levels = self.reading.levels[self.reading.position(0, self.scaled_at) :]
         offset = len(self.reading.levels) - len(self.levels)
-        level = self.reading.levels[self._position(offset + self.index)]
+        level = self.reading.levels[self.reading.position(offset + self.index, self.scaled_at)]
         self.levels[self.index] = level  # the same but for PNDM's repeated point after a late start
         forwards = {"main": native} | {k: native if twin is module else twin for k, twin in self.models.items()}
         nets = {
@@ -137,7 +137,7 @@ class GuidedRun:
         }  # fmt: skip
         if self.engine is None:
             self._check_rows(len(x))
-            self.engine = Engine(nets, self.method, torch.arange(len(x)), self._streams(len(x)))
+            self.engine = Engine(nets, self.method, torch.arange(len(x)), streams(self.generator, len(x)))
             if self.engine.start(x, self.levels, self.reading.stochastic) is not x:
                 raise UnsupportedError("this method starts elsewhere than the pipeline; run it with diffsteer.sample()")
         self.engine.nets = nets
@@ -151,10 +151,10 @@ class GuidedRun:
         result = native(*args, **keywords)
         x_next = result[0] if isinstance(result, tuple) else result.prev_sample
         if self.guided and self.engine is not None:
-            wide = _wide(x_next)
-            wide = unpack(wide, self.engine.step.x.shape[2:]) if self.spec.grid else wide
-            edited = self.engine.after(wide)
-            if edited is not wide:
+            point = wide(x_next)
+            point = unpack(point, self.engine.step.x.shape[2:]) if self.spec.grid else point
+            edited = self.engine.after(point)
+            if edited is not point:
                 x_next = (pack(edited) if self.spec.grid else edited).to(x_next.dtype)
                 if isinstance(result, tuple):
                     result = (x_next, *result[1:])
@@ -167,27 +167,15 @@ class GuidedRun:
     def _sample(self, shown: Tensor) -> Tensor:
         """Where the scheduler stands, exactly where it has said so, else from what the network is shown."""
         if self.scaled_at is None and (self.x is None or not torch.equal(self.x.to(shown.dtype), shown)):
-            return _wide(shown)
+            return wide(shown)
         assert self.x is not None
-        return _wide(self.x)
+        return wide(self.x)
 
     def _rescale(self) -> Callable[[Tensor], Tensor]:
         """From the scheduler's coordinates to the network's, at this step."""
         if self.scaled_at is None:
             return lambda x: x
         return functools.partial(self.scale_model_input, timestep=self.scaled_at)
-
-    def _position(self, expected: int) -> int:
-        """The index of this step in the scheduler's own list."""
-        if self.reading.kind == "alphas":  # levels go by timestep, and one may come twice
-            if self.scaled_at is None:
-                return expected
-            found = (self.reading.timesteps == self.scaled_at).nonzero().flatten().tolist()
-            return next((i for i in found if i >= expected), found[-1])
-        for known in (self.scheduler.step_index, self.scheduler.begin_index):
-            if known is not None:
-                return int(known)
-        return expected if self.scaled_at is None else int(self.scheduler.index_for_timestep(self.scaled_at))
 
     def _check_rows(self, batch: int) -> None:
         for context, bundle in self.bundles.items():
@@ -199,32 +187,42 @@ class GuidedRun:
                     "pipeline's own guidance is still on, or there are more negative embeddings than prompts"
                 )
 
-    def _streams(self, batch: int) -> list[torch.Generator]:
-        """The method's own randomness: it follows the pipeline's generators and draws nothing from them."""
-        if isinstance(self.generator, (list, tuple)):
-            return [stream(g.initial_seed(), 0, 1) for g in self.generator]
-        seed = torch.initial_seed() if self.generator is None else self.generator.initial_seed()
-        return [stream(seed, i, 1) for i in range(batch)]
-
     def result(self) -> Result | None:
         """What the call has come to; None before its first step."""
         if self.engine is None or self.x is None:
             return None
         record = {
             "pipeline": type(self.pipe).__name__,
-            "method": describe(self.method),
-            "scheduler": {"name": type(self.scheduler).__name__, "config": plain(dict(self.scheduler.config))},
-            "steps": self.index, "eta": self.eta, "stochastic": self.reading.stochastic,
-            "contexts": list(self.bundles),
-            "log_snr": [round(level.log_snr, 6) for level in self.levels],
+            **run_record(self.method, self.reading, self.levels, self.index, list(self.bundles)),
             "seconds": time.perf_counter() - self.started,
-            "versions": {p: importlib.metadata.version(p) for p in ("diffsteer", "torch", "diffusers")},
-        }  # fmt: skip
+        }
         nfe = self.engine.nfe
         return Result(self.x.detach().cpu(), stack_trace(self.kept, len(nfe)), nfe, record)
 
 
-def _wide(x: Tensor) -> Tensor:
+def run_record(
+    method: Guidance, reading: ScheduleReading, levels: Sequence[Level], steps: int, contexts: list[str]
+) -> dict[str, Any]:
+    """What ran, as plain data."""
+    scheduler = reading.scheduler
+    return {
+        "method": describe(method),
+        "scheduler": {"name": type(scheduler).__name__, "config": plain(dict(scheduler.config))},
+        "steps": steps, "eta": reading.eta, "stochastic": reading.stochastic, "contexts": contexts,
+        "log_snr": [round(level.log_snr, 6) for level in levels],
+        "versions": {p: importlib.metadata.version(p) for p in ("diffsteer", "torch", "diffusers")},
+    }  # fmt: skip
+
+
+def streams(generator: Any, batch: int) -> list[torch.Generator]:
+    """A method's own randomness, one stream per image: it follows the pipeline's generators without drawing."""
+    if isinstance(generator, (list, tuple)):
+        return [stream(g.initial_seed(), 0, 1) for g in generator]
+    seed = torch.initial_seed() if generator is None else generator.initial_seed()
+    return [stream(seed, i, 1) for i in range(batch)]
+
+
+def wide(x: Tensor) -> Tensor:
     """In single precision at least: posteriors are sums of small differences."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
@@ -235,7 +233,7 @@ def _entry(module: nn.Module) -> str:
 
 
 @contextmanager
-def _patched(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+def patched(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
     """``owner.name`` becomes ``replacement(native, ...)``; an offload hook on the instance stays below it."""
     before = owner.__dict__.get(name)
     native = getattr(owner, name)

@@ -90,6 +90,7 @@ _LUMINA2 = Spec(
     time=(1.0, -1e-3),
     renormalised="cfg_normalization",
 )
+_AURA = Spec({"encoder_hidden_states": (0, 2)}, time=(0.0, 1e-3))
 _DIT = Spec({"class_labels": (0, None)}, null={"class_labels": 1000})
 
 # Parity with the pipeline's own guidance is proven by the tests for every class here.
@@ -114,15 +115,27 @@ VERIFIED: Mapping[str, Spec] = {
     "FluxInpaintPipeline": _FLUX,
     "PixArtAlphaPipeline": _MASKED,
     "PixArtSigmaPipeline": _MASKED,
+    "AuraFlowPipeline": _AURA,
     "WanPipeline": _WAN,
+    "WanVideoToVideoPipeline": _WAN,
     "QwenImagePipeline": _QWEN,
+    "QwenImageImg2ImgPipeline": _QWEN,
+    "QwenImageInpaintPipeline": _QWEN,
     "Lumina2Pipeline": _LUMINA2,
     "LTXPipeline": _LTX,
     "DiTPipeline": _DIT,
 }
 
 # By reading alone: the same families, used with a warning.
-UNVERIFIED: Mapping[str, Spec] = {}
+UNVERIFIED: Mapping[str, Spec] = {
+    "StableDiffusionUpscalePipeline": _SD,
+    "StableDiffusionXLControlNetUnionPipeline": _SDXL,
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline": _SDXL,
+    "StableDiffusionXLControlNetUnionInpaintPipeline": _SDXL,
+    "KolorsPipeline": _SDXL,
+    "KolorsImg2ImgPipeline": _SDXL,
+    "SanaPipeline": _MASKED,
+}
 
 
 def spec_of(pipe: Any) -> Spec:

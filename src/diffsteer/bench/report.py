@@ -381,7 +381,6 @@ _HEADINGS = (  # of the table's columns, and what is below them
     ("KL", "to uniform"),
     ("Distance", "to rejection"),
     ("Distance", "to data"),
-    ("Untouched", "same seed"),
     ("NFE", "per sample"),
     ("Time", "seconds"),
 )
@@ -404,7 +403,6 @@ def _table(rows: Sequence[MethodRow]) -> list[tuple[str, list[list[tuple[str, st
         [_cell(row.kl_uniform, row.kl_uniform_interval, 3 + fine) for row in rows],
         _column([(row.fd_rejection, row.fd_rejection_interval) for row in rows]),
         _column([(row.fd_data, row.fd_data_interval) for row in rows]),
-        [_cell(None if row.untouched is None else 100 * row.untouched, None, 0, "%") for row in rows],
         [_cell(row.nfe, None, 1 - whole) for row in rows],
         _column([(row.seconds, None) for row in rows]),
     ]

@@ -29,6 +29,7 @@ from diffsteer.methods.personalization_guidance import PersonalizationGuidance, 
 from diffsteer.methods.reinforcement_learning_guidance import ReinforcementLearningGuidance
 from diffsteer.methods.relative import Relative
 from diffsteer.methods.safe_latent_diffusion import SafeLatentDiffusion
+from diffsteer.methods.semantic_aware_cfg import SemanticAwareCFG, attention_regions
 from diffsteer.methods.semantic_guidance_tuning import SemanticGuidanceTuning
 from diffsteer.methods.sims import SIMS
 from diffsteer.methods.tangential_damping_cfg import TangentialDampingCFG
@@ -36,7 +37,6 @@ from diffsteer.methods.tied_diffusion_guidance import TiedDiffusionGuidance
 from diffsteer.methods.upsample_guidance import UpsampleGuidance
 
 __all__ = [
-    "GradientFreeClassifierGuidance",
     "SIMS",
     "AdaptiveGuidance",
     "AdaptiveProjectedGuidance",
@@ -54,6 +54,7 @@ __all__ = [
     "FeedbackGuidance",
     "FrequencyDecoupledGuidance",
     "GaussianFit",
+    "GradientFreeClassifierGuidance",
     "IndependentConditionGuidance",
     "LimitedIntervalGuidance",
     "LinearAdaptiveGuidance",
@@ -69,12 +70,14 @@ __all__ = [
     "Rescale",
     "SafeLatentDiffusion",
     "Schedule",
+    "SemanticAwareCFG",
     "SemanticGuidanceTuning",
     "Switch",
     "TangentialDampingCFG",
     "TiedDiffusionGuidance",
     "UpsampleGuidance",
     "Window",
+    "attention_regions",
     "cite",
     "entry",
     "get_method",

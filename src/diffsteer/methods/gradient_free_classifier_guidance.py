@@ -69,6 +69,8 @@ class GradientFreeClassifierGuidance(Guidance):
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
+        if not callable(self.classifier):
+            raise ParameterError(f"classifier maps (x0, level) to logits (B, K), got {self.classifier!r}")
         if isinstance(self.classes, str) or len(set(self.classes)) < max(len(self.classes), 2):
             raise ParameterError('classes is a tuple of at least two different contexts, such as ("pos", "neg")')
         if "pos" not in self.classes:

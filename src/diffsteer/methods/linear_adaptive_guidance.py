@@ -90,6 +90,8 @@ class LinearAdaptiveGuidance(Guidance):
             raise ParameterError(f"warmup must be a whole number of steps >= 0, got {self.warmup}")
         if not 0 <= self.stop <= 1:
             raise ParameterError(f"stop is a share of the steps, in [0, 1], got {self.stop}")
+        if not all(hasattr(regression, "null") for regression in self.regressions):
+            raise ParameterError("regressions is a tuple of PastRegression, one per step; use fit()")
         for i, regression in enumerate(self.regressions):
             if (len(regression.cond), len(regression.null)) != (i + 1, i):
                 raise ParameterError(f"regressions[{i}] takes {i + 1} weights of e(c) and {i} of e(0); use fit()")

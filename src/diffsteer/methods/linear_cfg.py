@@ -122,6 +122,8 @@ class LinearCFG(Guidance):
         for name in ("scale", "mean_scale", "positive_scale", "negative_scale"):
             if getattr(self, name) is not None:
                 check_scale(getattr(self, name), name)
+        if not all(hasattr(fit, "variances") for fit in (self.conditional, self.unconditional)):
+            raise ParameterError("conditional and unconditional are fits: GaussianFit.of(samples) of each")
         if self.conditional.mean.shape != self.unconditional.mean.shape:
             sizes = len(self.conditional.mean), len(self.unconditional.mean)
             raise ParameterError(f"the two fits are of different data: {sizes[0]} and {sizes[1]} values a sample")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +115,12 @@ class SemanticGuidanceTuning(Guidance):
 
     def _cosine(self, prompt: Tensor, direction: Tensor) -> Tensor:
         """Of the two directions of each sample, 1 where the second has no length; (B,), float64."""
-        lengths = [inner(s, s).sqrt() for s in (prompt, direction)]
-        some = lengths[1] > torch.finfo(prompt.dtype).eps ** 0.5 * lengths[0]
-        return torch.where(some, inner(prompt, direction) / (lengths[0] * lengths[1]), 1.0)
+        long, short = (inner(s, s).sqrt() for s in (prompt, direction))
+        cosine = inner(prompt, direction) / (long * short).clamp(min=torch.finfo(torch.float64).tiny)
+        return torch.where(_negligible(short, long, prompt.dtype), 1.0, cosine)
+
+
+def _negligible(length: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether a direction's length may be rounding, to that of another one; (B,)."""
+    resolution: float = torch.finfo(dtype).eps
+    return length <= math.sqrt(resolution) * other
