@@ -118,8 +118,11 @@ def sample(
     view = SchedulerView(scheduler, steps, eta, device)
     view.require(method.needs)
     # eps says nothing of x0 at pure noise, where flow schedulers start: there a network converts on its own path
-    space = "x0" if view.levels[0].alpha == 0 and denoiser.space == "eps" else None
-    nets = {k: d.with_path(view.path, space) for k, d in {"main": denoiser, **(models or {})}.items()}
+    noise_only = view.levels[0].alpha == 0
+    nets = {
+        name: net.with_path(view.path, "x0" if noise_only and net.space == "eps" else None)
+        for name, net in {"main": denoiser, **(models or {})}.items()
+    }
     started, samples, nfe = time.perf_counter(), [], []
     traces: list[dict[str, Tensor]] = []
     with _advance(progress, num_samples * len(view.timesteps)) as advance:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diffsteer.errors import MissingContextError, ParameterError
+from diffsteer.errors import MissingContextError, ParameterError, UnsupportedError
 from diffsteer.paths import Level, Path
 
 Subset = Sequence[int] | None
@@ -98,6 +98,8 @@ class MixtureDenoiser:
         """x0 at ``x``, (B, D), under one context."""
         if context not in self.contexts:
             raise MissingContextError(f"no context {context!r} among {list(self.contexts)}")
+        if perturb is not None:
+            raise UnsupportedError("a mixture has nothing inside that could be perturbed")
         return self.mixture.predict(x, level, self.contexts[context])
 
     def with_path(self, path: Path, space: str | None = None) -> MixtureDenoiser:
