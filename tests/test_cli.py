@@ -61,7 +61,7 @@ def test_several_concepts_each_have_a_posterior(tmp_path: Path) -> None:
         (("remove", "digits", "-c", "cat"), "unknown concept 'cat'; known: 0, 1"),
         (("remove", "digits", "-c", "3", "--samples", "2"), "use at least 16"),
         (("remove", "digits", "-c", "3", "--steps", "0"), "steps must be at least 1"),
-        (("cite", "nothing"), "unknown method 'nothing'; known: cfg"),
+        (("cite", "nothing"), "unknown method 'nothing'; known: adaptive-guidance"),
     ],
 )
 def test_errors_are_one_line_that_says_what_to_do(words: tuple[str, ...], says: str, tmp_path: Path) -> None:

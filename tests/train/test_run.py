@@ -34,7 +34,7 @@ def test_the_folder_holds_a_whole_model(folder: Path) -> None:
     assert config["schedule"]["num_train_timesteps"] == 1000
     assert sum(config["class_shares"]) == pytest.approx(1)
     assert config["recipe"]["judge"]["steps_done"] == 2
-    assert set(config["networks"]) == {"denoiser", "judge", "features", "noisy_classifier"}
+    assert set(config["networks"]) == {"denoiser", "weak", "judge", "features", "noisy_classifier"}
     assert sum(config["metrics"]["samples"]["ddim"]["class_shares"]) == pytest.approx(1)
     for part, description in config["networks"].items():
         weights = load_file(folder / f"{part}.safetensors")
@@ -82,7 +82,7 @@ def test_parts_share_no_random_stream(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(run, "export", lambda *_, **__: None)
     for seed in (0, 1):
         train("digits", tmp_path, seed=seed)
-    assert len(seeds) == len(set(seeds)) == 8
+    assert len(seeds) == len(set(seeds)) == 10
 
 
 def test_networks_of_one_class_see_that_class_alone() -> None:
