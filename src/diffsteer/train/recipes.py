@@ -97,12 +97,16 @@ def _classifiers(image_size: int, channels: int, classes: int, steps: int, width
 
 
 def _denoisers(network: Mapping[str, Any], small: Mapping[str, Any], only: list[int], **training: Any) -> list[Recipe]:
-    """The conditional denoiser, and the unconditional and single-class ones, which have one label for everything."""
+    """The conditional denoiser, and the unconditional and single-class ones, which have one label for everything.
+
+    These are smaller and see fewer images: half of the steps for all classes together, a third for one.
+    """
+    steps = training["steps"]
     alone = {key: value for key, value in training.items() if key != "label_dropout"} | {"network": small}
     return [
         Recipe(part="denoiser", network=network, **training),
-        Recipe(part="unconditional", **alone),
-        *(Recipe(part=f"only_{label}", **alone) for label in only),
+        Recipe(part="unconditional", **alone | {"steps": steps // 2}),
+        *(Recipe(part=f"only_{label}", **alone | {"steps": steps // 3}) for label in only),
     ]
 
 
