@@ -118,6 +118,7 @@ def test_operating_points_are_read_off_the_choosing_half_alone(model) -> None:
 @pytest.mark.filterwarnings("ignore::diffsteer.errors.CalibrationWarning")  # three steps, to be quick
 def test_the_whole_benchmark_runs_and_resumes(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(sweeping, "SCALES", {"np": (0.2, 0.4), "sld": (0.2, 0.4), "dng": (1.0, 2.0)})
+    monkeypatch.setattr(sweeping, "ODE_SCALES", {"np": (0.3, 0.6)})
     monkeypatch.setattr(sweeping, "RESAMPLES", 3)
     tier = sweeping.Tier((("ddpm", 3),), 32, choose=True, final=("ddpm", 4, 32), methods=("np", "sld", "dng"))
     sweeping.sweep("digits", tier, out=tmp_path)

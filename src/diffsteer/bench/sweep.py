@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffsteer import zoo
 from diffsteer.bench import metrics
 from diffsteer.bench.plots import draw_fronts, draw_samples
-from diffsteer.bench.removal import Outcome, Setting, measure, method_for, reject, run, unguided
+from diffsteer.bench.removal import Outcome, Setting, kind_of, measure, method_for, reject, run, unguided
 from diffsteer.bench.remove import NAMES
 from diffsteer.bench.report import MethodPanel, MethodRow, check_writable, rows_to_csv, write_text
 from diffsteer.errors import UnknownNameError, UnsupportedError
@@ -37,6 +37,8 @@ SCALES: dict[str, tuple[float, ...]] = {
     "dng-paper": (1.0, 2.0, 5.0, 10.0),
     "ceiling": (1.0, 2.0),
 }
+ODE_SCALES = {"np": (0.2, 0.3, 0.5, 0.8), "sld": (0.2, 0.4, 0.8, 1.6), "sld-medium": (0.2, 0.4, 0.8, 1.6)}
+"""Where they differ on deterministic samplers, on which the baselines remove less at equal scale."""
 BASELINES = ("np", "sld", "sld-medium")
 MARGINS = {"mnist": 0.005}  # what counts as safe: above the judge's floor, elsewhere one point
 TARGET_FACTOR = 3  # unguided samples behind the rejection set, per sample of a method
@@ -121,6 +123,11 @@ class Lead:
     interval: tuple[float, float]
 
 
+def scales_of(method: str, scheduler: str) -> tuple[float, ...]:
+    """The scales that a method is swept over under a scheduler, as many for every baseline."""
+    return ODE_SCALES.get(method, SCALES[method]) if kind_of(scheduler) == "ode" else SCALES[method]
+
+
 def halves(model: Model) -> tuple[list[int], list[int]]:
     """Labels for choosing and labels for reporting."""
     middle = len(model.classes) // 2
@@ -155,7 +162,7 @@ def sweep(name: str, tier: Tier, *, out: Path, separate: bool = False, device: s
         for concept in ([*report, *choosing] if (kind, steps) == tier.samplers[0] else report)
         for method in tier.methods
         if method != "ceiling" or concept in report
-        for w in SCALES[method]
+        for w in scales_of(method, kind)
     ]
     entries: list[Entry] = []
     outcomes: dict[tuple[str, int, str], list[Outcome]] = {}
@@ -289,7 +296,7 @@ def _grids(out: Path, model: Model, setting: Setting, points: Mapping[str, float
     """The first samples of every method at its operating point, or the swept scale next to it."""
     outcomes = {"unguided": bases.base(setting)}
     for method, scale in points.items():
-        near = min(SCALES[method], key=lambda w: abs(w - scale))
+        near = min(scales_of(method, setting.scheduler), key=lambda w: abs(w - scale))
         outcomes[method] = _Job(setting, method, near).run(model, out / "runs")
     panels = [
         MethodPanel(
@@ -316,16 +323,14 @@ def operating_points(
     margin = MARGINS.get(model.name, 0.01)
     points: dict[str, float] = {}
     for method in methods:
-        scales = SCALES[method]
         if not choose:
             setting = Setting((0,))
             points[method] = float(getattr(method_for(model, method, setting), "scale"))  # noqa: B009
             continue
         scored: list[tuple[bool, float, float]] = []
-        for scale in scales:
-            rows = [e for e in entries if e.method == method and e.scale == scale and e.concept in names]
-            if not rows:
-                continue
+        chosen = [e for e in entries if e.method == method and e.concept in names]
+        for scale in sorted({e.scale for e in chosen}):
+            rows = [e for e in chosen if e.scale == scale]
             excess = float(np.mean([e.row.forbidden_share - model.floor([e.concept]) for e in rows]))
             kl = float(np.mean([e.row.kl_rejection or 0.0 for e in rows]))
             scored.append((excess > margin, kl if excess <= margin else excess, scale))
