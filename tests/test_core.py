@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import diffsteer as ds
-from diffsteer.core import Call, Guidance, Run, Step, drive, gather
+from diffsteer.core import Call, Guidance, Run, Step, drive, gather, scatter
 from diffsteer.paths import Level
 
 STEP = Step(torch.zeros(2, 3), Level(0.6, 0.8), Level(0.8, 0.6), 0, 5, "eps")
@@ -76,8 +76,19 @@ def test_gather_reaches_nested_states() -> None:
     state = (ds.DynamicNegativeGuidance().start(run), torch.arange(4), None)
     picked = gather(state, torch.tensor([2, 0]))
     assert picked[1].tolist() == [2, 0]
-    assert picked[0][0].log_odds.shape == (2,)
+    assert picked[0][0].tracked.log_odds.shape == (2,)
     assert picked[2] is None
+
+
+def test_scatter_undoes_gather() -> None:
+    rows = torch.tensor([2, 0])
+    state = (torch.arange(4.0), (torch.ones(4, 2), None))
+    part = (gather(state, rows)[0] + 10, (torch.zeros(2, 2), torch.tensor([5, 6])))
+    whole = scatter(state, rows, part)
+    assert whole[0].tolist() == [10, 1, 12, 3]
+    assert whole[1][0].sum(1).tolist() == [0, 2, 0, 2]
+    assert whole[1][1].tolist() == [5, 6]  # nothing was there before
+    assert state[0].tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("module", ["core", "paths", "posterior", "methods"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -53,7 +53,8 @@ def test_trace_nfe_and_record() -> None:
     assert out.samples.shape == (5, 2)
     assert out.trace["posterior"].shape == out.trace["scale"].shape == (9, 5)
     assert (out.trace["posterior"][0] - 1 / 8).abs().max() < 1e-6
-    assert out.nfe.tolist() == [18] * 5
+    assert run(ds.NegativePrompting(0.3), num_samples=5, steps=9).nfe.tolist() == [18] * 5
+    assert 9 <= int(out.nfe.min()) <= int(out.nfe.max()) <= 18
     assert run(trace="off").trace == {}
     assert run(trace="every:4").trace["scale"].shape == (2, 7)
     assert out.record["method"]["name"] == "DynamicNegativeGuidance"
@@ -115,6 +116,20 @@ def test_rows_are_computed_and_counted_alone() -> None:
     assert run(Half(), num_samples=4, steps=3).nfe.tolist() == [6, 3, 6, 3]
 
 
+def test_no_sample_is_evaluated_twice_for_the_same() -> None:
+    class Pieces(Guidance):
+        def guide(self, step, state):
+            first, second = torch.tensor([0, 2]), torch.tensor([2, 1])
+            a, b = yield [Call("neg", rows=first), Call("neg", rows=second)]
+            whole, again = yield [Call("neg"), Call("neg", rows=second)]
+            assert torch.equal(a, whole[first])
+            assert torch.equal(b, whole[second])
+            assert torch.equal(again, b)
+            return whole, state, {}
+
+    assert run(Pieces(), num_samples=4, steps=3, dtype=torch.float64).nfe.tolist() == [3] * 4
+
+
 def test_per_sample_contexts_follow_their_sample() -> None:
     class Net(torch.nn.Module):
         def forward(self, x, t, label):
@@ -165,7 +180,7 @@ class Broken:
 
 def test_nan_names_the_branch_and_the_step() -> None:
     with pytest.raises(NonFiniteError, match=r"branch 'neg'.*step 3"):
-        ds.sample(Broken(), DNG, scheduler=DDPM, num_samples=2, steps=8)
+        ds.sample(Broken(), replace(DNG, lazy=False), scheduler=DDPM, num_samples=2, steps=8)
 
 
 def test_refusals_name_the_remedy() -> None:

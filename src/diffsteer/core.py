@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from diffsteer.errors import UnsupportedError
 from diffsteer.paths import Level, convert
 
 State = Any  # per-sample tensors in a dataclass (or nested tuples of them); None where there is none
@@ -72,6 +73,17 @@ _NO_SIGNAL = 1e-3  # signal-to-noise ratio below which it counts as this
 Plan = Generator[list[Call], Sequence[Tensor], tuple[Tensor, State, Info]]
 
 
+@dataclass(frozen=True)
+class Repeat:
+    """What :meth:`Guidance.after` returns to run the same level once more, at another ``x``: recurrence."""
+
+    x: Tensor  # (B, ...), at the level that the step started from
+    state: State
+
+
+After = tuple[Tensor, State] | Repeat
+
+
 class Guidance:
     """A guidance method; subclasses are frozen dataclasses that override :meth:`guide`."""
 
@@ -87,8 +99,8 @@ class Guidance:
         """Ask for evaluations; return (prediction, state, info), all in ``step.space``."""
         raise NotImplementedError
 
-    def after(self, step: Step, x_next: Tensor, state: State) -> tuple[Tensor, State]:
-        """Edit what the scheduler made of the step."""
+    def after(self, step: Step, x_next: Tensor, state: State) -> After:
+        """Edit what the scheduler made of the step, or ask for the step again (then ``needs`` says "recurrence")."""
         return x_next, state
 
     def __add__(self, other: Guidance) -> Guidance:
@@ -164,12 +176,26 @@ class Sum(Guidance):
         total = outputs[0] + sum(out - base for out, base in zip(outputs[1:], bases or (), strict=True))
         return total, states, {k: v for info in infos for k, v in info.items()}
 
-    def after(self, step: Step, x_next: Tensor, state: State) -> tuple[Tensor, State]:
+    def after(self, step: Step, x_next: Tensor, state: State) -> After:
         states = []
         for m, s in zip(self.methods, state, strict=True):
-            x_next, s = m.after(step, x_next, s)
+            answer = m.after(step, x_next, s)
+            if isinstance(answer, Repeat):
+                raise UnsupportedError(
+                    f"{type(m).__name__} repeats steps, which the other terms of a sum would see as steps of their own; "
+                    "give it the other methods as its base= instead"
+                )
+            x_next, s = answer
             states.append(s)
         return x_next, tuple(states)
+
+
+def within(answer: After, wrap: Callable[[State], State]) -> After:
+    """What an inner method's ``after`` returned, its state inside that of the method around it."""
+    if isinstance(answer, Repeat):
+        return Repeat(answer.x, wrap(answer.state))
+    x_next, state = answer
+    return x_next, wrap(state)
 
 
 def drive(
@@ -186,6 +212,16 @@ def drive(
         return result
 
 
+def on_rows(plan: Generator[list[Call], Sequence[Tensor], Any], rows: Tensor) -> Any:
+    """A plan that was made for some samples of the batch, as calls for these ``rows``; a generator."""
+    try:
+        calls = next(plan)
+        while True:
+            calls = plan.send((yield [replace(c, rows=rows if c.rows is None else rows[c.rows]) for c in calls]))
+    except StopIteration as done:
+        return done.value
+
+
 def gather(state: State, rows: Tensor) -> State:
     """The state of a subset of the batch; (len(rows), ...) for every per-sample tensor."""
     if isinstance(state, Tensor):
@@ -194,4 +230,18 @@ def gather(state: State, rows: Tensor) -> State:
         return tuple(gather(part, rows) for part in state)
     if is_dataclass(state) and not isinstance(state, (type, Level)):
         return replace(state, **{f.name: gather(getattr(state, f.name), rows) for f in fields(state)})
+    return state
+
+
+def scatter(state: State, rows: Tensor, part: State) -> State:
+    """``state`` with its ``rows`` replaced by those of ``part``: :func:`gather` undone."""
+    if state is None:
+        return part
+    if isinstance(state, Tensor):
+        return state.index_copy(0, rows, part)
+    if isinstance(state, tuple):
+        return tuple(scatter(whole, rows, some) for whole, some in zip(state, part, strict=True))
+    if is_dataclass(state) and not isinstance(state, (type, Level)):
+        changes = {f.name: scatter(getattr(state, f.name), rows, getattr(part, f.name)) for f in fields(state)}
+        return replace(state, **changes)
     return state

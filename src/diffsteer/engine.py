@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Info, Run, Step, Sum, drive
+from diffsteer.core import Call, Guidance, Info, Repeat, Run, Step, Sum, drive
 from diffsteer.denoisers import Denoiser
 from diffsteer.errors import MissingContextError, NonFiniteError, ParameterError, UnsupportedError
 from diffsteer.paths import Level, convert
@@ -67,34 +67,61 @@ class Engine:
             stochastic=self.stochastic,
             generators=self.streams,
         )
-        prediction, self.state, info = drive(self.method, self.step, self.state, partial(self._evaluate, answered={}))
+        prediction, self.state, info = drive(
+            self.method, self.step, self.state, partial(self._evaluate, answered={}, known={})
+        )
         return prediction, info
 
     def after(self, x_next: Tensor) -> Tensor:
         """What the method makes of the scheduler's next sample, (B, ...)."""
-        x_next, self.state = self.method.after(self.step, x_next, self.state)
+        answer = self.after_or_repeat(x_next)
+        if isinstance(answer, Repeat):
+            raise UnsupportedError("this method repeats steps, which this loop cannot; use diffsteer.sample()")
+        return answer
+
+    def after_or_repeat(self, x_next: Tensor) -> Tensor | Repeat:
+        """The same for a loop that can run a level again: where it does, it goes on from ``Repeat.x``."""
+        answer = self.method.after(self.step, x_next, self.state)
+        if isinstance(answer, Repeat):
+            self.state = answer.state
+            return answer
+        x_next, self.state = answer
         return x_next
 
-    def _evaluate(self, calls: list[Call], answered: dict[Any, tuple[Call, Tensor]]) -> list[Tensor]:
-        """Answer a method's calls, each different one once per step, in the step's space."""
-        for call in sorted(calls, key=lambda c: not c.grad):  # those with a graph serve the same calls without one
-            if call.key not in answered:
-                twin = next((value for other, value in answered.values() if self._serves(other, call)), None)
-                value = self._one(call) if twin is None else twin.detach()
-                answered[call.key] = call, value  # the call keeps alive what its key names by id
+    def _evaluate(self, calls: list[Call], answered: dict[Any, Any], known: dict[Any, Any]) -> list[Tensor]:
+        """Answer a method's calls, each different one once per step and sample, in the step's space."""
+        # those with a graph serve the same calls without one, those for all samples the same for some
+        for call in sorted(calls, key=lambda c: (not c.grad, c.rows is not None)):
+            if call.key in answered:
+                continue
+            if call.x is None and not call.grad and (call.perturb is None or call.rows is None):
+                value = self._at_x(call, known)
+            else:
+                value = self._one(call)
+                if call.rows is None and (call.x is None or _same(call.x, self.step.x)):
+                    known[replace(call, x=None, grad=False).key] = (
+                        value.detach(),
+                        torch.ones(len(value), dtype=torch.bool),
+                    )
+            answered[call.key] = call, value  # the call keeps alive what its key names by id
         return [answered[call.key][1] for call in calls]
 
-    def _serves(self, other: Call, call: Call) -> bool:
-        """Whether ``other``, which has a graph, is at this step's x as ``call`` is, and the same but for the graph."""
-        x = self.step.x
-        return (
-            other.x is not None
-            and call.x is None
-            and not call.grad
-            and other.x.data_ptr() == x.data_ptr()
-            and other.x.shape == x.shape
-            and replace(other, x=None, grad=call.grad).key == call.key
-        )
+    def _at_x(self, call: Call, known: dict[Any, Any]) -> Tensor:
+        """The answer for some samples or all, of which those ``known`` at this step are not evaluated again."""
+        key, size = replace(call, rows=None).key, len(self.step.x)
+        if key not in known and call.rows is None:
+            known[key] = self._one(call), torch.ones(size, dtype=torch.bool)
+        values, done = known.get(key, (None, torch.zeros(size, dtype=torch.bool)))
+        if call.rows is None and bool(done.all()):
+            return values
+        rows = torch.arange(size) if call.rows is None else call.rows.cpu()
+        fresh = rows[~done[rows]].to(self.step.x.device)
+        if len(fresh):
+            new = self._one(replace(call, rows=fresh))
+            whole = new.new_zeros(size, *new.shape[1:]) if values is None else values
+            values = whole.index_copy(0, fresh, new)
+            known[key] = values, done.index_fill(0, fresh.cpu(), True)
+        return values if call.rows is None else values[call.rows]
 
     def _one(self, call: Call) -> Tensor:
         step = self.step
@@ -125,6 +152,11 @@ class Engine:
             )
         self.nfe[slice(None) if call.rows is None else call.rows.cpu()] += 1
         return prediction
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same values in memory, a graph aside."""
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape
 
 
 def stream(seed: int, index: int, purpose: int = 0) -> torch.Generator:

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Run, Step
+from diffsteer.core import Call, Run, Step, gather, scatter
 from diffsteer.errors import CalibrationWarning, NonFiniteError, ParameterError, StateError, UnsupportedError
 from diffsteer.paths import Level, reverse_kernel, ve_score
 
@@ -73,7 +73,7 @@ class Point:
     alt: Tensor  # score of the tracked context, (B, ...)
     ref: Tensor  # score of the reference context, (B, ...)
     divergence: Tensor  # of alt - ref, smoothed or held; (B,)
-    level: Level
+    index: Tensor  # of its level in the run; (B,)
 
     def against_complement(self, log_odds: Tensor) -> Point:
         """The same with the score of "not c" as its reference: S - p / (1 - p) (S_c - S)."""
@@ -90,8 +90,34 @@ class Tracked:
     """State of one concept's posterior."""
 
     log_odds: Tensor  # (B,), the carried estimate of logit p(c | x_t)
+    levels: tuple[Level, ...]  # of the run
     last: Point | None = None
     signs: Tensor | None = None  # (B, D + _COINS) random signs of the probes
+
+    def check(self, step: Step) -> None:
+        """Refuse a step of another batch."""
+        if len(self.log_odds) != len(step.x):
+            raise StateError(
+                f"the state holds {len(self.log_odds)} samples, the batch {len(step.x)}; start a new run, or "
+                "gather(state, rows)"
+            )
+
+    @property
+    def variance(self) -> Tensor:
+        """rho**2 where each sample was last seen; (B,)."""
+        assert self.last is not None
+        known = torch.tensor([min(level.rho, 1e9) ** 2 for level in self.levels], dtype=torch.float64)
+        return known.to(self.last.divergence)[self.last.index]
+
+    @property
+    def difference(self) -> Tensor:
+        """Of the clean samples that the two branches predicted there, rho**2 g; (B, ...)."""
+        assert self.last is not None
+        return like(self.variance, self.last.x) * (self.last.alt - self.last.ref)
+
+    def variation(self, level: Level) -> Tensor:
+        """Quadratic variation of log r from there to ``level``, were the difference to stay; (B,)."""
+        return dot(self.difference, self.difference) * (level.rho**-2 - 1 / self.variance)
 
 
 @dataclass(frozen=True)
@@ -213,7 +239,7 @@ class PosteriorTracker:
             size = run.x[0].numel()
             drawn = [torch.randint(0, 2, (size + _COINS,), generator=g) for g in run.generators]
             signs = (torch.stack(drawn) * 2 - 1).to(run.x.device, torch.int8)
-        return Tracked(prior, None, signs)
+        return Tracked(prior, tuple(run.levels), None, signs)
 
     def _wants_divergence(self, stochastic: float | None) -> bool:
         kind = self.resolve(stochastic)
@@ -230,14 +256,9 @@ class PosteriorTracker:
             Predictions in ``step.space``.
         state : Tracked
         """
-        if len(state.log_odds) != len(step.x):
-            raise StateError(
-                f"the state holds {len(state.log_odds)} samples, the batch {len(step.x)}; start a new run, or "
-                "gather(state, rows)"
-            )
+        state.check(step)
         kind = self.resolve(step.stochastic)
-        tracked = math.isfinite(step.level.rho) and step.level.rho >= self.rho_min and step.on_trajectory
-        if kind == "oracle" or not tracked:
+        if kind == "oracle" or not self.moves(step):
             p_alt, p_ref = yield [Call(alt), Call(ref)]
             if kind == "oracle":
                 state = replace(state, log_odds=self._ask(step, state))
@@ -248,16 +269,31 @@ class PosteriorTracker:
             step.x / step.level.alpha,
             ve_score(p_alt, step.x, step.level, step.space),
             ve_score(p_ref, step.x, step.level, step.space),
-            self._divergence(fresh, state, step.level),
-            step.level,
+            fresh,
+            torch.full((len(step.x),), step.index, device=step.x.device),
         )
-        if state.last is not None and state.last.level != now.level:  # some schedulers repeat a level
-            state = replace(state, log_odds=self._follow(state.log_odds, state.last, now, kind, step.stochastic))
-        elif state.last is None and kind == "ode" and step.level.rho > _PURE_NOISE:
-            # the prior holds at infinite noise, not at x_T
-            gain = self.temperature * dot(now.alt - now.ref, now.x)
-            state = replace(state, log_odds=self._add(state.log_odds, gain))
-        return p_alt, p_ref, replace(state, last=now)
+        return p_alt, p_ref, self._arrive(step, state, now, kind)
+
+    def moves(self, step: Step) -> bool:
+        """Whether the posterior is brought to this step, or frozen."""
+        return math.isfinite(step.level.rho) and step.level.rho >= self.rho_min and step.on_trajectory
+
+    def _arrive(self, step: Step, state: Tracked, now: Point, kind: str) -> Tracked:
+        """The posterior at ``now``, from wherever each sample was last seen."""
+        if state.last is None:
+            if kind == "ode" and step.level.rho > _PURE_NOISE:  # the prior holds at infinite noise, not at x_T
+                gain = self.temperature * dot(now.alt - now.ref, now.x)
+                state = replace(state, log_odds=self._add(state.log_odds, gain))
+            return replace(state, last=replace(now, divergence=now.divergence.nan_to_num(0.0)))
+        log_odds, s = state.log_odds, step.level
+        for index in state.last.index.unique().tolist():
+            rows, t = (state.last.index == index).nonzero()[:, 0], state.levels[index]
+            then, here, odds = gather((state.last, now, log_odds), rows)
+            here = replace(here, divergence=self._divergence(here.divergence, then.divergence, t, s))
+            if t != s:  # some schedulers repeat a level
+                odds = self._follow(odds, then, here, t, s, kind, step.stochastic)
+            now, log_odds = scatter((now, log_odds), rows, (here, odds))
+        return replace(state, last=now, log_odds=log_odds)
 
     def _ask(self, step: Step, state: Tracked) -> Tensor:
         """Log-odds from the callable estimator."""
@@ -277,38 +313,38 @@ class PosteriorTracker:
         threshold = _logit(min(self.doubt, self.prior / 4))
         return (state.log_odds > threshold).nonzero()[:, 0]
 
-    def _divergence(self, fresh: Tensor, state: Tracked, level: Level) -> Tensor:
-        """Fresh values smoothed with the last one, held where there is none (NaN); as k**2 div g."""
-        if state.last is None:
-            return fresh.nan_to_num(0.0)
-        k_then, k_now = (le.rho**2 + self.softening for le in (state.last.level, level))
-        held = state.last.divergence * (k_then / k_now) ** 2 if math.isfinite(self.softening) else state.last.divergence
+    def _divergence(self, fresh: Tensor, last: Tensor, t: Level, s: Level) -> Tensor:
+        """Fresh values smoothed with the last ones, held where there are none (NaN); as k**2 div g."""
+        k_then, k_now = (level.rho**2 + self.softening for level in (t, s))
+        held = last * (k_then / k_now) ** 2 if math.isfinite(self.softening) else last
         if self.divergence != "exact":
             fresh = _MEMORY * held + (1 - _MEMORY) * fresh
         return torch.where(fresh.isnan(), held, fresh)
 
-    def _increment(self, then: Point, now: Point, kind: str, stochastic: float | None) -> Tensor:
-        """Temperature times the gain in log r from ``then`` to ``now``, plus the offset; (B,)."""
-        dx, dv = now.x - then.x, then.level.rho**2 - now.level.rho**2
-        keep, pull, variance = reverse_kernel(then.level, now.level)
+    def _increment(self, then: Point, now: Point, t: Level, s: Level, kind: str, stochastic: float | None) -> Tensor:
+        """Temperature times the gain in log r from ``then`` at t to ``now`` at s, plus the offset; (B,)."""
+        dx, dv = now.x - then.x, t.rho**2 - s.rho**2
+        keep, pull, variance = reverse_kernel(t, s)
         if kind in ("kernel", "surrogate"):
-            d_alt, d_ref = (then.x + then.level.rho**2 * s for s in (then.alt, then.ref))
+            d_alt, d_ref = (then.x + t.rho**2 * score for score in (then.alt, then.ref))
             gain = kernel_increment(now.x, keep * then.x + pull * d_alt, keep * then.x + pull * d_ref, variance)
         elif kind == "ito":
             gain = ito_increment(dx, then.alt, then.ref, dv)
             if stochastic is not None and stochastic < 1:
                 gain = gain - (1 - stochastic) * dv / 2 * then.divergence
         else:
-            k_then, k_now = (p.level.rho**2 + self.softening for p in (then, now))
+            k_then, k_now = (level.rho**2 + self.softening for level in (t, s))
             c = k_then / k_now if math.isfinite(self.softening) else 1.0
             gain = (c * then.gain(dx, dv) + now.gain(dx, dv) / c) / 2
-        return self.temperature * gain + self.offset / (2 * variance * now.level.alpha**2)
+        return self.temperature * gain + self.offset / (2 * variance * s.alpha**2)
 
-    def _follow(self, log_odds: Tensor, then: Point, now: Point, kind: str, stochastic: float | None) -> Tensor:
+    def _follow(
+        self, log_odds: Tensor, then: Point, now: Point, t: Level, s: Level, kind: str, stochastic: float | None
+    ) -> Tensor:
         """Log-odds at ``now``."""
         if kind != "odds":
-            return self._add(log_odds, self._increment(then, now, kind, stochastic))
-        gain = self._increment(then.against_complement(log_odds), now, "kernel", stochastic)
+            return self._add(log_odds, self._increment(then, now, t, s, kind, stochastic))
+        gain = self._increment(then.against_complement(log_odds), now, t, s, "kernel", stochastic)
         return (log_odds + gain.to(log_odds)).clamp(_logit(self.p_min), _logit(self.p_max))
 
     def _add(self, log_odds: Tensor, gain: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Info, Plan, State, Step
+from diffsteer.core import Call, Guidance, Info, Plan, Repeat, State, Step
 from diffsteer.denoisers import Denoiser
 from diffsteer.engine import Engine, describe, every_kth, plain, stack_trace, stream
 from diffsteer.errors import ParameterError
@@ -182,9 +182,15 @@ class _Chunk:
         space = self.engine.space
         self.x = self.engine.start(view.initial(noise), view.levels, view.stochastic)
         for index in range(len(view.timesteps)):
-            prediction, info = self.engine.guide(self.x, index, view.on_trajectory(index))
-            x_next = view.step(prediction, space, index, self.x, self.noise_streams)
-            self.x = self.engine.after(x_next)
+            while True:
+                prediction, info = self.engine.guide(self.x, index, view.on_trajectory(index))
+                x_next = view.step(prediction, space, index, self.x, self.noise_streams)
+                answer = self.engine.after_or_repeat(x_next)
+                if not isinstance(answer, Repeat):
+                    break
+                view.rewind()
+                self.x = answer.x
+            self.x = answer
             yield index, self.x, info
 
 

@@ -94,6 +94,11 @@ class ScheduleReading:
         """Refuse a method that needs what this scheduler does not do."""
         order = self.scheduler.config.get("solver_order") if self.name.startswith("DPMSolver") else None
         single = self.name in _FIRST_ORDER or order == 1
+        if "recurrence" in needs and not single:
+            raise UnsupportedError(
+                f"this method runs levels again, which {self.name} cannot: its history would be that of another "
+                "trajectory; use DDIM, DDPM, Euler, Euler ancestral or FlowMatchEuler"
+            )
         if "first_order" in needs and not single:
             raise UnsupportedError(
                 f"this method needs a scheduler that makes each step from one evaluation; {self.name} does not: use "
@@ -221,6 +226,11 @@ class SchedulerView(ScheduleReading):
     def initial(self, noise: Tensor) -> Tensor:
         """x_T from unit noise, (B, ...)."""
         return noise * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+
+    def rewind(self) -> None:
+        """Undo the count of the last step, so that its level can be run again."""
+        if getattr(self.scheduler, "_step_index", None) is not None:
+            self.scheduler._step_index -= 1
 
     def step(
         self, prediction: Tensor, space: str, index: int, x: Tensor, generators: Sequence[torch.Generator]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Info, Plan, Run, State, Step, guide_in
+from diffsteer.core import After, Call, Guidance, Info, Plan, Run, State, Step, guide_in, within
 from diffsteer.errors import ParameterError
 from diffsteer.posterior import like
 
@@ -33,7 +33,7 @@ class _Around(Guidance):
     def start(self, run: Run) -> State:
         return self.method.start(run)
 
-    def after(self, step: Step, x_next: Tensor, state: State) -> tuple[Tensor, State]:
+    def after(self, step: Step, x_next: Tensor, state: State) -> After:
         return self.method.after(step, x_next, state)
 
 
@@ -87,10 +87,9 @@ class Window(_Around):
         prediction, inner, info = yield from guide_in(self.method, step, inner)
         return prediction, (inside, inner), info
 
-    def after(self, step: Step, x_next: Tensor, state: tuple[bool, State]) -> tuple[Tensor, State]:
+    def after(self, step: Step, x_next: Tensor, state: tuple[bool, State]) -> After:
         inside, inner = state
-        x_next, inner = self.method.after(step, x_next, inner)
-        return x_next, (inside, inner)
+        return within(self.method.after(step, x_next, inner), lambda own: (inside, own))
 
 
 @dataclass(frozen=True)
@@ -142,10 +141,11 @@ class Switch(Guidance):
         prediction, states[which], info = yield from guide_in(method, step, states[which])
         return prediction, (which, *states), info
 
-    def after(self, step: Step, x_next: Tensor, state: tuple[int, State, State]) -> tuple[Tensor, State]:
-        which, *states = state
-        x_next, states[which] = (self.first, self.second)[which].after(step, x_next, states[which])
-        return x_next, (which, *states)
+    def after(self, step: Step, x_next: Tensor, state: tuple[int, State, State]) -> After:
+        which, first, second = state
+        if which:
+            return within(self.second.after(step, x_next, second), lambda own: (which, first, own))
+        return within(self.first.after(step, x_next, first), lambda own: (which, own, second))
 
 
 @dataclass(frozen=True)

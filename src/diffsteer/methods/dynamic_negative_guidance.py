@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from diffsteer.core import Guidance, Plan, Run, Step
+from diffsteer.core import Call, Guidance, Plan, Run, Step, gather, on_rows, scatter
 from diffsteer.errors import ParameterError, UnknownNameError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
+from diffsteer.paths import convert
 from diffsteer.posterior import Calibration, Estimator, PosteriorTracker, Tracked, like
+
+
+@dataclass(frozen=True)
+class Followed:
+    """State of one unwanted context."""
+
+    tracked: Tracked
+    odds: Tensor  # (B,), log-odds as they were read when the context was last evaluated
+    released: Tensor  # (B,), bool: it is not evaluated any more
 
 
 @register(
@@ -71,11 +82,21 @@ class DynamicNegativeGuidance(Guidance):
         Reads the tracked log-odds through a map fitted on rollouts, see :func:`diffsteer.calibrate`.
     contexts : tuple of str
         One or more unwanted contexts; each has its own posterior, and weight scale * p_i / (1 - sum p).
+    lazy : bool
+        Evaluate an unwanted context only for the samples that need it. A sample is released for good once its
+        posterior is below ``negligible``; until then it waits while little is to be learnt. Has no effect on what is
+        no posterior: with a temperature other than 1, an offset, or a callable estimator.
+    negligible : float
+        In [0, 1). Along the reverse chain the posterior is a martingale: a sample released at p ends in the unwanted
+        concept with probability p. This is therefore the share that laziness can leave behind, at most. A twentieth
+        of the prior is used where that is less.
+    patience : float
+        >= 0: the quadratic variation of the log-ratio, in squared nats, that may pass between two evaluations.
 
     Notes
     -----
-    2 evaluations per step with one unwanted context; on deterministic samplers one vector-Jacobian product beside
-    them, about one more evaluation in cost, for samples in doubt. With a positive prompt use
+    1 evaluation per step, and at most one more for each unwanted context: see ``lazy``. On deterministic samplers one
+    vector-Jacobian product beside them, about one more evaluation in cost, for samples in doubt. With a positive prompt use
     ``ClassifierFreeGuidance(w) + DynamicNegativeGuidance(...)``. Information, (B,) each: "posterior" (their sum),
     "scale", and "posterior:<context>" and the raw "log_odds:<context>" of every context.
     The paper's settings: :meth:`preset`.
@@ -94,9 +115,15 @@ class DynamicNegativeGuidance(Guidance):
     softening: float = 0.1
     calibration: Calibration | tuple[Calibration, ...] | None = None
     contexts: tuple[str, ...] = ("neg",)
+    lazy: bool = True
+    negligible: float = 1e-3
+    patience: float = 0.05
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
+        check_scale(self.patience, "patience")
+        if not 0 <= self.negligible < 1:
+            raise ParameterError(f"negligible is a posterior in [0, 1), got {self.negligible}; 0: never release")
         if isinstance(self.contexts, str) or not self.contexts or len(set(self.contexts)) < len(self.contexts):
             raise ParameterError('contexts is a tuple of different names, such as ("neg",)')
         if "null" in self.contexts:
@@ -160,30 +187,68 @@ class DynamicNegativeGuidance(Guidance):
             for prior in self.priors
         ]  # fmt: skip
 
-    def start(self, run: Run) -> tuple[Tracked, ...]:
+    def start(self, run: Run) -> tuple[Followed, ...]:
         for calibration in self.calibrations:
             if calibration is not None:
                 calibration.check(run)
-        return tuple(tracker.start(run) for tracker in self._trackers)
+        states = [tracker.start(run) for tracker in self._trackers]
+        return tuple(Followed(s, s.log_odds, torch.zeros_like(s.log_odds, dtype=torch.bool)) for s in states)
 
-    def guide(self, step: Step, state: tuple[Tracked, ...]) -> Plan:
-        negatives, states, odds = [], [], []
-        parts = zip(self._trackers, self.contexts, self.calibrations, state, strict=True)
-        for tracker, context, calibration, tracked in parts:
-            neg, null, tracked = yield from tracker.visit(step, tracked, alt=context)
-            negatives.append(neg)
-            states.append(tracked)
-            odds.append(tracked.log_odds if calibration is None else calibration.read(tracked.log_odds, step.level))
-        posteriors = torch.stack(odds).sigmoid()
+    def guide(self, step: Step, state: tuple[Followed, ...]) -> Plan:
+        null, known = torch.zeros_like(step.x), torch.zeros(len(step.x), dtype=torch.bool, device=step.x.device)
+        followed, away = [], []
+        for i, f in enumerate(state):
+            rows = self._due(step, f)
+            neg, ref, part = yield from self._visit(step, i, gather(f, rows), rows)
+            null, known = null.index_copy(0, rows, ref), known.index_fill(0, rows, True)
+            away.append(self._expected(step, f).index_copy(0, rows, neg - ref))
+            followed.append(scatter(f, rows, part))
+        if not bool(known.all()):
+            rows = (~known).nonzero()[:, 0]
+            (ref,) = yield [Call("null", rows=rows)]
+            null = null.index_copy(0, rows, ref)
+        posteriors = torch.stack([f.odds for f in followed]).sigmoid()
         total = posteriors.sum(0).clamp(max=self.p_max)
         weights = self.scale * posteriors / (1 - total)
         prediction = null
-        for neg, weight in zip(negatives, weights, strict=True):
-            prediction = prediction - like(weight, null) * (neg - null)
+        for weight, difference in zip(weights, away, strict=True):
+            prediction = prediction - like(weight, null) * difference
         info = {"posterior": total, "scale": weights.sum(0)}
-        for context, p, tracked in zip(self.contexts, posteriors, states, strict=True):
-            info |= {f"posterior:{context}": p, f"log_odds:{context}": tracked.log_odds}
-        return prediction, tuple(states), info
+        for context, p, f in zip(self.contexts, posteriors, followed, strict=True):
+            info |= {f"posterior:{context}": p, f"log_odds:{context}": f.tracked.log_odds}
+        return prediction, tuple(followed), info
+
+    @property
+    def _patient(self) -> bool:
+        """Whether what is tracked is a posterior, on which laziness rests."""
+        return self.lazy and self.temperature == 1 and self.offset == 0 and not callable(self.estimator)
+
+    def _due(self, step: Step, f: Followed) -> Tensor:
+        """The samples that an unwanted context is evaluated for."""
+        f.tracked.check(step)
+        due = ~f.released
+        if self._patient and f.tracked.last is not None and self._trackers[0].moves(step) and step.level_next.rho > 0:
+            due = due & (f.tracked.variation(step.level_next) > self.patience)
+        return due.nonzero()[:, 0]
+
+    def _visit(self, step: Step, i: int, f: Followed, rows: Tensor) -> Any:
+        """Both predictions for ``rows``, (len(rows), ...), and how ``f``, their state, goes on; a generator."""
+        if len(rows) == 0:
+            return step.x[rows], step.x[rows], f
+        tracker, calibration, whole = self._trackers[i], self.calibrations[i], len(rows) == len(step.x)
+        inner = step if whole else replace(step, x=step.x[rows], generators=[step.generators[k] for k in rows.tolist()])
+        plan = tracker.visit(inner, f.tracked, alt=self.contexts[i])
+        neg, ref, tracked = yield from (plan if whole else on_rows(plan, rows))
+        odds = tracked.log_odds if calibration is None else calibration.read(tracked.log_odds, step.level)
+        negligible = min(self.negligible, tracker.prior / 20) if self._patient else 0.0
+        return neg, ref, Followed(tracked, odds, odds.sigmoid() < negligible)
+
+    def _expected(self, step: Step, f: Followed) -> Tensor:
+        """By how much the unwanted context's prediction should differ from "null", by its last evaluation; (B, ...)."""
+        if f.tracked.last is None:
+            return torch.zeros_like(step.x)
+        held = like(~f.released, step.x) * f.tracked.difference
+        return convert(held.to(step.x.dtype), torch.zeros_like(step.x), step.level, "x0", step.space)
 
 
 _PRESETS: Mapping[str, Mapping[str, Any]] = {

@@ -174,7 +174,7 @@ class FeedbackGuidance(Guidance):
         tracker = self._tracker(state.temperature, step.stochastic)
         cond, null, tracked = yield from tracker.visit(step, state.tracked, alt=self.context)
         log_ratio = torch.nn.functional.logsigmoid(tracked.log_odds) - math.log(_PRIOR)
-        if before is not None and step.on_trajectory and step.level != before.level:
+        if before is not None and step.on_trajectory and step.level != state.tracked.levels[int(before.index[0])]:
             log_ratio = log_ratio + state.offset
         log_ratio = log_ratio.clamp(self._log_ratio_of(self.max_scale), _HIGHEST)
         scale = -1 / torch.expm1(math.log1p(-self.mixing) - log_ratio)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from diffsteer.core import Guidance, Plan, Run, State, Step
+from diffsteer.core import After, Guidance, Plan, Run, State, Step
 
 
 @dataclass(frozen=True)
@@ -58,5 +58,5 @@ class Relative(Guidance):
             result: tuple[Tensor, State, dict[str, Tensor]] = done.value
             return result
 
-    def after(self, step: Step, x_next: Tensor, state: State) -> tuple[Tensor, State]:
+    def after(self, step: Step, x_next: Tensor, state: State) -> After:
         return self.method.after(step, x_next, state)
