@@ -91,13 +91,13 @@ class DynamicNegativeGuidance(Guidance):
         concept with probability p. This is therefore the share that laziness can leave behind, at most. A twentieth
         of the prior is used where that is less.
     patience : float
-        >= 0: the quadratic variation of the log-ratio, in squared nats, that may pass between two evaluations.
+        >= 0: the standard deviation that the posterior may gain between two evaluations.
 
     Notes
     -----
     1 evaluation per step, and at most one more for each unwanted context: see ``lazy``. On deterministic samplers one
-    vector-Jacobian product beside them, about one more evaluation in cost, for samples in doubt. With a positive prompt use
-    ``ClassifierFreeGuidance(w) + DynamicNegativeGuidance(...)``. Information, (B,) each: "posterior" (their sum),
+    vector-Jacobian product beside them, about one more evaluation in cost, for samples in doubt. With a positive prompt
+    use ``ClassifierFreeGuidance(w) + DynamicNegativeGuidance(...)``. Information, (B,) each: "posterior" (their sum),
     "scale", and "posterior:<context>" and the raw "log_odds:<context>" of every context.
     The paper's settings: :meth:`preset`.
     """
@@ -116,8 +116,8 @@ class DynamicNegativeGuidance(Guidance):
     calibration: Calibration | tuple[Calibration, ...] | None = None
     contexts: tuple[str, ...] = ("neg",)
     lazy: bool = True
-    negligible: float = 1e-3
-    patience: float = 0.05
+    negligible: float = 5e-3
+    patience: float = 0.03
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
@@ -228,7 +228,8 @@ class DynamicNegativeGuidance(Guidance):
         f.tracked.check(step)
         due = ~f.released
         if self._patient and f.tracked.last is not None and self._trackers[0].moves(step) and step.level_next.rho > 0:
-            due = due & (f.tracked.variation(step.level_next) > self.patience)
+            p = f.odds.sigmoid()
+            due = due & ((p * (1 - p)) ** 2 * f.tracked.variation(step.level_next) > self.patience**2)
         return due.nonzero()[:, 0]
 
     def _visit(self, step: Step, i: int, f: Followed, rows: Tensor) -> Any:

@@ -1,0 +1,85 @@
+"""Cost against quality of DNG's laziness: `python benchmarks/laziness.py [--model digits] [--samples 512]`.
+
+Sweeps ``patience`` (with every release, and without any) on the reported half of the classes, under the same seeds, and
+measures the forbidden share, the KL to the rejection shares and the feature distance beside the evaluations that are
+made. Resumable; prints a Markdown table and draws the curve with --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffsteer import zoo
+from diffsteer.bench import metrics
+from diffsteer.bench.removal import Setting, method_for, run, unguided
+from diffsteer.bench.sweep import halves
+
+VARIANTS = {
+    "every evaluation": {"lazy": False},
+    "releases only": {"patience": 0.0},
+    **{f"patience {p:g}": {"patience": p} for p in (0.01, 0.03, 0.1)},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="digits", help="a shipped model, or a folder")
+    parser.add_argument("--scheduler", default="ddpm")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--choosing", action="store_true", help="on the half of the classes for choosing")
+    parser.add_argument("--out", type=Path, default=Path("out/laziness"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = zoo.load(options.model)
+    classes = halves(model)[0 if options.choosing else 1]
+    whole, store = len(model.classes), options.out / "runs"
+    base = Setting((), options.scheduler, options.steps, 3 * options.samples, seed=1)
+    target = unguided(model, base, store=store)
+    print("| DNG | evaluations | above the floor | KL to rejection | distance to rejection | same judgement |")
+    print("|---|---|---|---|---|---|")
+    points, reference = [], {}
+    for name, changes in VARIANTS.items():
+        rows = []
+        for concept in classes:
+            setting = Setting((concept,), options.scheduler, options.steps, options.samples)
+            method = replace(method_for(model, "dng", setting), **changes)
+            out = run(model, setting, method, store=store)
+            reference.setdefault(concept, out.labels)
+            keep = [c for c in range(whole) if c != concept]
+            mask = target.kept((concept,))
+            shares = metrics.class_counts(target.labels[mask], whole)[keep]
+            excess = float((out.labels == concept).double().mean()) - model.floor([concept])
+            kl = metrics.kl_shares(shares, metrics.class_counts(out.labels, whole), keep)
+            distance = metrics.frechet_distance(out.features, target.features[mask])
+            same = float((out.labels == reference[concept]).double().mean())
+            rows.append((out.nfe / options.steps, excess, kl, distance, same))
+        nfe, excess, kl, distance, same = np.mean(rows, axis=0)
+        points.append((nfe, excess, kl, distance))
+        print(f"| {name} | {nfe:.2f} | {excess:+.2%} | {kl:.4f} | {distance:.2f} | {same:.1%} |", flush=True)
+    draw(options.out / f"laziness-{model.name}-{options.scheduler}.png", np.array(points))
+
+
+def draw(path: Path, points: np.ndarray) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    titles = ("forbidden share above the floor, %", "KL to the rejection shares", "distance to the rejection set")
+    for axis, values, title in zip(axes, (100 * points[:, 1], points[:, 2], points[:, 3]), titles, strict=True):
+        axis.plot(points[:, 0], values, "o-", color="#2b6cb0")
+        axis.axvline(2, color="#888", linestyle=":", label="negative prompting's cost")
+        axis.set(xlabel="evaluations per sample and step", title=title, ylim=(min(0, values.min()), None))
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
