@@ -83,7 +83,7 @@ def calibrate(
         )
     if method.estimator == "auto" and SchedulerView(scheduler, steps, eta).stochastic == 1:
         method = replace(method, estimator="ito")
-    watch = replace(method, scale=0.0, calibration=None, p_min=1e-12, p_max=max(method.p_max, 0.99))
+    watch = replace(method, scale=0.0, lazy=False, calibration=None, p_min=1e-12, p_max=max(method.p_max, 0.99))
     out = sample(
         denoiser, watch, scheduler=scheduler, num_samples=num_rollouts, steps=steps, seed=seed, eta=eta,
         batch_size=batch_size, device=device, progress=progress,

@@ -115,6 +115,15 @@ def test_separate_networks_are_contexts_of_the_unconditional_one(tmp_path: Path,
         model.denoiser(pos=1, neg=3, separate=True)
 
 
+def test_a_network_on_patches_is_measured_like_any(tmp_path: Path, monkeypatch) -> None:
+    network = {**RECIPES["digits"]["denoiser"].network, "patch": 2, "block_out_channels": [16, 16]}
+    row = Recipe("denoiser", network, steps=1, batch_size=4, lr=1e-3)
+    monkeypatch.setitem(run.RECIPES, "digits", {**RECIPES["digits"], "denoiser": row})
+    train("digits", tmp_path, parts=["denoiser", "judge"], steps=1, batch_size=4, num_samples=10)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert sum(config["metrics"]["samples"]["ddpm"]["class_shares"]) == pytest.approx(1)
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="digits"):
         train("letters", tmp_path)

@@ -177,7 +177,7 @@ def _samples(nets: Mapping[str, Any], data: datasets.Dataset, scheduler: Any, nu
     """What the judge sees: class shares of unconditional samples, agreement with the label of conditional ones."""
     classes = len(data.classes)
     contexts = {"null": {"class_labels": classes}, "pos": {"class_labels": torch.arange(classes)}}
-    model = denoiser(nets["denoiser"], contexts=contexts)
+    model = denoiser(nets["denoiser"], contexts=contexts, shape=data.images.shape[1:])
     judged = {}
     for context in contexts:
         run = sample(model, Unguided(context), scheduler=scheduler, num_samples=number, steps=50, trace="off")
