@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from diffsteer.errors import MissingContextError, ParameterError, UnsupportedError
 from diffsteer.paths import SPACES, Level, Path, convert
-from diffsteer.perturb import ContextNoise
+from diffsteer.perturb import perturbed
 
 _ALIASES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 
@@ -103,8 +104,6 @@ class NetDenoiser:
         """Prediction in ``self.space`` at ``x``, (B, ...)."""
         if context not in self.contexts:
             raise MissingContextError(f"no context {context!r} among {list(self.contexts)}")
-        if not isinstance(perturb, ContextNoise | None):
-            raise UnsupportedError(f"this denoiser knows no perturbation {type(perturb).__name__}, only ContextNoise")
         bundle = self.contexts[context]
         if not isinstance(bundle, Mapping):
             (only,) = bundle.contexts
@@ -117,12 +116,20 @@ class NetDenoiser:
         times = torch.full((len(x),), timestep, dtype=torch.float32, device=x.device)
         if timestep.is_integer():
             times = times.long()
-        keywords = {name: _rows(value, samples, x) for name, value in bundle.items()}
-        if perturb is not None:
-            keywords = perturb.apply(keywords)
-        out = self.net(inside, times, **keywords)
+        keywords = self._keywords(context, samples, x)
+        with perturbed(perturb, self.net, keywords, x.shape[2:], partial(self._keywords, samples=samples, x=x)) as seen:
+            out = self.net(inside, times, **seen)
         raw = out.sample if hasattr(out, "sample") else out[0] if isinstance(out, tuple) else out
         return convert(raw, inside, own, self.prediction, self.space)  # the spaces mean the same in all coordinates
+
+    def _keywords(self, context: str, samples: Tensor, x: Tensor) -> dict[str, Any]:
+        """What conditions the network in a context, one row per sample of the batch."""
+        if context not in self.contexts:
+            raise MissingContextError(f"no context {context!r} among {list(self.contexts)}")
+        bundle = self.contexts[context]
+        if not isinstance(bundle, Mapping):
+            raise UnsupportedError(f"context {context!r} is another network, which this one cannot read as its own")
+        return {name: _rows(value, samples, x) for name, value in bundle.items()}
 
     def with_path(self, path: Path, space: str | None = None) -> NetDenoiser:
         """The same denoiser (and its nested ones) on ``path``, where none was given, answering in ``space``."""

@@ -170,13 +170,15 @@ def test_several_negatives_have_a_posterior_each(pipe) -> None:
 
 
 def test_each_image_depends_on_its_own_generator(pipe) -> None:
-    with ds.attach(pipe, BOTH) as handle:
+    slow = CFG + ds.DynamicNegativeGuidance(prior=0.1, temperature=0.005)  # far from its clamps, where probes matter
+    with ds.attach(pipe, slow) as handle:
         both = latents(pipe, ["a red house"] * 2, negative_prompt="meat", generator=[seeded(1), seeded(2)])
         together = handle.last.trace["posterior"]
         for i in (0, 1):
             alone = latents(pipe, negative_prompt="meat", generator=[seeded(i + 1)])
             assert error(both[i : i + 1], alone) < 1e-4
-            assert torch.allclose(together[:, i : i + 1], handle.last.trace["posterior"], atol=1e-3)
+            assert torch.allclose(together[:, i : i + 1], handle.last.trace["posterior"], atol=1e-5)
+            assert 1e-3 < float(together[-1, i]) < 0.9
 
 
 def test_a_method_draws_nothing_from_the_pipelines_generator(pipe) -> None:
@@ -220,6 +222,24 @@ def test_callbacks_see_and_change_the_latents(pipe) -> None:
     guided(pipe, method=Watch())
     assert torch.equal(nudged[1], points[1])
     assert torch.allclose(nudged[2], points[2] + 0.1, atol=1e-6)
+
+
+def test_some_rows_are_a_smaller_batch(pipe) -> None:
+    sizes: list[int] = []
+
+    class Second(ds.Guidance):
+        needs = frozenset({"neg"})
+
+        def guide(self, step, state):
+            cond, _ = yield [ds.Call("pos"), ds.Call("neg", rows=torch.tensor([1]))]
+            return cond, state, {}
+
+    hook = pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    with ds.attach(pipe, Second()) as handle:
+        latents(pipe, ["a", "b"], negative_prompt="meat")
+    hook.remove()
+    assert sizes == [2, 1] * 4
+    assert handle.last.nfe.tolist() == [4, 8]
 
 
 def test_interruption_keeps_what_there_is(pipe) -> None:

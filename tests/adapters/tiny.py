@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import importlib
 from typing import Any
 
 import diffusers as d
@@ -18,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -191,7 +195,7 @@ def aura_flow() -> Any:
         num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pos_embed_max_size=64,
     ).eval()  # fmt: skip
     for weight in net.parameters():  # as it is made, the prompt hardly matters
-        torch.nn.init.normal_(weight, std=0.3)
+        torch.nn.init.normal_(weight, std=0.2)
     return _quiet(
         d.AuraFlowPipeline(
             tokenizer=byte_tokenizer(), text_encoder=t5(), vae=vae(), transformer=net, scheduler=flow_scheduler()
@@ -285,3 +289,43 @@ def dit() -> Any:
     ).eval()  # fmt: skip
     torch.nn.init.normal_(net.proj_out_2.weight, std=0.1)
     return _quiet(d.DiTPipeline(transformer=net, vae=vae(), scheduler=d.DDIMScheduler(clip_sample=False)))
+
+
+def modular(name: str) -> Any:
+    """A modular pipeline: "xl", "sd3", "wan", "wan22", "qwen", "ltx" or "flux2"."""
+    module, blocks, classic = {
+        "xl": ("stable_diffusion_xl", "StableDiffusionXLAutoBlocks", stable_diffusion_xl),
+        "sd3": ("stable_diffusion_3", "StableDiffusion3AutoBlocks", stable_diffusion_3),
+        "wan": ("wan", "WanBlocks", wan),
+        "wan22": ("wan", "Wan22Blocks", functools.partial(wan, second=True)),
+        "qwen": ("qwenimage", "QwenImageAutoBlocks", qwen),
+        "ltx": ("ltx", "LTXBlocks", ltx),
+        "flux2": ("flux2", "Flux2KleinBaseAutoBlocks", None),
+    }[name]
+    pipe = getattr(importlib.import_module(f"diffusers.modular_pipelines.{module}"), blocks)().init_pipeline()
+    parts = classic().components if classic else flux2_parts()
+    wanted = set(pipe._component_specs)
+    pipe.update_components(**{k: part for k, part in parts.items() if k in wanted and part is not None})
+    return pipe
+
+
+def flux2_parts() -> dict[str, Any]:
+    torch.manual_seed(2)
+    net = d.Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    ).eval()  # fmt: skip
+    config = Qwen3Config(
+        vocab_size=259, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    image = d.AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16,
+    ).eval()  # fmt: skip
+    chatting = copy.deepcopy(byte_tokenizer())
+    chatting.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return {
+        "transformer": net, "text_encoder": Qwen3ForCausalLM(config).eval(), "tokenizer": chatting, "vae": image,
+        "scheduler": flow_scheduler(),
+    }  # fmt: skip

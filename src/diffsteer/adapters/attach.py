@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from diffsteer.adapters.contexts import pop_negatives, widen
-from diffsteer.adapters.run import GuidedRun
+from diffsteer.adapters.run import GuidedRun, check_needs
 from diffsteer.adapters.specs import Spec, spec_of
 from diffsteer.core import Guidance
 from diffsteer.engine import every_kth
@@ -104,9 +104,7 @@ class Attached:
             raise ParameterError(f"method must be a Guidance, got {type(method).__name__}")
         if "pos" in contexts:
             raise ParameterError('"pos" is the prompt of the call; contexts= is for others')
-        unmet = sorted(set(method.needs) - {"neg", "grad", "first_order", "perturb"})
-        if unmet:
-            raise UnsupportedError(f"a pipeline cannot give what this method needs: {', '.join(unmet)}; use sample()")
+        check_needs(method)
         every_kth(trace)
         self.pipe, self.method, self.contexts, self.models, self.trace = pipe, method, contexts, models, trace
         self.last: Result | None = None

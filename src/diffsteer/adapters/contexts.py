@@ -109,7 +109,7 @@ def widen(method: Guidance, negatives: list[str], others: set[str]) -> Guidance:
     if missing:
         raise MissingContextError(
             f"{type(method).__name__} wants {len(wanted)} negative prompt(s), {len(negatives)} given; pass "
-            "negative_prompt=... (several: a list, or separated by '|'), or detach"
+            "negative_prompt=... (several separated by '|'), or contexts={'neg': ...}"
         )
     return method
 
@@ -165,11 +165,11 @@ def encode(
         if own and own.keys() <= spec.conditioning.keys():
             bundles[name] = dict(own)
             continue
-        own = {k: _like_prompt(v, prompt, batch) for k, v in own.items()}
+        own = {k: like_prompt(v, prompt, batch) for k, v in own.items()}
         if any(slot is None for _, slot in spec.conditioning.values()):  # one prompt per call
             blank = {k: None for k in arguments if "prompt" in k and "num" not in k}
             own = {k.replace("negative_", ""): v for k, v in own.items()}
-            own = own or {"prompt": _like_prompt(str(spec.null), prompt, batch)}
+            own = own or {"prompt": like_prompt(str(spec.null), prompt, batch)}
             answer = native(**{**arguments, **blank, **own})
             bundles[name] = {k: answer[slot] for k, (slot, _) in spec.conditioning.items()}
         else:
@@ -178,7 +178,7 @@ def encode(
     return bundles
 
 
-def _like_prompt(text: Any, prompt: Any, batch: int) -> Any:
+def like_prompt(text: Any, prompt: Any, batch: int) -> Any:
     """One text for all prompts in the form that the pipeline wants: the prompt's."""
     return [text] * batch if isinstance(text, str) and not isinstance(prompt, str) else text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from diffsteer.adapters.contexts import Bundle, place, select
 from diffsteer.adapters.specs import Spec
-from diffsteer.errors import UnsupportedError
+from diffsteer.errors import MissingContextError, UnsupportedError
 from diffsteer.paths import Level, Path
-from diffsteer.perturb import ContextNoise
+from diffsteer.perturb import ContextNoise, perturbed
 from diffsteer.schedulers import ScheduleReading
 
 
@@ -23,6 +23,7 @@ from diffsteer.schedulers import ScheduleReading
 class Invocation:
     """One call that the pipeline made of a network."""
 
+    module: nn.Module
     forward: Callable[..., Any]
     arguments: Mapping[str, Any]  # by name
     sample: str  # the name of the argument that holds the sample
@@ -46,7 +47,11 @@ class Invocation:
         for parameter in signature.parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 bound.update(bound.pop(parameter.name, {}))
-        return cls(forward, bound, names[1], shared)
+        return cls(module, forward, bound, names[1], shared)
+
+    def of_twin(self, twin: nn.Module) -> Invocation:
+        """The same call of another network."""
+        return self if twin is self.module else replace(self, module=twin, forward=twin)
 
     @property
     def x(self) -> Tensor:
@@ -55,11 +60,11 @@ class Invocation:
         return x
 
     def repeat(self, bundle: Bundle, x: Tensor, rows: Tensor | None, **more: Any) -> Any:
-        """Call again at ``x``, the network's input for ``rows`` (None: all), with a context's conditioning."""
-        arguments = place({**self.arguments, **more}, bundle)
+        """Call again at ``x`` with a context's conditioning; ``x`` and ``more`` are for ``rows`` (None: all) alone."""
+        arguments = place(self.arguments, bundle)
         if rows is not None:
             arguments = select(arguments, rows, len(self.x), self.shared)
-        return self.forward(**{**arguments, self.sample: x})
+        return self.forward(**{**arguments, **more, self.sample: x})
 
 
 class PipelineNet:
@@ -108,12 +113,10 @@ class PipelineNet:
 
     def predict(self, context: str, x: Tensor, level: Level, samples: Tensor, perturb: Any = None) -> Tensor:
         """Prediction in ``space`` at ``x``, (B, ...)."""
-        if not isinstance(perturb, ContextNoise | None):
-            raise UnsupportedError(f"a pipeline's denoiser knows no perturbation {type(perturb).__name__}")
-        rows = None if len(samples) == len(self.x) else samples
+        rows = None if torch.equal(samples.cpu(), torch.arange(len(self.x))) else samples
         bundle = self.contexts[context]
-        if perturb is not None:
-            arguments = place(self.call.arguments, bundle)
+        if isinstance(perturb, ContextNoise):
+            arguments = self._arguments(context)
             given = {name: _read(arguments, name) for name in self.conditioning}
             bundle = bundle | perturb.apply(given if rows is None else select(given, rows, len(self.x)))
         inside, more = self.call.x, {}
@@ -123,14 +126,29 @@ class PipelineNet:
             inside = self._shown(self.scale(x), rows)
         if self.control is not None:
             more |= self._residuals(self.control, context, inside, rows, **more)
+        elif self.call.arguments.get("down_block_additional_residuals") is not None:
+            self._require_own_point(x, level, rows)
         own = context == "pos" and inside is self.call.x and perturb is None and not torch.is_grad_enabled()
         if self.ready is not None and own:
             self.last = self.ready
-        else:
+        elif perturb is None or isinstance(perturb, ContextNoise):
             self.last = self.call.repeat(bundle, inside, rows, **more)
+        else:
+            plain = self._arguments(context)
+            with perturbed(perturb, self.call.module, plain, x.shape[2:], self._arguments) as seen:
+                changed = {name: value for name, value in seen.items() if value is not plain.get(name)}
+                self.last = self.call.repeat(bundle | changed, inside, rows, **more)
         output = first(self.last)
         output = unpack(output, self.x.shape[2:]) if self.packed else output[:, : x.shape[1]]  # no learned variance
         return self.reading.from_output(self.sign * output.to(x.dtype), x, level)
+
+    def _arguments(self, context: str) -> dict[str, Any]:
+        """What the network is called with in a context, for all samples."""
+        if context not in self.contexts:
+            raise MissingContextError(
+                f"no context {context!r} among {list(self.contexts)}; give it by contexts={{...}}"
+            )
+        return place(self.call.arguments, self.contexts[context])
 
     def answer(self, prediction: Tensor) -> Any:
         """A guided prediction in the form in which the network itself would have returned it."""
@@ -148,6 +166,14 @@ class PipelineNet:
     def with_path(self, path: Path, space: str | None = None) -> PipelineNet:
         """The pipeline decides."""
         return self
+
+    def _require_own_point(self, x: Tensor, level: Level, rows: Tensor | None) -> None:
+        """Residuals that came from elsewhere serve the step's own point alone."""
+        if level != self.level or not torch.equal(x, self.x if rows is None else self.x[rows]):
+            raise UnsupportedError(
+                "under a modular ControlNet the denoiser can be asked at the step's own point only; run this method "
+                "with diffsteer.attach()"
+            )
 
     def _shown(self, scaled: Tensor, rows: Tensor | None) -> Tensor:
         """The network's input for a sample in its coordinates: packed, or with the channels that inpainting appends."""
@@ -176,6 +202,7 @@ class PipelineNet:
         offset, factor = self.time
         scale = own.alpha / level.alpha if level.alpha > 0 else own.sigma / level.sigma
         kind = given.dtype if t.is_integer() or given.is_floating_point() else torch.float32
+        given = given if rows is None else select(given, rows, len(self.x))
         return self._shown(x * scale, rows), torch.full_like(given, offset + factor * t, dtype=kind)
 
     def _residuals(
@@ -186,7 +213,8 @@ class PipelineNet:
             return {}
         names = ("down_block_additional_residuals", "mid_block_additional_residual")
         if control.arguments.get("guess_mode") and context != "pos":  # there it speaks to the prompt's branch alone
-            return {name: _zeros(self.call.arguments[name]) for name in names}
+            added = {name: self.call.arguments[name] for name in names}
+            return _zeros(added if rows is None else select(added, rows, len(self.x)))
         bundle = {k: v for k, v in self.contexts[context].items() if k.partition(".")[0] in control.arguments}
         return dict(zip(names, control.repeat(bundle, inside[:, : control.x.shape[1]], rows, **more), strict=True))
 
@@ -197,6 +225,8 @@ def _read(arguments: Mapping[str, Any], name: str) -> Any:
 
 
 def _zeros(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _zeros(part) for name, part in value.items()}
     return torch.zeros_like(value) if isinstance(value, Tensor) else [_zeros(part) for part in value]
 
 

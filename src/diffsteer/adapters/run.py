@@ -7,7 +7,6 @@ import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,15 +73,10 @@ class GuidedRun:
             for name in self.spec.denoisers:
                 module = getattr(self.pipe, name, None)
                 if module is not None:
-                    if getattr(module, "is_cache_enabled", False):
-                        raise UnsupportedError(
-                            f"{name} has a cache enabled, which would answer one branch with another's features; call "
-                            f"pipe.{name}.disable_cache() first"
-                        )
-                    stack.enter_context(patched(module, _entry(module), functools.partial(self._denoise, module)))
+                    stack.enter_context(patched(module, entry(module), functools.partial(self._denoise, module)))
             control = getattr(self.pipe, "controlnet", None)
             if control is not None:
-                stack.enter_context(patched(control, _entry(control), functools.partial(self._control, control)))
+                stack.enter_context(patched(control, entry(control), functools.partial(self._control, control)))
             stack.enter_context(patched(self.scheduler, "step", self._step))
             if hasattr(self.scheduler, "scale_model_input"):
                 self.scale_model_input = self.scheduler.scale_model_input
@@ -127,14 +121,11 @@ class GuidedRun:
         offset = len(self.reading.levels) - len(self.levels)
         level = self.reading.levels[self.reading.position(offset + self.index, self.scaled_at)]
         self.levels[self.index] = level  # the same but for PNDM's repeated point after a late start
-        forwards = {"main": native} | {k: native if twin is module else twin for k, twin in self.models.items()}
+        calls = {"main": call} | {name: call.of_twin(twin) for name, twin in self.models.items()}
         nets = {
-            name: PipelineNet(
-                replace(call, forward=forward), self.control, self.bundles, x, self._rescale(), self.reading, level,
-                self.spec,
-            )
-            for name, forward in forwards.items()
-        }  # fmt: skip
+            name: PipelineNet(own, self.control, self.bundles, x, self._rescale(), self.reading, level, self.spec)
+            for name, own in calls.items()
+        }
         if self.engine is None:
             self._check_rows(len(x))
             self.engine = Engine(nets, self.method, torch.arange(len(x)), streams(self.generator, len(x)))
@@ -227,8 +218,20 @@ def wide(x: Tensor) -> Tensor:
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _entry(module: nn.Module) -> str:
+def check_needs(method: Guidance) -> None:
+    """Refuse what no pipeline can give."""
+    unmet = sorted(set(method.needs) - {"neg", "grad", "first_order", "perturb"})
+    if unmet:
+        raise UnsupportedError(f"a pipeline cannot give what this method needs: {', '.join(unmet)}; use sample()")
+
+
+def entry(module: nn.Module) -> str:
     """What calling a module calls: ``forward``, unless it was compiled in place."""
+    if getattr(module, "is_cache_enabled", False):
+        raise UnsupportedError(
+            f"{type(module).__name__} has a cache enabled, which would answer one branch with another's features; call "
+            "its disable_cache() first"
+        )
     return "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
 
 

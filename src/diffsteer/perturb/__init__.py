@@ -1,68 +1,38 @@
 """Perturbations of one evaluation: data in a :class:`diffsteer.Call`, applied by the denoiser."""
 
-from __future__ import annotations
+from diffsteer.perturb.architectures import ARCHITECTURES, Architecture, Network, grid
+from diffsteer.perturb.attention import (
+    AttentionRecord,
+    BlurredQueries,
+    IdentityAttention,
+    NormalizedAttention,
+    SubtractedAttention,
+    blur,
+)
+from diffsteer.perturb.blocks import Dropout, DroppedBlocks, ShuffledTokens, SkippedBlocks
+from diffsteer.perturb.contexts import ContextNoise
+from diffsteer.perturb.draft_attention import draft_mask
+from diffsteer.perturb.embeddings import TimeNoise
+from diffsteer.perturb.inside import Perturbation, perturbed
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from diffsteer.errors import UnsupportedError
-
-
-@dataclass(frozen=True, eq=False)
-class ContextNoise:
-    """Noise on a context's embeddings: every floating-point tensor that it passes to the network with an embedding
-    per sample, two or more dimensions, that is. Numbers, labels and masks of other types stay.
-
-    Parameters
-    ----------
-    signal, noise : float
-        y becomes z = signal y + noise n, n ~ N(0, I).
-    restored : float
-        In [0, 1]: how far z is brought back to the mean and the standard deviation of y.
-    seeds : Tensor, (B,), int64
-        One per evaluated sample: the noise of a sample depends on its seed alone.
-    """
-
-    signal: float
-    noise: float
-    restored: float
-    seeds: Tensor
-
-    def apply(self, context: Mapping[str, Any]) -> dict[str, Any]:
-        """A context's keyword arguments, one row per evaluated sample, with noise on the embeddings.
-
-        Raises
-        ------
-        UnsupportedError
-            If none of them is an embedding: a class label cannot be perturbed, only what it is embedded in.
-        """
-        names = [k for k, v in context.items() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 1]
-        if not names:
-            raise UnsupportedError(
-                f"noise on a context needs embeddings, but {list(context)} holds none; let the network take the "
-                "embedding of a class label, a floating-point tensor (B, ...), in place of the label"
-            )
-        streams = [torch.Generator().manual_seed(int(seed)) for seed in self.seeds]
-        return {**context, **{name: self._perturbed(context[name], streams) for name in names}}
-
-    def _perturbed(self, clean: Tensor, streams: list[torch.Generator]) -> Tensor:
-        y = clean.to(torch.promote_types(clean.dtype, torch.float32))
-        n = torch.stack([torch.randn(y.shape[1:], generator=g) for g in streams]).to(y)
-        z = self.signal * y + self.noise * n
-        (z_mean, z_std), (y_mean, y_std) = _moments(z), _moments(y)
-        # what has no spread, such as no signal without noise, cannot be brought back to one
-        rescaled = torch.where(z_std > 0, (z - z_mean) / z_std * y_std + y_mean, z)
-        return (self.restored * rescaled + (1 - self.restored) * z).to(clean.dtype)
-
-
-def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each sample, broadcastable to (B, ...)."""
-    dims = tuple(range(1, y.ndim))
-    return y.mean(dims, keepdim=True), y.std(dims, keepdim=True, correction=0)
-
-
-__all__ = ["ContextNoise"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "AttentionRecord",
+    "BlurredQueries",
+    "ContextNoise",
+    "Dropout",
+    "DroppedBlocks",
+    "IdentityAttention",
+    "Network",
+    "NormalizedAttention",
+    "Perturbation",
+    "ShuffledTokens",
+    "SkippedBlocks",
+    "SubtractedAttention",
+    "TimeNoise",
+    "blur",
+    "draft_mask",
+    "grid",
+    "perturbed",
+]
