@@ -12,7 +12,7 @@ from diffsteer.testing import contract
 
 
 def test_sums_and_windows_keep_the_contract() -> None:
-    both = ds.ClassifierFreeGuidance(3.0) + ds.DynamicNegativeGuidance(prior=0.2)
+    both = ds.ClassifierFreeGuidance(3.0) + ds.DynamicNegativeGuidance(prior=0.2, lazy=False)
     contract(both, nfe=3)
     contract(ds.Window(ds.NegativePrompting(1.0), low=0.2, high=2.0))
 

@@ -13,7 +13,7 @@ pytest.importorskip("transformers", reason='needs pip install "diffsteer[pipelin
 
 from PIL import Image
 
-from diffsteer.errors import ParameterError, UnknownNameError, WeightsError
+from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
 from diffsteer.generate import generate
 
 sys.path.insert(0, str(Path(__file__).parent / "adapters"))
@@ -51,3 +51,6 @@ def test_mistakes_come_before_any_work(folder: str, tmp_path: Path) -> None:
         generate("a", pipeline=str(tmp_path / "nothing"), out=tmp_path)
     with pytest.raises(ParameterError, match="at least 1"):
         generate("a", pipeline=folder, num=0, out=tmp_path)
+    tiny.dit().save_pretrained(tmp_path / "dit")
+    with pytest.raises(UnsupportedError, match="does not make pictures from a prompt"):
+        generate("a", pipeline=str(tmp_path / "dit"), out=tmp_path)

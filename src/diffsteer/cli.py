@@ -124,6 +124,57 @@ def removal(
     sweep(model, chosen, out=folder, separate=separate, device=device)
 
 
+@bench.command
+def prompts(
+    pipeline: str = "shapes",
+    *,
+    out: Path | None = None,
+    samples: int | None = None,
+    method: Annotated[list[str] | None, Parameter(negative="")] = None,
+    sampler: Annotated[list[str] | None, Parameter(negative="")] = None,
+    guidance_scale: float | None = None,
+    prior: float | None = None,
+    clip: str = "openai/clip-vit-base-patch32",
+    quick: bool = False,
+    device: str = "cpu",
+) -> None:
+    """Run negative prompts, related and unrelated to the prompt, under every method, and count what is left.
+
+    On "shapes" the pictures are read exactly; on any other Stable Diffusion pipeline CLIP scores them. Hours on 2
+    cores. Interrupt it at will: finished runs are kept and read back.
+
+    Parameters
+    ----------
+    pipeline
+        shapes, the folder of a Stable Diffusion pipeline, or its name on the Hugging Face hub; safetensors only.
+    out
+        Folder for runs, tables and the report; by default runs/prompts-<pipeline>.
+    samples
+        Pictures per pair, method and scale.
+    method
+        Only these: np, replace, sld, dng.
+    sampler
+        Only these, as name:steps: ddpm:250, euler-a:30, ddim:50, dpm++:25.
+    guidance_scale
+        Of the prompt, for every method.
+    prior
+        DNG's, for every pair.
+    clip
+        The CLIP model that scores, on the hub or in a folder.
+    quick
+        A few pictures and steps, to see that everything works.
+    device
+        Where the networks run, as PyTorch names it.
+    """
+    from diffsteer.bench.prompt_runs import Plan, parse_sampler
+    from diffsteer.bench.prompts import bench_prompts
+
+    given = {"samples": samples, "guidance_scale": guidance_scale, "prior": prior, "methods": method and tuple(method)}
+    plan = Plan.quick() if quick else Plan()
+    plan = plan.but(samplers=sampler and tuple(map(parse_sampler, sampler)), **given)
+    bench_prompts(pipeline, plan, out=out or Path("runs") / f"prompts-{Path(pipeline).name}", clip=clip, device=device)
+
+
 @bench.command(name="methods")
 def bench_methods(
     model: str = "digits",
@@ -174,13 +225,15 @@ def train(
 ) -> None:
     """Train a model: a conditional denoiser, a judge, a feature network and a noise-aware classifier.
 
+    `diffsteer train shapes` trains a tiny text-to-image pipeline on drawings instead.
+
     A killed run resumes to the same weights as an uninterrupted one. Needs `pip install "diffsteer[train]"`.
 
     Parameters
     ----------
     dataset
-        digits, mnist, cifar10 (from $DIFFSTEER_DATA/<dataset> or the Hugging Face hub), or a folder of your own with
-        one sub-folder of images per class.
+        digits, shapes, mnist, cifar10 (from $DIFFSTEER_DATA/<dataset> or the Hugging Face hub), or a folder of your own
+        with one sub-folder of images per class.
     out
         The model's folder, by default runs/<dataset>; pass it to `diffsteer remove --model`.
     part
@@ -197,6 +250,11 @@ def train(
     from diffsteer.train import train as run
 
     folder = out or Path("runs") / Path(dataset).name
+    if dataset == "shapes":
+        from diffsteer.train.shapes import train_shapes
+
+        train_shapes(folder, seed=seed, steps=steps, batch_size=batch_size, lr=lr, resume=resume)
+        return
     run(
         dataset, folder, parts=part, seed=seed, steps=steps, batch_size=batch_size, lr=lr, image_size=image_size,
         resume=resume,
@@ -230,7 +288,7 @@ def generate(
     prompt
         What to draw.
     pipeline
-        The folder of a pipeline, or its name on the Hugging Face hub; safetensors only.
+        shapes, the folder of a pipeline, or its name on the Hugging Face hub; safetensors only.
     negative
         What not to draw; several separated by |.
     method

@@ -182,7 +182,7 @@ class Sum(Guidance):
             answer = m.after(step, x_next, s)
             if isinstance(answer, Repeat):
                 raise UnsupportedError(
-                    f"{type(m).__name__} repeats steps, which the other terms of a sum would see as steps of their own; "
+                    f"{type(m).__name__} repeats steps, which the other terms of a sum would take for steps; "
                     "give it the other methods as its base= instead"
                 )
             x_next, s = answer

@@ -16,6 +16,7 @@ from diffsteer.core import Call, Guidance, Info, Repeat, Run, Step, Sum, drive
 from diffsteer.denoisers import Denoiser
 from diffsteer.errors import MissingContextError, NonFiniteError, ParameterError, UnsupportedError
 from diffsteer.paths import Level, convert
+from diffsteer.perturb import AttentionRecord
 
 
 class Engine:
@@ -90,8 +91,9 @@ class Engine:
 
     def _evaluate(self, calls: list[Call], answered: dict[Any, Any], known: dict[Any, Any]) -> list[Tensor]:
         """Answer a method's calls, each different one once per step and sample, in the step's space."""
-        # those with a graph serve the same calls without one, those for all samples the same for some
-        for call in sorted(calls, key=lambda c: (not c.grad, c.rows is not None)):
+        # those with a graph serve the same calls without one, those for all samples the same for some, and those that
+        # record attention are plain ones otherwise
+        for call in sorted(calls, key=lambda c: (not c.grad, c.rows is not None, not _records(c))):
             if call.key in answered:
                 continue
             if call.x is None and not call.grad and (call.perturb is None or call.rows is None):
@@ -103,6 +105,8 @@ class Engine:
                         value.detach(),
                         torch.ones(len(value), dtype=torch.bool),
                     )
+            if _records(call) and call.key in known:
+                known[replace(call, perturb=None).key] = known[call.key]
             answered[call.key] = call, value  # the call keeps alive what its key names by id
         return [answered[call.key][1] for call in calls]
 
@@ -152,6 +156,11 @@ class Engine:
             )
         self.nfe[slice(None) if call.rows is None else call.rows.cpu()] += 1
         return prediction
+
+
+def _records(call: Call) -> bool:
+    """Whether it is a plain evaluation that beside its answer records attention."""
+    return isinstance(call.perturb, AttentionRecord)
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

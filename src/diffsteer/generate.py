@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from diffsteer import zoo
 from diffsteer.adapters import attach
 from diffsteer.core import Guidance, Sum
 from diffsteer.engine import stream
-from diffsteer.errors import ParameterError, WeightsError
+from diffsteer.errors import ParameterError, UnsupportedError, WeightsError
 from diffsteer.methods import ClassifierFreeGuidance, NegativePrompting, parse_method
 from diffsteer.sampling import Result
 
@@ -43,7 +45,7 @@ def generate(
     ----------
     prompt, negative : str
     pipeline : str
-        The folder of a diffusers pipeline, or its name on the Hugging Face hub. Safetensors only.
+        "shapes", the folder of a diffusers pipeline, or its name on the Hugging Face hub. Safetensors only.
     method : str
         See :func:`diffsteer.methods.parse_method`.
     steps, seed, num, batch_size
@@ -62,12 +64,14 @@ def generate(
     ------
     WeightsError
         The pipeline cannot be loaded.
+    UnsupportedError
+        It does not make pictures from a prompt, or ``method`` cannot run in it.
     """
     if num < 1 or batch_size < 1:
         raise ParameterError("num and batch_size must be at least 1")
     guidance = parse_method(method)
     out.mkdir(parents=True, exist_ok=True)
-    pipe = _load(pipeline, device, dtype)
+    pipe = load_pipeline(pipeline, device, dtype)
     w = _positive_scale(guidance)
     rows: dict[str, tuple[Guidance, str]] = {method: (guidance, negative)}
     if compare and negative:
@@ -106,16 +110,29 @@ def generate(
     return results
 
 
-def _load(pipeline: str, device: str, dtype: str) -> Any:
+def load_pipeline(pipeline: str, device: str, dtype: str) -> Any:
+    """A pipeline by its folder, by its name on the hub, or "shapes", which ships with the library.
+
+    Raises
+    ------
+    WeightsError
+        diffusers cannot load it.
+    """
     from diffusers import DiffusionPipeline
 
     kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in kinds:
         raise ParameterError(f"dtype must be one of {list(kinds)}, got {dtype!r}")
     try:
-        loaded = DiffusionPipeline.from_pretrained(pipeline, torch_dtype=kinds[dtype], use_safetensors=True)
+        where = zoo.pipeline_folder(pipeline)
+        loaded = DiffusionPipeline.from_pretrained(where, torch_dtype=kinds[dtype], use_safetensors=True)
     except (OSError, ValueError) as error:
         raise WeightsError(f"{pipeline!r} is not a pipeline that diffusers can load: {error}") from error
+    taken = inspect.signature(type(loaded).__call__).parameters
+    if "prompt" not in taken or "num_frames" in taken:
+        raise UnsupportedError(
+            f"{type(loaded).__name__} does not make pictures from a prompt; call it yourself inside diffsteer.attach()"
+        )
     loaded.set_progress_bar_config(leave=False)
     return loaded.to(device)
 
@@ -156,4 +173,4 @@ def _draw_trace(path: Path, traces: Sequence[Mapping[str, Any]], log_snr: Sequen
         figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
-__all__ = ["generate"]
+__all__ = ["generate", "load_pipeline"]

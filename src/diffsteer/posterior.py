@@ -286,7 +286,7 @@ class PosteriorTracker:
                 state = replace(state, log_odds=self._add(state.log_odds, gain))
             return replace(state, last=replace(now, divergence=now.divergence.nan_to_num(0.0)))
         log_odds, s = state.log_odds, step.level
-        for index in state.last.index.unique().tolist():
+        for index in sorted(set(state.last.index.tolist())):
             rows, t = (state.last.index == index).nonzero()[:, 0], state.levels[index]
             then, here, odds = gather((state.last, now, log_odds), rows)
             here = replace(here, divergence=self._divergence(here.divergence, then.divergence, t, s))

@@ -19,10 +19,12 @@ from torch import Tensor
 from diffsteer.core import Call, Guidance, Info, Plan, Repeat, State, Step
 from diffsteer.denoisers import Denoiser
 from diffsteer.engine import Engine, describe, every_kth, plain, stack_trace, stream
-from diffsteer.errors import ParameterError
+from diffsteer.errors import ParameterError, StateError
 from diffsteer.schedulers import SchedulerView
 
 Callback = Callable[[int, Tensor, Info], None]
+
+_MOST_VISITS = 1000  # of one level, by methods that repeat steps
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ class _Chunk:
         space = self.engine.space
         self.x = self.engine.start(view.initial(noise), view.levels, view.stochastic)
         for index in range(len(view.timesteps)):
-            while True:
+            for _ in range(_MOST_VISITS):
                 prediction, info = self.engine.guide(self.x, index, view.on_trajectory(index))
                 x_next = view.step(prediction, space, index, self.x, self.noise_streams)
                 answer = self.engine.after_or_repeat(x_next)
@@ -190,6 +192,8 @@ class _Chunk:
                     break
                 view.rewind()
                 self.x = answer.x
+            else:
+                raise StateError(f"the method asked for step {index} {_MOST_VISITS} times; its after() never ends it")
             self.x = answer
             yield index, self.x, info
 

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Info, Run, Step, drive, gather
+from diffsteer.core import Call, Guidance, Info, Repeat, Run, Step, drive, gather
 from diffsteer.paths import Level, convert
+from diffsteer.perturb import AttentionRecord, ContextNoise
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Script:
     networks : dict of str to callable
         ``networks[context](x, alpha, sigma) -> eps`` for ndarrays (B, ...): what the network answers. Contexts
         "null", "pos", "neg" and "neg2"; "weak:null" and "weak:pos" are those of a twin network "weak", and so for
-        "tuned". Given ``embedding``, (B, 8), it answers for that in place of its context's own.
+        "tuned". Given ``embedding``, (B, 8), it answers for that in place of its context's own. "perturbed:null" and
+        "perturbed:pos" are what perturbations of the network's inside come to; given ``seeds``, (B,), and an ``amount``
+        where these are random.
     embeddings : dict of str to ndarray, (8,)
         The contexts' own, which perturbations of the context act on.
     """
@@ -71,13 +74,24 @@ def script(
     levels = (*(_level(coordinates, float(np.tan(a))) for a in angles), Level(1.0, 0.0))
     points = tuple(rng.normal(size=(batch, *shape)) * np.hypot(le.alpha, le.sigma) for le in levels[:-1])
     networks, embeddings = {}, {}
-    twins = [f"{twin}:{context}" for twin in ("weak", "tuned") for context in ("null", "pos")]
+    twins = [f"{twin}:{context}" for twin in ("weak", "tuned", "perturbed") for context in ("null", "pos")]
     for context in ("null", "pos", "neg", "neg2", *twins):
         inner, outer, bias = rng.normal(size=(size, 8)), rng.normal(size=(8, size)), rng.normal(size=8)
 
         def network(
-            x: np.ndarray, alpha: float, sigma: float, a=inner, b=outer, embedding=bias, own=context
+            x: np.ndarray,
+            alpha: float,
+            sigma: float,
+            a=inner,
+            b=outer,
+            embedding=bias,
+            own=context,
+            seeds=(),
+            amount=1.0,
         ) -> np.ndarray:
+            if own.startswith("perturbed:") and len(seeds):
+                noise = np.stack([np.random.default_rng(int(seed)).normal(size=8) for seed in seeds])
+                embedding = embedding + amount * noise
             unit = np.hypot(alpha, sigma)
             flat = x.reshape(len(x), -1) / unit
             size = flat.shape[1]  # a smaller x, such as a shrunken image, is met by the first weights
@@ -103,6 +117,9 @@ class Played:
     prediction: Tensor  # (B, ...), in the space of the play
     info: Info
     calls: int  # different evaluations asked for
+    x: Tensor  # (B, ...), where it was asked: the script's point, or where the method wanted the level again
+    level: Level
+    x_next: Tensor  # what ``after`` made of the script's next point, or where the level is run again
 
 
 def play(
@@ -113,7 +130,7 @@ def play(
     rows: Sequence[int] | None = None,
     leave: int | None = None,
 ) -> list[Played]:
-    """Drive a method along a script.
+    """Drive a method along a script; a level that it runs again has several entries in what is returned.
 
     Parameters
     ----------
@@ -135,27 +152,39 @@ def play(
     for index, points in enumerate(scene.points):
         if index == leave:
             state, present = gather(state, torch.tensor(chosen)), chosen
-        step = Step(
-            x=torch.as_tensor(points[present]).to(dtype),
-            level=scene.levels[index],
-            level_next=scene.levels[index + 1],
-            index=index,
-            num_steps=len(scene.points),
-            space=space,
-            stochastic=scene.stochastic,
-            generators=[streams[i] for i in present],
+        x, landed = (
+            torch.as_tensor(p[present]).to(dtype) for p in (points, scene.points[index + 1 - len(scene.points)])
         )
-        asked: dict[Any, tuple[Call, Tensor]] = {}
-
-        def answer(calls: list[Call], step: Step = step, asked: dict[Any, tuple[Call, Tensor]] = asked) -> list[Tensor]:
-            for call in calls:
-                if call.key not in asked:
-                    asked[call.key] = call, _answer(scene, call, step)
-            return [asked[call.key][1] for call in calls]
-
-        prediction, state, info = drive(method, step, state, answer)
-        played.append(Played(prediction, info, len(asked)))
+        for _ in range(100):
+            step = Step(
+                x=x,
+                level=scene.levels[index],
+                level_next=scene.levels[index + 1],
+                index=index,
+                num_steps=len(scene.points),
+                space=space,
+                stochastic=scene.stochastic,
+                generators=[streams[i] for i in present],
+            )
+            asked: dict[Any, tuple[Call, Tensor]] = {}
+            prediction, state, info = drive(method, step, state, partial(_answers, scene, step, asked))
+            answer = method.after(step, landed, state)
+            repeated = isinstance(answer, Repeat)
+            x_next, state = (answer.x, answer.state) if isinstance(answer, Repeat) else answer
+            played.append(Played(prediction, info, len(asked), x, step.level, x_next))
+            if not repeated:
+                break
+            x = x_next
+        else:
+            raise AssertionError(f"step {index} is repeated without end")
     return played
+
+
+def _answers(scene: Script, step: Step, asked: dict[Any, tuple[Call, Tensor]], calls: list[Call]) -> list[Tensor]:
+    for call in calls:
+        if call.key not in asked:
+            asked[call.key] = call, _answer(scene, call, step)
+    return [asked[call.key][1] for call in calls]
 
 
 def _answer(scene: Script, call: Call, step: Step) -> Tensor:
@@ -165,9 +194,18 @@ def _answer(scene: Script, call: Call, step: Step) -> Tensor:
     level = call.level or step.level
     name = call.context if call.model == "main" else f"{call.model}:{call.context}"
     network = scene.networks[name]
-    if call.perturb is not None:
+    perturb = call.perturb
+    if isinstance(perturb, ContextNoise):
         own = torch.as_tensor(scene.embeddings[name]).expand(len(x), -1)
-        network = partial(network, embedding=call.perturb.apply({"embedding": own})["embedding"].numpy())
+        network = partial(network, embedding=perturb.apply({"embedding": own})["embedding"].numpy())
+    elif isinstance(perturb, AttentionRecord):  # as if the sample were a layer's queries and keys, beside one of a text
+        tokens = x.detach().flatten(2).mT[:, None]
+        keys = torch.cat([tokens, torch.zeros_like(tokens[:, :, :1])], 2)
+        perturb.maps["script"] = perturb.probabilities(tokens, keys)[:, :, :-1]
+    elif perturb is not None:
+        network = scene.networks[f"perturbed:{name}"]
+        if hasattr(perturb, "seeds"):
+            network = partial(network, seeds=perturb.seeds.numpy(), amount=getattr(perturb, "amount", 1.0))
     eps = _Network.apply(x, network, level)
     return convert(eps if call.grad else eps.detach(), x, level, "eps", step.space)
 
@@ -237,6 +275,7 @@ def _keeps_samples_apart(method: Guidance, scene: Script) -> None:
     rows = [3, 0, 4]
     for whole, part in zip(play(method, scene), play(method, scene, rows=rows), strict=True):
         assert torch.equal(whole.prediction[rows], part.prediction), "a sample depends on its batch mates"
+        assert torch.equal(whole.x_next[rows], part.x_next), "a sample is moved by its batch mates"
         for name, value in whole.info.items():
             assert value.shape == (len(whole.prediction),), f"info {name!r} is not (B,)"
             assert torch.equal(value[rows], part.info[name]), f"info {name!r} depends on batch mates"
@@ -246,16 +285,17 @@ def _state_survives_subsetting(method: Guidance, scene: Script) -> None:
     rows, leave = [4, 1], len(scene.points) // 2
     whole, part = play(method, scene), play(method, scene, rows=rows, leave=leave)
     for a, b in zip(whole[leave:], part[leave:], strict=True):
-        assert torch.equal(a.prediction[rows], b.prediction), "gather(state, rows) loses or mixes something"
+        same = torch.equal(a.prediction[rows], b.prediction) and torch.equal(a.x_next[rows], b.x_next)
+        assert same, "gather(state, rows) loses or mixes something"
 
 
 def _any_space_gives_the_same(method: Guidance, scene: Script) -> None:
     reference = play(method, scene)
     for space in ("x0", "v", "flow"):
-        for i, (a, b) in enumerate(zip(reference, play(method, scene, space), strict=True)):
-            x, level = torch.as_tensor(scene.points[i]), scene.levels[i]
-            other = convert(b.prediction, x, level, space, "eps")
+        for a, b in zip(reference, play(method, scene, space), strict=True):
+            other = convert(b.prediction, b.x, b.level, space, "eps")
             assert torch.allclose(a.prediction, other, rtol=1e-7, atol=1e-7), f"{space} and eps networks differ"
+            assert torch.allclose(a.x_next, b.x_next, rtol=1e-7, atol=1e-7), f"{space} and eps networks move apart"
 
 
 def _precisions_agree(method: Guidance, scene: Script) -> None:
@@ -263,8 +303,10 @@ def _precisions_agree(method: Guidance, scene: Script) -> None:
     for dtype, tolerance in ((torch.float32, 2e-3), (torch.bfloat16, None)):
         for a, b in zip(reference, play(method, scene, dtype=dtype), strict=True):
             assert b.prediction.dtype == dtype, f"{dtype} in, {b.prediction.dtype} out"
-            assert bool(torch.isfinite(b.prediction).all()), f"not finite in {dtype}"
+            assert b.x_next.dtype == dtype, f"{dtype} in, moved to {b.x_next.dtype}"
+            assert bool(torch.isfinite(b.prediction).all() and torch.isfinite(b.x_next).all()), f"not finite in {dtype}"
             if tolerance:
+                assert torch.allclose(a.x_next, b.x_next.double(), rtol=tolerance, atol=tolerance), dtype
                 assert torch.allclose(a.prediction, b.prediction.double(), rtol=tolerance, atol=tolerance), dtype
 
 
@@ -273,19 +315,24 @@ def _agreeing_contexts_change_nothing(method: Guidance, scene: Script) -> None:
     plain = play(_Reference("null"), same)
     for a, b in zip(play(method, same), plain, strict=True):
         assert torch.allclose(a.prediction, b.prediction, rtol=1e-12, atol=1e-12), "acts where all contexts agree"
+        assert torch.equal(a.x_next, b.x_next), "moves samples where all contexts agree"
 
 
 def _differing_contexts_change_something(method: Guidance, scene: Script) -> None:
     plain = play(_Reference(method.reference), scene)
-    moved = [float((a.prediction - b.prediction).abs().max()) for a, b in zip(play(method, scene), plain, strict=True)]
-    assert max(moved) > 1e-6, "is a no-op: its output never leaves its reference context"
+    pairs = [
+        (a.prediction - b.prediction, a.x_next - b.x_next) for a, b in zip(play(method, scene), plain, strict=True)
+    ]
+    moved = max(float(difference.abs().max()) for pair in pairs for difference in pair)
+    assert moved > 1e-6, "is a no-op: its output never leaves its reference context"
 
 
 def _closed_window_is_unguided(method: Guidance, scene: Script) -> None:
     from diffsteer.methods import Window
 
     for a, b in zip(play(Window(method, high=0.0), scene), play(_Reference(method.reference), scene), strict=True):
-        assert torch.equal(a.prediction, b.prediction), "a closed window is not bit-identical to its reference"
+        same = torch.equal(a.prediction, b.prediction) and torch.equal(a.x_next, b.x_next)
+        assert same, "a closed window is not bit-identical to its reference"
 
 
 _CLAUSES = (

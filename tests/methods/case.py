@@ -5,7 +5,8 @@ contract suite and the mutation check (``test_catalogue.py``, ``test_mutants.py`
 
 An oracle is independent: float64 NumPy, written from the paper. It takes a method, of which it reads the public fields
 alone, and a :class:`diffsteer.testing.Script`, and returns what the method must answer at every point:
-{"prediction": eps (B, ...)} and any information of the method that is worth checking, (B,) each.
+{"prediction": eps (B, ...)}, "x_next" if it moves samples after the step, and any information of the method that is
+worth checking, (B,) each.
 """
 
 from __future__ import annotations
@@ -96,7 +97,10 @@ def compare(played: Sequence[Played], expected: Sequence[Row], rtol: float = 1e-
         assert point.prediction.shape == exact.shape
         error = np.abs(point.prediction.numpy() - exact).max() / np.abs(exact).max()
         assert error <= rtol, f"prediction at point {i} is off by {error:.1e} > {rtol:.0e}"
-        for name in row.keys() - {"prediction"}:
+        if "x_next" in row:
+            error = np.abs(point.x_next.numpy() - row["x_next"]).max() / max(np.abs(row["x_next"]).max(), 1.0)
+            assert error <= rtol, f"x_next at point {i} is off by {error:.1e} > {rtol:.0e}"
+        for name in row.keys() - {"prediction", "x_next"}:
             error = np.abs(point.info[name].numpy() / row[name] - 1).max()
             assert error <= rtol, f"{name} at point {i} is off by {error:.1e} > {rtol:.0e}"
 

@@ -10,6 +10,7 @@ from case import Case, Row, branch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from gaussians import LINEAR, Gaussians
 from torch import nn
+from weakened import weakened
 
 import diffsteer as ds
 from diffsteer.errors import MissingContextError, ParameterError
@@ -19,8 +20,12 @@ from diffsteer.testing import Script, play, script
 def oracle(method: Any, scene: Script) -> list[Row]:
     """Karras et al.: lerp from the weak to the strong network, w e - (w - 1) e_weak."""
     w, rows = method.scale, []
+    streams = [torch.Generator().manual_seed(i) for i in range(len(scene.points[0]))]
     for i in range(len(scene.points)):
         strong, weak = branch(scene, method.context, i), branch(scene, f"weak:{method.context}", i)
+        if method.dropout:  # the network itself, each sample another one at every step
+            seeds = [int(torch.randint(2**63 - 1, (), generator=g)) for g in streams]
+            weak = weakened(scene, method.context, i, seeds)
         rows.append({"prediction": w * strong - (w - 1) * weak})
     return rows
 
@@ -34,8 +39,14 @@ CASE = Case(
         ({"scale": 0.4}, {"shape": (4,), "coordinates": "ve", "stochastic": 0.0}),
         ({"scale": 1.0}, {"seed": 1}),
         ({"scale": 0.0}, {"seed": 2}),
+        ({"dropout": 0.1}, {"seed": 3}),
+        ({"dropout": 0.1, "scale": 0.0, "context": "null"}, {"seed": 3}),
     ],
-    contract=[(ds.Autoguidance(), 1.0), (ds.Autoguidance(2.85, context="null"), 0.0)],
+    contract=[
+        (ds.Autoguidance(), 1.0),
+        (ds.Autoguidance(2.85, context="null"), 0.0),
+        (ds.Autoguidance(dropout=0.2), 1.0),
+    ],
     formulas=[("methods.autoguidance", ("guide",))],
 )
 
@@ -94,6 +105,26 @@ def test_wide_and_narrow_gaussian(w, variance):
 def test_refuses_scale(scale):
     with pytest.raises(ParameterError, match="scale"):
         ds.Autoguidance(scale)
+
+
+def test_its_own_dropout_needs_no_network():
+    model = ds.zoo.load("digits")
+    run: dict[str, Any] = {"scheduler": DDIMScheduler(**LINEAR), "steps": 4, "num_samples": 3}
+    plain = ds.sample(model.denoiser(pos=3), ds.Unguided("pos"), **run)
+    result = ds.sample(model.denoiser(pos=3), ds.Autoguidance(1.5, dropout=0.2, layers=("mid_block",)), **run)
+    assert result.nfe.tolist() == [8] * 3
+    assert float((result.samples - plain.samples).abs().max()) > 1e-3
+    few = ds.sample(
+        model.denoiser(pos=3), ds.Autoguidance(1.5, dropout=0.2, layers="mid_block"),
+        **run | {"num_samples": 2, "batch_size": 3},
+    )  # fmt: skip
+    assert torch.equal(few.samples, result.samples[:2])
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_refuses_dropout(dropout):
+    with pytest.raises(ParameterError, match="dropout"):
+        ds.Autoguidance(dropout=dropout)
 
 
 def test_needs_its_networks():

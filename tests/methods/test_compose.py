@@ -186,7 +186,9 @@ COMPOSED = {
     "switch": ds.Switch(APG, CFG, 1.0),
     "switch of trackers": ds.Switch(ds.DynamicNegativeGuidance(prior=0.2), NP, 0.8),
     "schedule": ds.Schedule(APG, TABLE),
-    "schedule of a sum": ds.Schedule(CFG + ds.DynamicNegativeGuidance(prior=0.2), lambda rho: rho / (1 + rho)),
+    "schedule of a sum": ds.Schedule(
+        CFG + ds.DynamicNegativeGuidance(prior=0.2, lazy=False), lambda rho: rho / (1 + rho)
+    ),
     "rescale": ds.Rescale(CFG),
     "rescale x0": ds.Rescale(APG, 0.5),
     "rescale several rounds": ds.Rescale(

@@ -22,7 +22,7 @@ from typing import Any
 
 import matplotlib.style
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -292,14 +292,7 @@ def render_report(report: RemovalReport) -> str:
     """Return the HTML that `write_report` writes."""
     unguided = report.panels[0]
     traced = [p for p in report.panels if p.posterior is not None or p.scale is not None]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         report=report,
         concepts=_listed(report.concepts),
         most=f"{max(row.n for row in report.rows):,}",
@@ -314,6 +307,18 @@ def render_report(report: RemovalReport) -> str:
         histograms=[(p.label, _histogram(p, report)) for p in report.panels],
         record=[(key, _plain(value)) for key, value in report.record.items()],
     )
+
+
+def template(name: str) -> Template:
+    """A page of this folder; values are escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 # --- tables -------------------------------------------------------------------------------------------------

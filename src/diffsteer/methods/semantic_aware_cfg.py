@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from diffsteer.core import Call, Guidance, Plan, Run, State, Step
-from diffsteer.errors import ParameterError
+from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
+from diffsteer.perturb import AttentionRecord, grid
 
 _NEIGHBOUR = math.exp(-1 / (2 * 0.5**2))  # a Gaussian of standard deviation 0.5, one pixel away
 _FLOOR = 1e-8
@@ -48,11 +49,12 @@ class SemanticAwareCFG(Guidance):
 
     Parameters
     ----------
-    segmentation : callable
-        Maps a step to (labels, foreground): the region of every position, (B, ...) of whole numbers >= 0, and whether
-        it belongs to the foreground, (B, ...) bool, on the grid of ``step.x`` or one that it is enlarged from. It is
-        called after the step's two evaluations, "pos" before "null": a hook that recorded the network's attention
-        in them makes both with :func:`attention_regions`.
+    segmentation : callable or None
+        None: from the network's own attention in the step's two evaluations, as in the paper: all its layers at a
+        quarter and an eighth of the sample's height and width, which must attend to themselves and to a text, see
+        :func:`attention_regions`. Else it maps a step to (labels, foreground): the region of every position, (B, ...)
+        of whole numbers >= 0, and whether it belongs to the foreground, (B, ...) bool, on the grid of ``step.x`` or one
+        that it is enlarged from.
     scale : float
         w >= 0. 1 is not conditional sampling: the rates differ between regions.
     rate_min, rate_max : float
@@ -68,7 +70,7 @@ class SemanticAwareCFG(Guidance):
     foreground has the least rate everywhere, as there.
     """
 
-    segmentation: Segmentation
+    segmentation: Segmentation | None = None
     scale: float = 7.5
     rate_min: float = 0.8
     rate_max: float = 3.0
@@ -76,7 +78,7 @@ class SemanticAwareCFG(Guidance):
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
-        if not callable(self.segmentation):
+        if not (self.segmentation is None or callable(self.segmentation)):
             raise ParameterError(f"segmentation maps a step to (labels, foreground), got {self.segmentation!r}")
         if not 0 <= self.rate_min <= 1 <= self.rate_max:
             raise ParameterError(
@@ -86,6 +88,10 @@ class SemanticAwareCFG(Guidance):
         if not self.max_scale > 0:
             raise ParameterError(f"max_scale must be > 0, got {self.max_scale}; infinite for no cap")
 
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"perturb"} if self.segmentation is None else ())
+
     def start(self, run: Run) -> State:
         if run.x.ndim < 3 or min(run.x.shape[2:]) < 2:
             raise ParameterError(
@@ -93,10 +99,11 @@ class SemanticAwareCFG(Guidance):
             )
 
     def guide(self, step: Step, state: State) -> Plan:
-        cond, null = yield [Call("pos"), Call("null")]
+        seen = [None if self.segmentation else AttentionRecord(("*",), ("own", "cross"), (4, 8)) for _ in range(2)]
+        cond, null = yield [Call("pos", perturb=seen[0]), Call("null", perturb=seen[1])]
         direction = cond - null
         amount = direction.to(torch.promote_types(direction.dtype, torch.float32)).square().sum(1).sqrt()
-        labels, foreground = (self._enlarged(part, amount) for part in self.segmentation(step))
+        labels, foreground = (self._enlarged(part, amount) for part in self._segmented(step, seen))
         regions = labels.flatten(1).long()
         regional = _means(amount.flatten(1), regions).gather(1, regions)
         wanted = (amount * foreground).flatten(1).sum(1) / foreground.flatten(1).sum(1).clamp(min=1)
@@ -105,6 +112,19 @@ class SemanticAwareCFG(Guidance):
         scales = _smooth(scales.reshape(amount.shape), 1)
         info = {"scale": scales.flatten(1).mean(1)}
         return null + scales[:, None].to(null) * direction, state, info
+
+    def _segmented(self, step: Step, seen: Sequence[AttentionRecord | None]) -> tuple[Tensor, Tensor]:
+        """Regions and foreground of a step, from what was recorded of its attention unless told otherwise."""
+        if self.segmentation is not None:
+            return self.segmentation(step)
+        cond, null = (list(record.maps.values()) for record in seen if record is not None)
+        if not cond:
+            raise UnsupportedError(
+                "the network has no attention at a quarter or an eighth of the sample's size; give a segmentation"
+            )
+        height, width = grid(max(own.shape[-1] for own in cond[::2]), step.x.shape[2:])
+        layers = [list(zip(maps[::2], maps[1::2], strict=True)) for maps in (cond, null)]
+        return attention_regions(layers[0], layers[1], (height, width))
 
     @staticmethod
     def _enlarged(part: Tensor, amount: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ def draft_mask(
         raise ParameterError(f"density must be in (0, 1], got {density}")
     if min(pool) < 1 or count > query.shape[2] or query.shape[2] != key.shape[2]:
         raise ParameterError(
-            f"{query.shape[2]} queries and {key.shape[2]} keys with a picture of {count} tokens in patches of {pool}: a "
-            "draft is of the attention of a picture, and a text behind it, to themselves"
+            f"{query.shape[2]} queries and {key.shape[2]} keys with a picture of {count} tokens in patches of {pool}: "
+            "a draft is of the attention of a picture, and a text behind it, to themselves"
         )
     height, width = grid[-2:]
     drafts = []

@@ -3,6 +3,7 @@
 A model is a folder: ``config.json``, ``denoiser.safetensors``, ``judge.safetensors``, ``features.safetensors``,
 ``reference.safetensors`` (what the judge and the feature network say of real images, so that no data set is needed)
 and, optionally, ``noisy_classifier.safetensors`` and ``calibration.json``. ``diffsteer train`` writes one.
+"shapes" is a whole text-to-image pipeline instead, in diffusers' own folder format (``diffsteer train shapes``).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from safetensors import SafetensorError
@@ -26,9 +27,14 @@ from diffsteer.paths import Level, VPPath
 from diffsteer.posterior import Calibration
 from diffsteer.zoo.networks import build
 
-__all__ = ["Model", "available", "load"]
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+__all__ = ["PIPELINES", "Model", "available", "load", "pipeline_folder"]
 
 _ROOT = Path(__file__).parent
+PIPELINES = ("shapes",)
+"""Names of the shipped text-to-image pipelines."""
 
 
 def available() -> list[str]:
@@ -43,8 +49,12 @@ def available() -> list[str]:
     return sorted(config.parent.name for config in _ROOT.glob("*/config.json"))
 
 
-def load(name: str | Path, *, device: str | torch.device = "cpu") -> Model:
-    """Load a shipped model by name, or a user's own by the path of its folder.
+@overload
+def load(name: Literal["shapes"], *, device: str | torch.device = ...) -> StableDiffusionPipeline: ...
+@overload
+def load(name: str | Path, *, device: str | torch.device = ...) -> Model: ...
+def load(name: str | Path, *, device: str | torch.device = "cpu") -> Model | StableDiffusionPipeline:
+    """Load a shipped model by name, or a user's own by the path of its folder; "shapes" is a diffusers pipeline.
 
     Parameters
     ----------
@@ -59,6 +69,13 @@ def load(name: str | Path, *, device: str | torch.device = "cpu") -> Model:
     WeightsError
         A damaged, truncated or foreign file. Nothing is ever unpickled.
     """
+    if name in PIPELINES:
+        from diffusers import StableDiffusionPipeline
+
+        where = pipeline_folder(name)
+        return StableDiffusionPipeline.from_pretrained(where, torch_dtype=torch.float32, use_safetensors=True).to(
+            device
+        )
     folder = _ROOT / str(name)
     if str(name) not in available():
         folder = Path(name)
@@ -71,6 +88,11 @@ def load(name: str | Path, *, device: str | torch.device = "cpu") -> Model:
         return Model(folder, config, torch.device(device))
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{folder / 'config.json'} is damaged ({error}); train or copy the model again") from error
+
+
+def pipeline_folder(name: str | Path) -> str:
+    """Where a shipped pipeline lies; any other name as it is."""
+    return str(_ROOT / name) if name in PIPELINES else str(name)
 
 
 @dataclass(frozen=True)

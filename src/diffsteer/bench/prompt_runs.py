@@ -1,0 +1,385 @@
+"""Pairs of a prompt and a negative prompt, run on a text-to-image pipeline under any method, and measured.
+
+Every run is a PNG named by a hash of all that it depends on: it is read back, and runs never mix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from diffsteer.adapters import attach
+from diffsteer.bench import metrics
+from diffsteer.bench.judges import Judge, Verdict
+from diffsteer.core import Guidance
+from diffsteer.engine import describe, stream
+from diffsteer.errors import ParameterError, UnknownNameError
+from diffsteer.methods import (
+    ClassifierFreeGuidance,
+    DynamicNegativeGuidance,
+    NegativePrompting,
+    SafeLatentDiffusion,
+)
+
+__all__ = [
+    "GRID",
+    "NAMES",
+    "SAMPLERS",
+    "SCALES",
+    "Bench",
+    "Line",
+    "Pair",
+    "Plan",
+    "measure",
+    "method_for",
+    "sampler_name",
+]
+
+SAMPLERS = (("ddpm", 250), ("euler-a", 30), ("ddim", 50), ("dpm++", 25))
+NAMES = {
+    "none": "No negative prompt",
+    "rejection": "Rejection",
+    "np": "Negative prompting",
+    "replace": "Negative prompting, in place of the empty prompt",
+    "sld": "Safe latent diffusion",
+    "dng": "DNG",
+}
+SCALES: Mapping[str, tuple[float, ...]] = {
+    "np": (0.25, 0.5, 1.0, 2.0),
+    "replace": (1.25, 1.5, 2.0, 3.0),  # the guidance scale, which is its only one
+    "sld": (0.5, 2.0, 10.0, 1000.0),
+    "dng": (1.0, 2.0, 3.0, 5.0),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and what it should not show.
+
+    Attributes
+    ----------
+    prompt, negative : str
+    related : bool
+        Whether pictures of the prompt may show the negative. Elsewhere a negative prompt has nothing to do.
+    reported : bool
+        False: for choosing the scales.
+    """
+
+    prompt: str
+    negative: str
+    related: bool = True
+    reported: bool = True
+
+
+GRID = (
+    Pair("a circle", "blue", reported=False),
+    Pair("a square", "yellow", reported=False),
+    Pair("a shape", "circle", reported=False),
+    Pair("a triangle", "black", reported=False),
+    Pair("a circle", "red"),
+    Pair("a triangle", "yellow"),
+    Pair("a shape", "square"),
+    Pair("a square", "white"),
+    Pair("a circle", "triangle", related=False),
+    Pair("a red square", "blue", related=False),
+    Pair("a green circle on a white background", "black", related=False),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run.
+
+    Attributes
+    ----------
+    grid : tuple of Pair
+    samplers : tuple of (str, int)
+        Schedulers and steps.
+    samples : int
+        Pictures per run, under the same seeds for every method; the rejection set has four times as many, of others.
+    guidance_scale : float
+        w of the positive prompt, for every method.
+    methods : tuple of str
+        Of ``SCALES``.
+    prior : float
+        Of the negative prompt's posterior, the same for all pairs: who writes a negative prompt does not know how often
+        the prompt's pictures show it. A large one pushes before there is evidence, in unrelated pairs too.
+    batch_size, seed : int
+    """
+
+    grid: tuple[Pair, ...] = GRID
+    samplers: tuple[tuple[str, int], ...] = SAMPLERS
+    samples: int = 64
+    guidance_scale: float = 1.5
+    methods: tuple[str, ...] = tuple(SCALES)
+    prior: float = 0.05
+    batch_size: int = 64
+    seed: int = 0
+
+    @classmethod
+    def quick(cls) -> Plan:
+        """A few pictures and steps, to see that everything works."""
+        return cls(samples=4, samplers=(("euler-a", 10), ("ddim", 10)), batch_size=16)
+
+    def but(self, **changes: Any) -> Plan:
+        """The same with other values, where they are not None."""
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            if name not in SCALES:
+                raise UnknownNameError("method", name, SCALES)
+        for pair in self.grid:
+            if not pair.prompt or not pair.negative:
+                raise ParameterError("a pair needs a prompt and a negative prompt")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method at one scale, on some pairs: the mean over them, with 95% intervals over the seeds."""
+
+    sampler: str
+    pairs: str  # "chosen on", "related" or "unrelated"
+    method: str
+    scale: float
+    n: int  # pictures
+    forbidden: float  # share, or the CLIP score of the negative prompt
+    forbidden_interval: metrics.Interval
+    faithful: float  # share, or the CLIP score of the prompt
+    undecided: float | None
+    kl: float | None  # of what must stay, in nats
+    kl_interval: metrics.Interval | None
+    distance: float | None  # root mean square pixel difference to the picture without a negative prompt, in [0, 2]
+    distance_interval: metrics.Interval | None
+    nfe: float
+    seconds: float  # per picture
+
+
+def method_for(name: str, scale: float, *, guidance_scale: float, prior: float, steps: int) -> Guidance:
+    """A method beside classifier-free guidance by the positive prompt.
+
+    Parameters
+    ----------
+    name : str
+        A key of ``NAMES``.
+    scale : float
+        What is swept: lambda of negative prompting, the guidance scale where the negative replaces the empty prompt,
+        s_S of safe latent diffusion (its "medium" configuration otherwise), lambda_0 of DNG.
+    guidance_scale : float
+    prior : float
+    steps : int
+        Of the sampler: safe latent diffusion counts its warm-up in fifty.
+    """
+    cfg = ClassifierFreeGuidance(guidance_scale)
+    if name in ("none", "rejection"):
+        return cfg
+    if name == "np":
+        return cfg + NegativePrompting(scale)
+    if name == "replace":
+        return NegativePrompting.replacing_null(scale)
+    if name == "sld":
+        medium = SafeLatentDiffusion.preset("medium", scale=guidance_scale)
+        return replace(medium, safety_scale=scale, warmup=round(medium.warmup * steps / 50))
+    if name == "dng":
+        return cfg + DynamicNegativeGuidance(scale, prior=prior)
+    raise UnknownNameError("method", name, NAMES)
+
+
+def parse_sampler(text: str) -> tuple[str, int]:
+    """ "ddim:50" as ("ddim", 50)."""
+    name, _, steps = text.partition(":")
+    if name not in dict(SAMPLERS) or not steps.isdigit():
+        raise ParameterError(f"{text!r} is no sampler and steps such as ddim:50; samplers: {', '.join(dict(SAMPLERS))}")
+    return name, int(steps)
+
+
+def scheduler(pipe: Any, name: str) -> Any:
+    """A scheduler with the schedule of the pipeline's own."""
+    import diffusers as d
+
+    kinds = {
+        "ddpm": d.DDPMScheduler,
+        "euler-a": d.EulerAncestralDiscreteScheduler,
+        "ddim": d.DDIMScheduler,
+        "dpm++": d.DPMSolverMultistepScheduler,
+    }
+    return kinds[name].from_config({**pipe.scheduler.config, "clip_sample": False})
+
+
+@dataclass(frozen=True)
+class Run:
+    """The pictures of one run, (N, H, W, 3) of 8 bits, and their price."""
+
+    pictures: NDArray[np.uint8]
+    nfe: float
+    seconds: float
+
+
+class Bench:
+    """A pipeline with a plan: makes runs, or reads them back."""
+
+    def __init__(self, pipe: Any, judge: Judge, plan: Plan, store: Path) -> None:
+        self.pipe, self.judge, self.plan, self.store = pipe, judge, plan, store
+        self.fingerprint = fingerprint(pipe)
+        self._read: dict[Path, Run] = {}
+        pipe.set_progress_bar_config(disable=True)
+
+    def run(self, pair: Pair, sampler: tuple[str, int], method: str, scale: float, *, target: bool = False) -> Run:
+        """One method on one pair; ``target``: more pictures under other seeds."""
+        plan, (kind, steps) = self.plan, sampler
+        guide = method_for(method, scale, guidance_scale=plan.guidance_scale, prior=plan.prior, steps=steps)
+        context = {
+            "model": self.fingerprint, "prompt": pair.prompt, "negative": "" if method == "none" else pair.negative,
+            "sampler": [kind, steps], "method": describe(guide), "batch_size": plan.batch_size,
+            "seed": plan.seed + target, "samples": plan.samples * (4 if target else 1),
+        }  # fmt: skip
+        digest = hashlib.sha256(json.dumps(context, sort_keys=True).encode()).hexdigest()[:16]
+        path = self.store / f"{digest}.png"
+        if path not in self._read:
+            self._read[path] = _open(path) if path.is_file() else self._make(guide, context, path)
+        return self._read[path]
+
+    def _make(self, guide: Guidance, context: Mapping[str, Any], path: Path) -> Run:
+        kind, steps = context["sampler"]
+        own, began = self.pipe.scheduler, time.perf_counter()
+        parts, nfe = [], []
+        try:
+            self.pipe.scheduler = scheduler(self.pipe, kind)
+            with attach(self.pipe, guide, trace="off") as guided:
+                for first in range(0, context["samples"], context["batch_size"]):
+                    last = min(first + context["batch_size"], context["samples"])
+                    negative = (
+                        {"negative_prompt": [context["negative"]] * (last - first)} if context["negative"] else {}
+                    )
+                    answer = self.pipe(
+                        prompt=[context["prompt"]] * (last - first), num_inference_steps=steps, output_type="np",
+                        generator=[stream(context["seed"], i) for i in range(first, last)], **negative,
+                    )  # fmt: skip
+                    assert guided.last is not None
+                    parts.append((answer.images * 255).round().astype(np.uint8))
+                    nfe.append(guided.last.nfe)
+        finally:
+            self.pipe.scheduler = own
+        run = Run(np.concatenate(parts), float(torch.cat(nfe).double().mean()), time.perf_counter() - began)
+        _save(path, run, context)
+        return run
+
+    def verdict(
+        self, pair: Pair, sampler: tuple[str, int], method: str, scale: float, *, target: bool = False
+    ) -> Verdict:
+        """What the judge says of a run."""
+        run = self.run(pair, sampler, "none" if method == "rejection" else method, scale, target=target)
+        verdict = self.judge(run.pictures, pair.prompt, pair.negative)
+        return verdict.rejected() if method == "rejection" else verdict
+
+    def moved(self, pair: Pair, sampler: tuple[str, int], method: str, scale: float) -> NDArray[np.float64]:
+        """How far each picture is from that without a negative prompt, (N,)."""
+        ours, base = (self.run(pair, sampler, *which).pictures / 127.5 for which in ((method, scale), ("none", 0.0)))
+        return np.sqrt(np.square(ours - base).mean((1, 2, 3)))
+
+
+def _save(path: Path, run: Run, context: Mapping[str, Any]) -> None:
+    """All pictures of a run side by side."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = PngInfo()
+    shape = run.pictures.shape
+    facts.add_text(
+        "run", json.dumps({"shape": shape, "nfe": run.nfe, "seconds": run.seconds, "context": dict(context)})
+    )
+    part = path.with_suffix(f".{os.getpid()}.partial")
+    Image.fromarray(run.pictures.transpose(1, 0, 2, 3).reshape(shape[1], -1, 3)).save(part, "PNG", pnginfo=facts)
+    os.replace(part, path)
+
+
+def _open(path: Path) -> Run:
+    with Image.open(path) as sheet:
+        facts = json.loads(sheet.text["run"])  # type: ignore[attr-defined]
+        number, height, width, _ = facts["shape"]
+        pictures = np.asarray(sheet).reshape(height, number, width, 3).transpose(1, 0, 2, 3)
+    return Run(np.ascontiguousarray(pictures), facts["nfe"], facts["seconds"])
+
+
+def fingerprint(pipe: Any) -> str:
+    """A hash of a pipeline's weights: runs of different ones never mix."""
+    digest = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        if isinstance(part, torch.nn.Module):
+            for key, value in part.state_dict().items():
+                digest.update(f"{name}.{key}".encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def sampler_name(sampler: tuple[str, int]) -> str:
+    """ "ddpm-250"."""
+    return f"{sampler[0]}-{sampler[1]}"
+
+
+def measure(
+    bench: Bench, sampler: tuple[str, int], pairs: str, among: Sequence[Pair], method: str, scale: float
+) -> Line:
+    """Mean figures over some pairs."""
+    verdicts = [bench.verdict(pair, sampler, method, scale) for pair in among]
+    runs = [bench.run(pair, sampler, "none" if method == "rejection" else method, scale) for pair in among]
+    kl = kl_interval = distance = distance_interval = undecided = None
+    if bench.judge.decides:
+        targets = [bench.verdict(pair, sampler, "rejection", 0.0, target=True) for pair in among]
+        if all((~v.undecided).any() for v in (*verdicts, *targets)):  # else there is nothing to compare
+            kl, kl_interval = _mean([(_kl_to(t), v.attributes) for v, t in zip(verdicts, targets, strict=True)])
+        undecided = float(np.mean([v.undecided.mean() for v in verdicts]))
+    if method not in ("none", "rejection"):
+        moved = [bench.moved(pair, sampler, method, scale) for pair in among]
+        distance, distance_interval = _mean([(np.mean, m) for m in moved])
+    forbidden, forbidden_interval = _mean([(np.mean, v.forbidden) for v in verdicts])
+    price = [len(r.pictures) / max(1, len(v.forbidden)) for r, v in zip(runs, verdicts, strict=True)]  # of rejecting
+    return Line(
+        sampler=sampler_name(sampler), pairs=pairs, method=method, scale=scale,
+        n=sum(len(v.forbidden) for v in verdicts),
+        forbidden=forbidden, forbidden_interval=forbidden_interval,
+        faithful=float(np.mean([v.faithful.mean() for v in verdicts])), undecided=undecided,
+        kl=kl, kl_interval=kl_interval, distance=distance, distance_interval=distance_interval,
+        nfe=float(np.mean([r.nfe * p for r, p in zip(runs, price, strict=True)])),
+        seconds=float(np.mean([r.seconds / len(r.pictures) * p for r, p in zip(runs, price, strict=True)])),
+    )  # fmt: skip
+
+
+def _mean(parts: Sequence[tuple[Callable[..., Any], NDArray[np.float64]]]) -> tuple[float, metrics.Interval]:
+    """The mean of one statistic per pair, with its interval; equal seeds are resampled together."""
+
+    def statistic(*arrays: NDArray[np.float64]) -> float:
+        return float(np.mean([fn(array) for (fn, _), array in zip(parts, arrays, strict=True)]))
+
+    arrays = [array for _, array in parts]
+    return statistic(*arrays), metrics.bootstrap(statistic, arrays, n=200)
+
+
+def _kl_to(target: Verdict) -> Callable[[NDArray[np.float64]], float]:
+    """KL of every attribute's shares to those of the rejection set, added up; each column of pictures' attributes
+    belongs to one attribute.
+
+    Pictures that nobody can read do not count, forbidden ones do: what leaks is missing elsewhere.
+    """
+    groups = target.groups
+    shares = target.attributes.sum(0)
+
+    def kl(attributes: NDArray[np.float64]) -> float:
+        counts, total = attributes.sum(0), 0.0
+        for start, stop in groups:
+            kept = [i for i in range(stop - start) if shares[start + i] > 0]
+            if kept:
+                total += metrics.kl_shares(shares[start:stop][kept], counts[start:stop], kept)
+        return total
+
+    return kl

@@ -1,0 +1,213 @@
+"""Forces: what an energy wants of x_t or x0. The sign lives here, in one place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsteer.core import Call, Guidance, Info, Step, guide_in
+from diffsteer.errors import NonFiniteError, ParameterError, UnsupportedError
+from diffsteer.paths import Level, convert
+
+CleanEnergy = Callable[[Tensor], Tensor]
+"""Clean images (B, ...) to one number per sample, (B,), to be lowered."""
+
+NoisyEnergy = Callable[[Tensor, Level], Tensor]
+"""Noisy images (B, ...), in the sampler's coordinates, and their level to one number per sample, (B,)."""
+
+Force = tuple[Tensor, Tensor]  # (B, ...) minus the gradient, and (B,) the energy
+
+
+def unit(level: Level) -> float:
+    """From variance-preserving coordinates, alpha**2 + sigma**2 = 1, to those of a level."""
+    return math.hypot(level.alpha, level.sigma)
+
+
+def descent(values: Tensor, at: Tensor) -> Tensor:
+    """Minus the gradient of every sample's energy: where a loss to lower becomes a direction to go.
+
+    Parameters
+    ----------
+    values : Tensor, (B,)
+        Computed from ``at`` with its graph.
+    at : Tensor, (B, ...)
+
+    Raises
+    ------
+    ParameterError
+        Not one number per sample.
+    UnsupportedError
+        No gradient path from the energy to ``at``.
+    NonFiniteError
+        NaN or infinity in the energy or in its gradient.
+    """
+    if not isinstance(values, Tensor) or values.shape != (len(at),):
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ParameterError(
+            f"an energy returns one number per sample, ({len(at)},); this one returned {shape}: reduce over a sample's "
+            "own dimensions alone, as in .flatten(1).mean(1)"
+        )
+    no_path = (
+        "this energy has no gradient path to the image: it detaches, rounds, leaves torch, or is a black box. Make it "
+        "differentiable; a black-box reward needs a method without gradients, or a learned model of it (SLCD)"
+    )
+    if not values.requires_grad:
+        raise UnsupportedError(no_path)
+    (gradient,) = torch.autograd.grad(values, at, torch.ones_like(values), allow_unused=True)
+    if gradient is None:
+        raise UnsupportedError(no_path)
+    _finite("energy", values)
+    _finite("gradient of the energy", gradient)
+    return -gradient
+
+
+def _finite(name: str, found: Tensor) -> None:
+    bad = ~torch.isfinite(found.reshape(len(found), -1)).all(1)
+    if bool(bad.any()):
+        raise NonFiniteError(
+            f"the {name} is NaN or infinite for sample {int(bad.nonzero()[0])} of the batch; guard roots, logarithms "
+            "and divisions at 0, or lower the scale"
+        )
+
+
+def check(energy: Callable[..., Tensor], x: Tensor, *arguments: Any) -> None:
+    """Refuse an energy before the first step: besides what :func:`descent` refuses, one that couples the batch."""
+    at = _leaf(x)
+    with torch.enable_grad():
+        values = energy(at, *arguments)
+        one = values[0] if isinstance(values, Tensor) and values.shape == (len(at),) else None
+    if one is not None and one.requires_grad and len(at) > 1:
+        (first,) = torch.autograd.grad(one, at, retain_graph=True, allow_unused=True)
+        if first is not None and bool((first[1:].nan_to_num(0.0) != 0).any()):
+            raise ParameterError(
+                "this energy couples the batch: one sample's number depends on the other samples; reduce over a "
+                "sample's own dimensions alone, and put networks with batch normalisation in eval()"
+            )
+    descent(values, at)
+
+
+def clean_force(energy: CleanEnergy, x0: Tensor) -> Force:
+    """The force on a clean image, no network in the graph; (B, ...) and the energy, (B,)."""
+    at = _leaf(x0)
+    with torch.enable_grad():
+        values = energy(at)
+    return descent(values, at), values.detach()
+
+
+def noisy_force(energy: NoisyEnergy, step: Step) -> Force:
+    """The force of a noise-aware energy on x_t, in variance-preserving coordinates, no denoiser in the graph."""
+    at = _leaf(step.x)
+    with torch.enable_grad():
+        values = energy(at, step.level)
+    return unit(step.level) * descent(values, at), values.detach()
+
+
+def smoothed(energy: CleanEnergy, draws: Sequence[Tensor]) -> CleanEnergy:
+    """Minus the log of the mean of exp(-energy) over displacements of the image; each (B, ...)."""
+    if not draws:
+        return energy
+
+    def smooth(x0: Tensor) -> Tensor:
+        each = torch.stack([energy(x0 + draw) for draw in draws])
+        return torch.log(torch.full((), float(len(draws)), dtype=each.dtype)) - torch.logsumexp(-each, 0)
+
+    return smooth
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a branch, or a whole method, makes of x_t."""
+
+    prediction: Tensor  # in the step's space, without a graph; (B, ...)
+    x0: Tensor  # with a graph back to x_t, if asked for
+    at: Tensor  # x_t, the leaf of that graph
+    unit: float
+    state: Any
+    info: Info
+
+    def force(self, energy: CleanEnergy) -> Force:
+        """The force on x_t through the network, in variance-preserving coordinates."""
+        with torch.enable_grad():
+            values = energy(self.x0)
+        return self.unit * descent(values, self.at), values.detach()
+
+
+def estimate(
+    step: Step, base: str | Guidance, state: Any = None, grad: bool = True
+) -> Generator[list[Call], Sequence[Tensor], Estimate]:
+    """Ask a context, or a method with everything that it asks for, what it makes of x_t.
+
+    Parameters
+    ----------
+    base : str or Guidance
+        A context's name; or a method such as classifier-free guidance, which is then differentiated as a whole.
+    state : optional
+        Of ``base``.
+    grad : bool
+        Keep the graph from x_t to x0.
+    """
+    at = step.x.detach().requires_grad_() if grad else step.x
+    info: Info = {}
+    if isinstance(base, str):
+        (prediction,) = yield [Call(base, x=at, grad=True) if grad else Call(base)]
+    else:
+        plan = guide_in(base, replace(step, x=at), state)
+        answers: Sequence[Tensor] | None = None
+        while True:
+            try:
+                with torch.set_grad_enabled(grad):
+                    calls = next(plan) if answers is None else plan.send(answers)
+            except StopIteration as done:
+                prediction, state, info = done.value
+                break
+            answers = yield [_from(at, call) if grad else call for call in calls]
+    with torch.set_grad_enabled(grad):
+        x0 = convert(_wide(prediction), _wide(at), step.level, step.space, "x0")
+    return Estimate(prediction.detach(), x0, at, unit(step.level), state, info)
+
+
+def _from(at: Tensor, call: Call) -> Call:
+    """The same evaluation with a graph back to x_t."""
+    if call.x is not None:
+        return replace(call, grad=True)
+    return replace(call, x=at if call.rows is None else at[call.rows], grad=True)
+
+
+def reference(base: str | Guidance) -> str:
+    """The context that a correction of ``base`` is relative to."""
+    return base if isinstance(base, str) else base.reference
+
+
+def unit_norm(vector: Tensor) -> Tensor:
+    """Every sample's vector at norm 1, zero where it is."""
+    norm = torch.linalg.vector_norm(vector.flatten(1), dim=1)
+    return _times(torch.where(norm > 0, 1 / norm, 0), vector)
+
+
+def clipped_norm(vector: Tensor, limit: float) -> Tensor:
+    """Every sample's vector shortened to a norm of at most ``limit``."""
+    norm = torch.linalg.vector_norm(vector.flatten(1), dim=1)
+    return _times((limit / norm).clamp(max=1), vector)
+
+
+def matched_rms(vector: Tensor, wanted: Tensor) -> Tensor:
+    """Every sample's vector at the root mean square of another one, zero where it is."""
+    found, goal = (v.flatten(1).square().mean(1).sqrt() for v in (vector, wanted))
+    return _times(torch.where(found > 0, goal / found, 0), vector)
+
+
+def _times(factor: Tensor, vector: Tensor) -> Tensor:
+    return factor.reshape(-1, *[1] * (vector.ndim - 1)) * vector
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return _wide(x).detach().requires_grad_()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,157 @@
+"""Ready-made energies. Any callable is one; these are those that several methods share.
+
+Each takes a clean image, or a noisy one and its level if its network does: (B, ...) to (B,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffsteer.errors import ParameterError
+
+Network = Callable[..., Tensor]
+"""Images (B, ...), and their level if the energy is used on noisy ones, to (B, K)."""
+
+
+@dataclass(frozen=True)
+class ClassEnergy:
+    """-log p(label | x) of a classifier.
+
+    Parameters
+    ----------
+    classifier : callable
+        Images to logits, (B, K).
+    label : int or Tensor
+        The wanted class; a tensor has one per sample of the batch, (B,).
+    """
+
+    classifier: Network
+    label: int | Tensor
+
+    def __call__(self, x: Tensor, *level: Any) -> Tensor:
+        logits = self.classifier(x, *level)
+        label = torch.as_tensor(self.label, device=logits.device).expand(len(logits))
+        if int(label.min()) < 0 or int(label.max()) >= logits.shape[1]:
+            raise ParameterError(f"label {self.label} is none of the classifier's 0..{logits.shape[1] - 1}")
+        return -logits.log_softmax(1).gather(1, label[:, None])[:, 0]
+
+
+@dataclass(frozen=True)
+class Residual:
+    """How far a measurement of the image is from a given one: ||y - A(x)||, or half its square.
+
+    Parameters
+    ----------
+    measurement : Tensor
+        y; one for all samples, or one each (B, ...).
+    operator : callable, optional
+        A, differentiable; default: the image itself.
+    squared : bool
+        Half the square instead of the norm, whose force has the same size wherever it is.
+    """
+
+    measurement: Tensor
+    operator: Callable[[Tensor], Tensor] | None = None
+    squared: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        r = residual(self, x).flatten(1)
+        return r.square().sum(1) / 2 if self.squared else norm(r)
+
+
+def residual(of: Any, x: Tensor) -> Tensor:
+    """y - A(x) of an energy with ``measurement`` and ``operator``; (B, ...)."""
+    measured = x if of.operator is None else of.operator(x)
+    difference: Tensor = of.measurement.to(measured) - measured
+    if difference.shape != measured.shape:
+        raise ParameterError(
+            f"the measurement {tuple(of.measurement.shape)} does not fit what the operator returns, "
+            f"{tuple(measured.shape)}"
+        )
+    return difference
+
+
+def norm(rows: Tensor) -> Tensor:
+    """Euclidean norm of each row, (B, n) to (B,), with gradient 0 where it is 0."""
+    square = rows.square().sum(1)
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)
+
+
+@dataclass(frozen=True)
+class CosineEnergy:
+    """-scale cos(f(x), target): the similarity of embeddings.
+
+    Parameters
+    ----------
+    encoder : callable
+        f: images to embeddings, (B, K).
+    target : Tensor
+        (K,), or one per sample (B, K).
+    scale : float
+        Multiplies the cosine.
+    """
+
+    encoder: Network
+    target: Tensor
+    scale: float = 1.0
+
+    def __call__(self, x: Tensor, *level: Any) -> Tensor:
+        return -self.scale * cosine(self.encoder(x, *level), self.target)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Of every row; (B, K) and (K,) or (B, K) to (B,)."""
+    b = b.to(a).expand_as(a)
+    if not bool((b.square().sum(1) > 0).all()):
+        raise ParameterError("a target embedding is zero; it has no direction to go")
+    return torch.nn.functional.cosine_similarity(a, b, dim=1, eps=1e-12)
+
+
+@dataclass(frozen=True)
+class SphericalEnergy:
+    """2 arcsin(||a - b|| / 2)**2 of unit embeddings: half the square of their angle, by its chord.
+
+    Parameters
+    ----------
+    encoder : callable
+    target : Tensor, (K,) or (B, K)
+    scale : float
+    """
+
+    encoder: Network
+    target: Tensor
+    scale: float = 1.0
+
+    def __call__(self, x: Tensor, *level: Any) -> Tensor:
+        found = torch.nn.functional.normalize(self.encoder(x, *level), dim=1)
+        target = torch.nn.functional.normalize(self.target.to(found).expand_as(found), dim=1)
+        return self.scale * 2 * torch.arcsin(norm(found - target) / 2).square()
+
+
+@dataclass(frozen=True)
+class SumEnergy:
+    """A weighted sum of energies: of products of experts, or of several wishes at once.
+
+    Parameters
+    ----------
+    energies : sequence of callable
+    weights : sequence of float, optional
+        One each; default 1.
+    """
+
+    energies: Sequence[Callable[..., Tensor]]
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.energies or (self.weights is not None and len(self.weights) != len(self.energies)):
+            raise ParameterError("a sum takes at least one energy, and as many weights")
+
+    def __call__(self, x: Tensor, *level: Any) -> Tensor:
+        weights = self.weights if self.weights is not None else [1.0] * len(self.energies)
+        return torch.stack([w * e(x, *level) for w, e in zip(weights, self.energies, strict=True)]).sum(0)

@@ -1,0 +1,180 @@
+"""How a vector acts on a step: five modes, landing, and running a level again.
+
+Vectors on x_t and jumps are in variance-preserving coordinates, in which the papers write, whatever the sampler's own:
+alpha**2 + sigma**2 = 1. For a step from t to s with a = alpha_t / alpha_s and eps of the sampler's noise fraction:
+
+==============  ==================================================  =========================================
+"score"         eps -= sigma_t g                                    a term of the score; converges with more steps
+"mean"          x_s += Sigma g, Sigma the variance of the step      the paper of classifier guidance; converges
+"x0_rederive"   x0 += d, eps such that x_t stays                    converges
+"x0_keep_eps"   x0 += d, eps kept: x_s += alpha_s d                 grows with the number of steps
+"jump"          x_s += d                                            grows with the number of steps
+==============  ==================================================  =========================================
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from diffsteer.core import After, Guidance, Repeat, Run, Step
+from diffsteer.energy.forces import check, unit
+from diffsteer.errors import ParameterError, UnsupportedError
+from diffsteer.paths import convert, reverse_kernel
+
+Mode = Literal["score", "mean", "x0_rederive", "x0_keep_eps", "jump"]
+MODES: tuple[str, ...] = ("score", "mean", "x0_rederive", "x0_keep_eps", "jump")
+
+_PURE_NOISE = 1e3  # sigma / alpha from which on x_t says nothing of x0
+
+
+@dataclass(frozen=True)
+class Landing:
+    """What is still to be done once the scheduler has made its step."""
+
+    jump: Tensor | None = None  # (B, ...), added to its sample
+    visits: int = 0  # of this level before the present one
+    wanted: int = 1  # visits of this level in all
+
+
+def alphas(step: Step) -> tuple[float, float]:
+    """alpha_t and alpha_s in variance-preserving coordinates."""
+    return step.level.alpha / unit(step.level), step.level_next.alpha / unit(step.level_next)
+
+
+def is_noise(step: Step) -> bool:
+    """Whether the step starts at pure noise, where an energy of x0 has nothing to say."""
+    return step.level.rho > _PURE_NOISE
+
+
+def needs_of(mode: str) -> frozenset[str]:
+    """What a mode needs of a sampler: vectors that act on x_s want steps made of one evaluation."""
+    return frozenset() if mode in ("score", "x0_rederive") else frozenset({"first_order"})
+
+
+def check_mode(mode: str, allowed: tuple[str, ...] = MODES) -> None:
+    """Refuse an unknown mode."""
+    if mode not in allowed:
+        raise ParameterError(f"mode must be one of {allowed}, got {mode!r}")
+
+
+def variance(step: Step) -> float:
+    """Sigma, the variance of the noise that an ancestral step adds, a fraction kappa of beta-tilde.
+
+    Raises
+    ------
+    UnsupportedError
+        A sampler that adds none, under which guidance in "mean" mode would silently vanish, or an unknown amount.
+    """
+    if not step.stochastic:
+        raise UnsupportedError(
+            "mode='mean' moves a step's mean by its variance, and this sampler has none, or an unknown one; use "
+            "mode='score', or DDPM, Euler ancestral, or DDIM with eta > 0"
+        )
+    alpha = step.level_next.alpha / unit(step.level_next)
+    return step.stochastic * alpha**2 * reverse_kernel(step.level, step.level_next)[2]
+
+
+def act(mode: str, step: Step, prediction: Tensor, vector: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Let a vector act on a step.
+
+    Parameters
+    ----------
+    mode : {"score", "mean", "x0_rederive", "x0_keep_eps", "jump"}
+    prediction : Tensor, (B, ...)
+        In ``step.space``.
+    vector : Tensor, (B, ...)
+        A term of the score ("score", "mean"), a displacement of x0, or one of x_s.
+
+    Returns
+    -------
+    prediction : Tensor, (B, ...)
+    jump : Tensor or None
+        What :func:`land` adds to the scheduler's sample.
+    """
+    check_mode(mode)
+    if mode == "score":
+        sigma = step.level.sigma / unit(step.level)
+        return _shift(step, prediction, -sigma * vector, "eps"), None
+    if mode == "x0_rederive":
+        return _shift(step, prediction, vector, "x0"), None
+    if mode == "jump":
+        return prediction, vector
+    return prediction, (variance(step) if mode == "mean" else alphas(step)[1]) * vector
+
+
+def score_of(step: Step, correction: Tensor) -> Tensor:
+    """A difference of two predictions as a term of the score, what "score" mode takes; (B, ...)."""
+    eps = convert(correction, torch.zeros_like(correction), step.level, step.space, "eps")
+    return -eps * (unit(step.level) / step.level.sigma)
+
+
+def _shift(step: Step, prediction: Tensor, vector: Tensor, space: str) -> Tensor:
+    """Move a prediction by a vector given in another space: conversions are linear in (prediction, x)."""
+    moved = convert(vector, torch.zeros_like(vector), step.level, space, step.space)
+    return prediction + moved.to(prediction.dtype)
+
+
+def land(step: Step, x_next: Tensor, state: Landing) -> After:
+    """The scheduler's sample with its jump; or the level again, noise added anew, until there were enough visits."""
+    if state.jump is not None:
+        x_next = x_next + (unit(step.level_next) * state.jump).to(x_next.dtype)
+    visits = state.visits + 1
+    if visits < state.wanted:
+        return Repeat(renoise(step, x_next), Landing(visits=visits))
+    return x_next, Landing()
+
+
+def renoise(step: Step, x_next: Tensor) -> Tensor:
+    """From x_s back to the level of x_t, by the exact forward kernel; fresh noise of every sample's own stream."""
+    now, then = step.level, step.level_next
+    ratio = now.alpha / then.alpha
+    std = math.sqrt(max(now.sigma**2 - (ratio * then.sigma) ** 2, 0.0))
+    return ratio * x_next + (std * draw(step, x_next)).to(x_next.dtype)
+
+
+def draw(step: Step | Run, like: Tensor) -> Tensor:
+    """Standard normal noise of every sample's own stream; the shape and device of ``like``, double precision."""
+    if len(step.generators) != len(like):
+        raise UnsupportedError("this method draws noise: the step must carry one random stream per sample")
+    noise = [torch.randn(like.shape[1:], generator=g, dtype=torch.float64) for g in step.generators]
+    return torch.stack(noise).to(like.device)
+
+
+def check_recurrences(count: int) -> None:
+    """Refuse a level that is run less than once."""
+    if count < 1:
+        raise ParameterError(f"num_recurrences must be at least 1, got {count}")
+
+
+@dataclass(frozen=True)
+class Inside:
+    """State of a method with another one inside: that one's own, and what is to be done after the step."""
+
+    base: Any
+    landing: Landing
+
+
+class EnergyGuidance(Guidance):
+    """What every method of this family shares: an energy that is checked at the start, and a :class:`Landing`."""
+
+    noisy: ClassVar[bool] = False  # whether the energy is one of (x_t, level), not of x0
+
+    energy: Any
+    base: str | Guidance
+
+    @property
+    def reference(self) -> str:  # type: ignore[override]
+        return self.base if isinstance(self.base, str) else self.base.reference
+
+    def start(self, run: Run) -> Any:
+        x = run.x / unit(run.levels[0])
+        check(self.energy, *((run.x, run.levels[0]) if self.noisy else (x,)))
+        return Landing()
+
+    def after(self, step: Step, x_next: Tensor, state: Any) -> After:
+        return land(step, x_next, state)

@@ -1,0 +1,220 @@
+"""Negative prompts on a tiny pipeline: runs are kept, figures are what they say they are."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers", reason='needs pip install "diffsteer[pipelines]"')
+
+import torch
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+from diffsteer.bench.judges import ClipJudge, ReaderJudge, Verdict
+from diffsteer.bench.prompt_report import summary
+from diffsteer.bench.prompt_runs import (
+    GRID,
+    NAMES,
+    SCALES,
+    Bench,
+    Line,
+    Pair,
+    Plan,
+    _kl_to,
+    fingerprint,
+    measure,
+    method_for,
+    parse_sampler,
+)
+from diffsteer.bench.prompts import bench_prompts, operating_points
+from diffsteer.errors import ParameterError, UnknownNameError, WeightsError
+from diffsteer.shapes import Scene, Shape, draw, holds, scene
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
+import tiny
+
+SAMPLER = ("ddim", 3)
+PLAN = Plan(samplers=(SAMPLER,), samples=3, batch_size=2, grid=(Pair("a circle", "red"), Pair("a red circle", "blue")))
+
+
+class Bright:
+    """A picture is forbidden where its red is above the median of all the pictures it was shown."""
+
+    decides = True
+
+    def __call__(self, pictures, prompt, negative) -> Verdict:
+        red = pictures[..., 0].mean((1, 2))
+        bad = (red > np.median(red)).astype(float)
+        return Verdict(bad, 1 - bad, np.zeros(len(red), dtype=bool), np.stack([bad, 1 - bad], 1), ((0, 2),))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.stable_diffusion()
+
+
+@pytest.fixture
+def bench(pipe, tmp_path: Path) -> Bench:
+    return Bench(pipe, Bright(), PLAN, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("clip")
+    words, size = tiny.clip_tokenizer(), {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text = size | {"vocab_size": len(words), "num_attention_heads": 2, "max_position_embeddings": 16}
+    text |= {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    vision = size | {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    CLIPProcessor(image_processor=CLIPImageProcessor(**sizes), tokenizer=words).save_pretrained(folder)
+    return str(folder)
+
+
+def test_runs_are_kept_and_read_back(bench: Bench, pipe) -> None:
+    pair = PLAN.grid[0]
+    made = bench.run(pair, SAMPLER, "dng", 2.0)
+    again = Bench(pipe, Bright(), PLAN, bench.store).run(pair, SAMPLER, "dng", 2.0)
+    assert np.array_equal(made.pictures, again.pictures)
+    assert made.pictures.shape == (3, 16, 16, 3)
+    assert (made.nfe, made.seconds) == (again.nfe, again.seconds)
+    assert len(list(bench.store.iterdir())) == 1
+    assert not hasattr(type(pipe), "_diffsteer")
+
+
+def test_runs_never_mix(bench: Bench) -> None:
+    pair, other = PLAN.grid
+    for arguments in (
+        (pair, SAMPLER, "np", 1.0), (pair, SAMPLER, "np", 2.0), (pair, ("ddim", 4), "np", 1.0),
+        (other, SAMPLER, "np", 1.0),
+        (pair, SAMPLER, "none", 0.0), (replace(pair, negative="blue"), SAMPLER, "none", 0.0),  # one run for these two
+    ):  # fmt: skip
+        bench.run(*arguments)
+    bench.run(pair, SAMPLER, "none", 0.0, target=True)
+    assert len(list(bench.store.iterdir())) == 6
+
+
+def test_other_weights_have_another_name(pipe) -> None:
+    before = fingerprint(pipe)
+    assert before == fingerprint(tiny.stable_diffusion())
+    assert before != fingerprint(tiny.stable_diffusion(unet=tiny.unet(seed=9)))
+
+
+def test_a_scale_of_zero_moves_nothing_and_others_do(bench: Bench) -> None:
+    pair = PLAN.grid[0]
+    assert bench.moved(pair, SAMPLER, "np", 0.0).max() < 0.01  # a rounded pixel
+    moved = bench.moved(pair, SAMPLER, "np", 2.0)
+    ours, base = (bench.run(pair, SAMPLER, m, w).pictures.astype(float) for m, w in (("np", 2.0), ("none", 0.0)))
+    assert moved == pytest.approx(
+        [math.sqrt(np.mean((a / 127.5 - b / 127.5) ** 2)) for a, b in zip(ours, base, strict=True)]
+    )
+    assert moved.min() > 0
+
+
+def test_rejection_throws_away_and_pays(bench: Bench) -> None:
+    line = measure(bench, SAMPLER, "related", PLAN.grid[:1], "rejection", 0.0)
+    none = measure(bench, SAMPLER, "related", PLAN.grid[:1], "none", 0.0)
+    assert (none.forbidden, line.forbidden) == (1 / 3, 0)
+    assert (none.n, line.n) == (3, 2)
+    assert line.nfe == pytest.approx(none.nfe * 1.5)
+    assert line.kl < none.kl
+
+
+def test_kl_is_added_up_over_attributes_and_counts_what_leaks() -> None:
+    def verdict(rows: list[list[float]]) -> Verdict:
+        n = len(rows)
+        return Verdict(np.zeros(n), np.zeros(n), np.zeros(n, dtype=bool), np.array(rows, dtype=float), ((0, 2), (2, 4)))
+
+    kl = _kl_to(verdict([[1, 0, 1, 0]] * 50 + [[1, 0, 0, 1]] * 50))  # the second value is nowhere in the target
+    same = np.array([[1, 0, 1, 0]] * 400 + [[1, 0, 0, 1]] * 400, dtype=float)
+    assert kl(same) == pytest.approx(math.log(801 / 800.5), abs=1e-9)
+    leaky = np.array([[0, 1, 1, 0]] * 400 + [[1, 0, 0, 1]] * 400, dtype=float)
+    assert kl(leaky) == pytest.approx(math.log(801 / 400.5), abs=1e-9)
+    uneven = np.array([[1, 0, 1, 0]] * 600 + [[1, 0, 0, 1]] * 200, dtype=float)
+    expected = math.log(801 / 800.5) + 0.5 * math.log(0.5 * 801 / 600.5) + 0.5 * math.log(0.5 * 801 / 200.5)
+    assert kl(uneven) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_reader_judges_by_what_is_drawn() -> None:
+    scenes = [
+        Scene((Shape("circle", "red", 30, 30, 12),), "white"),
+        Scene((Shape("circle", "blue", 17, 30, 10), Shape("square", "red", 47, 30, 10)), "black"),
+    ]
+    pictures = ((draw(scenes) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    pictures = np.concatenate([pictures, np.full((1, 64, 64, 3), 255, np.uint8)])
+    verdict = ReaderJudge()(pictures, "a circle", "blue")
+    assert verdict.faithful.tolist() == [1, 0, 0]
+    assert verdict.forbidden.tolist() == [0, 1, 0]
+    assert verdict.undecided.tolist() == [False, False, True]
+    assert [verdict.attributes[:, a:b].sum(1).tolist() for a, b in verdict.groups] == [[1, 1, 0]] * 4
+    assert len(verdict.rejected().forbidden) == 2
+
+
+def test_the_grid_asks_what_it_says_it_asks() -> None:
+    """Related negatives can be true of the prompt's scenes, unrelated ones cannot."""
+    rng = np.random.default_rng(0)
+    drawn = [scene(rng) for _ in range(4000)]
+    for pair in GRID:
+        among = [what for what in drawn if holds(pair.prompt, what)]
+        share = np.mean([holds(pair.negative, what) for what in among])
+        assert 0.1 < share < 0.6 if pair.related else share == 0, pair
+
+
+def line(method: str, scale: float, forbidden: float, kl: float | None, undecided: float | None = 0.0) -> Line:
+    return Line(
+        "ddim-50", "chosen on", method, scale, 64, forbidden, (0.0, 1.0), 0.5, undecided, kl, None, None, None, 100, 1.0
+    )
+
+
+def test_operating_points_are_safe_first_and_faithful_second() -> None:
+    lines = [line("np", 1.0, 0.10, 0.01), line("np", 2.0, 0.02, 0.3), line("np", 3.0, 0.0, 0.4)]
+    lines += [
+        line("sld", 1.0, 0.3, 0.1),
+        line("sld", 2.0, 0.2, 0.5),
+        line("dng", 1.0, 0.0, None),
+        line("dng", 2.0, 0.0, 0.2),
+    ]
+    assert operating_points(lines, "ddim-50", ("np", "sld", "dng")) == {"np": 2.0, "sld": 2.0, "dng": 2.0}
+    assert operating_points(lines, "ddpm-250", ("np",)) == {"np": SCALES["np"][1]}
+    scored = [line("np", 1.0, 0.2, None, None), line("np", 2.0, 0.1, None, None)]
+    assert operating_points(scored, "ddim-50", ("np",)) == {"np": 2.0}
+
+
+def test_methods_have_their_own_names_and_wrong_ones_are_refused() -> None:
+    made = {name: method_for(name, 2.0, guidance_scale=1.5, prior=0.1, steps=25) for name in NAMES}
+    assert made["sld"].warmup == 5
+    assert made["dng"].methods[1].prior == 0.1
+    with pytest.raises(UnknownNameError, match="magic"):
+        method_for("magic", 1.0, guidance_scale=1.5, prior=0.1, steps=25)
+    with pytest.raises(UnknownNameError, match="magic"):
+        Plan(methods=("magic",))
+    with pytest.raises(ParameterError, match="ddim:50"):
+        parse_sampler("ddim")
+    assert parse_sampler("dpm++:25") == ("dpm++", 25)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_any_pipeline_with_clip_instead_of_a_reader(clip: str, tmp_path: Path) -> None:
+    tiny.stable_diffusion().save_pretrained(tmp_path / "pipe")
+    grid = (Pair("a <b>", "red", reported=False), Pair("a <i>", "blue"), Pair("a <u>", "sea", related=False))
+    plan = Plan(grid, (("ddim", 4),), samples=2, methods=("np", "dng"))
+    lines = bench_prompts(str(tmp_path / "pipe"), plan, out=tmp_path / "out", clip=clip)
+    assert {x.pairs for x in lines} == {"chosen on", "related", "unrelated"}
+    assert all(-1 <= x.forbidden <= 1 and x.kl is None for x in lines)
+    assert "rejection" not in {x.method for x in lines}
+    record = json.loads((tmp_path / "out/results.json").read_text())
+    assert len(record["lines"]) == len(lines) == 2 * 4 + 2 * 3
+    page = (tmp_path / "out/report.html").read_text()
+    assert "a &lt;i&gt;, without blue" in page
+    assert "<i>" not in page
+    assert page.count("data:image/png") == 2 * 3
+    assert "CLIP score of the prompt" in summary(lines, False)
+    with pytest.raises(WeightsError, match="cannot be loaded"):
+        ClipJudge(str(tmp_path / "nothing"))
