@@ -267,7 +267,7 @@ def generate(
     *,
     pipeline: str,
     negative: str = "",
-    method: str = "cfg:7.5+dng:1,prior=0.01",
+    method: str | None = None,
     steps: int = 30,
     seed: int = 0,
     num: int = 4,
@@ -292,7 +292,8 @@ def generate(
     negative
         What not to draw; several separated by |.
     method
-        Terms joined by +: a name of `diffsteer methods`, then : and values, such as cfg:7.5+dng:2,prior=0.01.
+        Terms joined by +: a name of `diffsteer methods`, then : and values, such as cfg:7.5+dng:2,prior=0.01; by
+        default cfg:7.5+dng:1,prior=0.01, and cfg:1.5+dng:3,prior=0.1 on shapes.
     steps
         Inference steps of the pipeline's own scheduler.
     seed

@@ -28,7 +28,7 @@ def generate(
     *,
     pipeline: str,
     negative: str = "",
-    method: str = "cfg:7.5+dng:1,prior=0.01",
+    method: str | None = None,
     steps: int = 30,
     seed: int = 0,
     num: int = 4,
@@ -46,8 +46,8 @@ def generate(
     prompt, negative : str
     pipeline : str
         "shapes", the folder of a diffusers pipeline, or its name on the Hugging Face hub. Safetensors only.
-    method : str
-        See :func:`diffsteer.methods.parse_method`.
+    method : str, optional
+        See :func:`diffsteer.methods.parse_method`; default: "cfg:7.5+dng:1,prior=0.01", on "shapes" a weaker one.
     steps, seed, num, batch_size
         Picture i depends on (seed, i) alone, not on ``num``.
     size : (int, int), optional
@@ -69,6 +69,7 @@ def generate(
     """
     if num < 1 or batch_size < 1:
         raise ParameterError("num and batch_size must be at least 1")
+    method = method or ("cfg:1.5+dng:3,prior=0.1" if zoo.draws_shapes(pipeline) else "cfg:7.5+dng:1,prior=0.01")
     guidance = parse_method(method)
     out.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(pipeline, device, dtype)

@@ -31,7 +31,7 @@ def told(x: Tensor, level: ds.Level) -> Tensor:
 _CALM: dict[str, Any] = {
     "prior": 0.3, "temperature": 0.05, "p_min": 1e-3, "divergence": "exact", "doubt": 1e-6, "softening": 0.5
 }  # fmt: skip
-_LAZY: dict[str, Any] = _CALM | {"temperature": 1.0, "p_min": 1e-9, "patience": 0.05, "negligible": 0.02}
+_LAZY: dict[str, Any] = _CALM | {"temperature": 1.0, "p_min": 1e-9, "patience": 0.4, "negligible": 0.02}
 
 
 def oracle(method: Any, scene: Script) -> list[Row]:
@@ -60,8 +60,8 @@ def oracle(method: Any, scene: Script) -> list[Row]:
         for c in method.contexts:
             due = ~released[c]
             if lazy and i > 0 and not frozen and scene.levels[i + 1].sigma > 0:
-                spread = ps[c] * (1 - ps[c]) * np.sqrt(_variation(scene, c, seen[c], i + 1))
-                due &= spread > method.patience
+                spread = ps[c] / (1 - ps[c]) * np.sqrt(_variation(scene, c, seen[c], i + 1))
+                due &= spread > method.patience * np.sqrt(priors[c] * (1 - priors[c]) / (len(scene.levels) - 1))
             p = ps[c].copy()
             if callable(kind):
                 p = kind(torch.from_numpy(x), level).numpy()
@@ -208,9 +208,9 @@ CASE = Case(
      {"coordinates": "flow", "seed": 22}),
     # lazy: samples wait, and are released
     (_LAZY | {"estimator": "ito"}, {"coordinates": "vp", "seed": 26}),
-    (_LAZY | {"patience": 0.2}, {"coordinates": "ve", "shape": (4,), "seed": 27}),
+    (_LAZY | {"patience": 1.5}, {"coordinates": "ve", "shape": (4,), "seed": 27}),
     (_LAZY | {"estimator": "kernel", "patience": 0.0}, {"coordinates": "flow", "seed": 28}),
-    (_LAZY | {"patience": 0.3, "negligible": 0.01}, {"stochastic": 0.0, "seed": 29}),
+    (_LAZY | {"patience": 2.0, "negligible": 0.01}, {"stochastic": 0.0, "seed": 29}),
     (_LAZY | {"contexts": ("neg", "neg2"), "prior": (0.02, 0.4)}, {"seed": 30}),
     (_LAZY | {"estimator": "ito", "rho_min": 1.0}, {"seed": 31}),
     # told from outside, clamped
@@ -218,7 +218,7 @@ CASE = Case(
 ],
     contract=[
     (ds.DynamicNegativeGuidance(prior=0.2, lazy=False), 1.0),
-    (ds.DynamicNegativeGuidance(prior=0.2, patience=0.2, negligible=0.01), 1.0),
+    (ds.DynamicNegativeGuidance(prior=0.2, patience=1.5, negligible=0.01), 1.0),
     (ds.DynamicNegativeGuidance(prior=0.2, estimator="kernel"), 1.0),
     (ds.DynamicNegativeGuidance(prior=0.2, divergence="exact"), 0.0),
     (ds.DynamicNegativeGuidance(prior=0.2), 0.0),

@@ -1,6 +1,8 @@
-"""The shipped text-to-image pipeline draws what it is told, most of the time."""
+"""The text-to-image pipeline on its way into the zoo draws what it is told, most of the time."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
@@ -10,22 +12,32 @@ import torch
 
 import diffsteer as ds
 from diffsteer.engine import stream
-from diffsteer.zoo import pipeline_folder
+from diffsteer.errors import WeightsError
+from diffsteer.generate import load_pipeline
+from diffsteer.zoo import draws_shapes, pipeline_folder
+
+FOLDER = Path(__file__).parents[2] / "checkpoints" / "shapes"
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers and transformers, about each other
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = ds.zoo.load("shapes")
+    pipe = load_pipeline(str(FOLDER), "cpu", "float32")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def test_it_is_small() -> None:
-    from pathlib import Path
+    assert sum(f.stat().st_size for f in FOLDER.rglob("*.safetensors")) <= 12e6
 
-    assert sum(f.stat().st_size for f in Path(pipeline_folder("shapes")).rglob("*.safetensors")) <= 12e6
+
+def test_weights_that_are_not_shipped_yet_are_named_with_the_remedy() -> None:
+    with pytest.raises(WeightsError, match="diffsteer train shapes"):
+        ds.zoo.load("shapes")
+    assert pipeline_folder("some/folder") == "some/folder"
+    assert draws_shapes(FOLDER)
+    assert not draws_shapes("stable-diffusion")
 
 
 @pytest.mark.parametrize("prompt", ["a red circle", "a yellow triangle on a black background"])

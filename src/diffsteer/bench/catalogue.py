@@ -56,6 +56,8 @@ class Trial:
 
 
 USUAL = (1.5, 3.0, 6.0)
+_MILD = (1.25, 2.0, 4.0)
+_SELF = "closer to the data than the network alone, without any other network or label"
 TRIALS: Mapping[str, Trial] = {
     "unguided": Trial(lambda w: ds.Unguided("pos"), (1.0,), "the network alone"),
     "cfg": Trial(ds.ClassifierFreeGuidance, USUAL, "accuracy up, recall down, saturation up with the scale"),
@@ -80,6 +82,11 @@ TRIALS: Mapping[str, Trial] = {
         "as classifier-free guidance, without a null label",
     ),
     "autoguidance": Trial(ds.Autoguidance, (1.5, 2.0, 3.0), "closer to the data than any scale of the others"),
+    "pag": Trial(lambda w: ds.PerturbedAttentionGuidance(w, context="pos"), _MILD, _SELF),
+    "seg": Trial(lambda w: ds.SmoothedEnergyGuidance(w, context="pos"), _MILD, _SELF),
+    "sag": Trial(lambda w: ds.SelfAttentionGuidance(w, context="pos"), _MILD, _SELF),
+    "stg": Trial(lambda w: ds.SpatiotemporalSkipGuidance(w, context="pos"), _MILD, _SELF),
+    "tsg": Trial(lambda w: ds.TimeStepGuidance(w, context="pos"), _MILD, _SELF),
 }
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from diffsteer.errors import WeightsError
 from diffsteer.shapes import BACKGROUNDS, COLOURS, KINDS, Scene, holds, read
+from diffsteer.zoo import draws_shapes
 
 __all__ = ["ClipJudge", "Judge", "ReaderJudge", "Verdict", "judge_of"]
 
@@ -57,8 +58,8 @@ class Judge(Protocol):
 
 
 def judge_of(pipeline: str, clip: str) -> Judge:
-    """The reader for "shapes", CLIP (a folder, or a name on the hub) for everything else."""
-    return ReaderJudge() if pipeline == "shapes" else ClipJudge(clip)
+    """The reader for "shapes" and folders of that name, CLIP (a folder, or a name on the hub) for everything else."""
+    return ReaderJudge() if draws_shapes(pipeline) else ClipJudge(clip)
 
 
 _ATTRIBUTES = {"number": (1, 2), "kind": KINDS, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}

@@ -91,7 +91,9 @@ class DynamicNegativeGuidance(Guidance):
         concept with probability p. This is therefore the share that laziness can leave behind, at most. A twentieth
         of the prior is used where that is less.
     patience : float
-        >= 0: the standard deviation that the posterior may gain between two evaluations.
+        >= 0: how far the odds, and the weight with them, may move unseen, in units of the posterior's usual step. It
+        ends at 0 or 1, so its variance grows by prior (1 - prior) over a run, and by an even share of that in a step: a
+        sample waits while its odds could not have moved by ``patience`` times the root of that share.
 
     Notes
     -----
@@ -117,7 +119,7 @@ class DynamicNegativeGuidance(Guidance):
     contexts: tuple[str, ...] = ("neg",)
     lazy: bool = True
     negligible: float = 5e-3
-    patience: float = 0.03
+    patience: float = 0.8
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
@@ -198,7 +200,7 @@ class DynamicNegativeGuidance(Guidance):
         null, known = torch.zeros_like(step.x), torch.zeros(len(step.x), dtype=torch.bool, device=step.x.device)
         followed, away = [], []
         for i, f in enumerate(state):
-            rows = self._due(step, f)
+            rows = self._due(step, self._trackers[i], f)
             neg, ref, part = yield from self._visit(step, i, gather(f, rows), rows)
             null, known = null.index_copy(0, rows, ref), known.index_fill(0, rows, True)
             away.append(self._expected(step, f).index_copy(0, rows, neg - ref))
@@ -223,13 +225,14 @@ class DynamicNegativeGuidance(Guidance):
         """Whether what is tracked is a posterior, on which laziness rests."""
         return self.lazy and self.temperature == 1 and self.offset == 0 and not callable(self.estimator)
 
-    def _due(self, step: Step, f: Followed) -> Tensor:
+    def _due(self, step: Step, tracker: PosteriorTracker, f: Followed) -> Tensor:
         """The samples that an unwanted context is evaluated for."""
         f.tracked.check(step)
         due = ~f.released
-        if self._patient and f.tracked.last is not None and self._trackers[0].moves(step) and step.level_next.rho > 0:
-            p = f.odds.sigmoid()
-            due = due & ((p * (1 - p)) ** 2 * f.tracked.variation(step.level_next) > self.patience**2)
+        if self._patient and f.tracked.last is not None and tracker.moves(step) and step.level_next.rho > 0:
+            gained = (2 * f.odds).exp() * f.tracked.variation(step.level_next)
+            share = tracker.prior * (1 - tracker.prior) / step.num_steps
+            due = due & (gained > self.patience**2 * share)
         return due.nonzero()[:, 0]
 
     def _visit(self, step: Step, i: int, f: Followed, rows: Tensor) -> Any:

@@ -30,7 +30,7 @@ from diffsteer.zoo.networks import build
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-__all__ = ["PIPELINES", "Model", "available", "load", "pipeline_folder"]
+__all__ = ["PIPELINES", "Model", "available", "draws_shapes", "load", "pipeline_folder"]
 
 _ROOT = Path(__file__).parent
 PIPELINES = ("shapes",)
@@ -91,8 +91,26 @@ def load(name: str | Path, *, device: str | torch.device = "cpu") -> Model | Sta
 
 
 def pipeline_folder(name: str | Path) -> str:
-    """Where a shipped pipeline lies; any other name as it is."""
-    return str(_ROOT / name) if name in PIPELINES else str(name)
+    """Where a shipped pipeline lies; any other name as it is.
+
+    Raises
+    ------
+    WeightsError
+        Its weights are not part of this version.
+    """
+    if name not in PIPELINES:
+        return str(name)
+    if not (_ROOT / name / "model_index.json").is_file():
+        raise WeightsError(
+            f"the pipeline {name!r} is not part of this version yet: train it with `diffsteer train {name} --out "
+            f"runs/{name}` and pass that folder, or take checkpoints/{name} of the repository, half trained"
+        )
+    return str(_ROOT / name)
+
+
+def draws_shapes(pipeline: str | Path) -> bool:
+    """Whether a pipeline is one of the drawn world's: the shipped one, or a folder of that name."""
+    return Path(pipeline).name == "shapes"
 
 
 @dataclass(frozen=True)
