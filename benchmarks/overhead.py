@@ -59,7 +59,7 @@ def compare(name: str, net: torch.nn.Module, shape: tuple[int, ...], n: int, ste
     for label, method, scale in (
         ("classifier-free guidance", ds.ClassifierFreeGuidance(2.0), 2.0),
         ("negative prompting", ds.NegativePrompting(0.3), -0.3),
-        ("DNG (beside negative prompting by hand)", ds.DynamicNegativeGuidance(), -0.3),
+        ("DNG (beside negative prompting by hand)", ds.DynamicNegativeGuidance(lazy=False), -0.3),
     ):
         run, hand = ours(method), lambda s=scale: by_hand(net, (3, 10), s, shape, n, steps)
         same = float((run() - hand()).abs().max()) if "DNG" not in label else float("nan")

@@ -50,7 +50,7 @@ def measure(mixture: GaussianMixture, prior: float, scheduler, steps: int, optio
             errors.append(float((info["posterior"] - truth.pop()).abs().mean()))
         truth.append(mixture.posterior(x, levels[index + 1], [0]))
 
-    method = ds.DynamicNegativeGuidance(prior=prior, **options)
+    method = ds.DynamicNegativeGuidance(prior=prior, lazy=False, **options)
     out = ds.sample(
         den, method, scheduler=scheduler, num_samples=n, steps=steps, batch_size=n, dtype=torch.float64,
         callback=compare, trace="off",

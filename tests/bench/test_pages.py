@@ -51,3 +51,8 @@ def test_aligned_formulas_tables_and_examples_are_fenced() -> None:
     assert "```math\n\\begin{aligned}\na &= b" in text
     assert "```\n=== ===\na   b\n=== ===\n```" in text
     assert "```python\n>>> 1 + 1\n2\n```" in text
+
+
+def test_a_formula_that_goes_on_below_its_directive_is_whole() -> None:
+    text = "Guides.\n\n.. math:: a = b\n    + c\n\nMore.\n"
+    assert "```math\na = b + c\n```" in markdown(text)

@@ -220,7 +220,7 @@ def _write(out: Path, model: Model, lines: list[Line], shown: Mapping[str, Outco
     for key in dict.fromkeys(line.method for line in lines):
         panels = [
             MethodPanel(
-                label=f"{name}: wrong",
+                label=name,
                 images=outcome.images.float() / 127.5 - 1,
                 forbidden=outcome.labels != asked[torch.arange(len(outcome.labels)) % len(asked)],
                 class_shares=metrics.class_shares(outcome.labels, len(asked)),
@@ -228,11 +228,11 @@ def _write(out: Path, model: Model, lines: list[Line], shown: Mapping[str, Outco
             for name, outcome in shown.items()
             if name.rsplit(" ", 1)[0] == key and outcome.images is not None
         ]
-        draw_samples(out / f"samples-{key}.png", panels, columns=10)
+        draw_samples(out / f"samples-{key}.png", panels, columns=10, framed="another class")
 
 
 def _draw(path: Path, lines: list[Line]) -> None:
-    """Accuracy against distance, one line per method; classifier-free guidance in black."""
+    """Distance against recall and against saturation, one line per method; classifier-free guidance in black."""
     with mpl.rc_context({"font.size": 8, "svg.hashsalt": "diffsteer"}):
         figure = Figure(figsize=(9, 5.5), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
@@ -246,10 +246,13 @@ def _draw(path: Path, lines: list[Line]) -> None:
                 "marker": "o",
                 "ms": 3,
             }
-            axes[0].plot([m.distance for m in mine], [m.accuracy for m in mine], label=key, **style)
-            axes[1].plot([m.recall for m in mine], [m.accuracy for m in mine], **style)
-        axes[0].set(xlabel="feature distance to the data", ylabel="share of the class that was asked for", xscale="log")
-        axes[1].set(xlabel="recall")
+            distances = [m.distance for m in mine]
+            axes[0].plot([m.recall for m in mine], distances, label=key, **style)
+            axes[1].plot([100 * m.saturation for m in mine], distances, **style)
+        axes[0].set(xlabel="recall", ylabel="feature distance to the data", yscale="log")
+        axes[1].set(xlabel="saturated pixels, %")
+        axes[1].set_xscale("symlog", linthresh=0.1)
+        axes[1].set_xlim(left=-0.01)
         for axis in axes:
             axis.grid(alpha=0.25, which="both", lw=0.4)
         figure.legend(loc="outside right upper", frameon=False, fontsize=7)

@@ -95,7 +95,9 @@ def markdown(docstring: str) -> str:
 
 
 def _math(found: re.Match[str]) -> str:
-    body = inspect.cleandoc(found[1] or found[2])
+    body = inspect.cleandoc(found[2])
+    if found[1]:  # begun beside the directive, and maybe continued below it
+        body = " ".join([found[1], *body.split("\n")]).strip()
     if "&" in body:
         body = f"\\begin{{aligned}}\n{body}\n\\end{{aligned}}"
     return f"```math\n{body}\n```\n"

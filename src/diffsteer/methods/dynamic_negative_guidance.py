@@ -240,7 +240,8 @@ class DynamicNegativeGuidance(Guidance):
         if len(rows) == 0:
             return step.x[rows], step.x[rows], f
         tracker, calibration, whole = self._trackers[i], self.calibrations[i], len(rows) == len(step.x)
-        inner = step if whole else replace(step, x=step.x[rows], generators=[step.generators[k] for k in rows.tolist()])
+        streams = [step.generators[k] for k in rows.tolist()] if step.generators else ()
+        inner = step if whole else replace(step, x=step.x[rows], generators=streams)
         plan = tracker.visit(inner, f.tracked, alt=self.contexts[i])
         neg, ref, tracked = yield from (plan if whole else on_rows(plan, rows))
         odds = tracked.log_odds if calibration is None else calibration.read(tracked.log_odds, step.level)
