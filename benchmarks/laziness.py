@@ -76,7 +76,7 @@ def draw(path: Path, points: np.ndarray) -> None:
     for axis, values, title in zip(axes, (100 * points[:, 1], points[:, 2], points[:, 3]), titles, strict=True):
         axis.plot(points[:, 0], values, "o-", color="#2b6cb0")
         axis.axvline(2, color="#888", linestyle=":", label="negative prompting's cost")
-        axis.set(xlabel="evaluations per sample and step", title=title, ylim=(min(0, values.min()), None))
+        axis.set(xlabel="evaluations per sample and step", title=title, ylim=(min(0, values.min()), 1.1 * values.max()))
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=130)
 
