@@ -220,7 +220,7 @@ def test_an_evaluation_with_a_graph_serves_the_same_one_without() -> None:
     """CFG and DNG on a deterministic sampler both want the unconditional prediction: three evaluations, not four."""
     three = MIX.denoiser({"null": None, "pos": [1], "neg": [0]})
     ddim = DDIMScheduler(clip_sample=False)
-    both = ds.ClassifierFreeGuidance(2.0) + ds.DynamicNegativeGuidance(prior=1 / 8, doubt=1e-9)
+    both = ds.ClassifierFreeGuidance(2.0) + ds.DynamicNegativeGuidance(prior=1 / 8, doubt=1e-9, lazy=False)
     out = ds.sample(three, both, scheduler=ddim, num_samples=3, steps=5)
     assert out.nfe.tolist() == [15] * 3
 
