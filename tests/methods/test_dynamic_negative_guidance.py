@@ -59,7 +59,7 @@ def oracle(method: Any, scene: Script) -> list[Row]:
         away = {}
         for c in method.contexts:
             due = ~released[c]
-            if lazy and i > 0 and not frozen and scene.levels[i + 1].sigma > 0:
+            if lazy and kind != "surrogate" and i > 0 and not frozen and scene.levels[i + 1].sigma > 0:
                 spread = ps[c] / (1 - ps[c]) * np.sqrt(_variation(scene, c, seen[c], i + 1))
                 due &= spread > method.patience * np.sqrt(priors[c] * (1 - priors[c]) / (len(scene.levels) - 1))
             p = ps[c].copy()
@@ -213,6 +213,7 @@ CASE = Case(
     (_LAZY | {"patience": 2.0, "negligible": 0.01}, {"stochastic": 0.0, "seed": 29}),
     (_LAZY | {"contexts": ("neg", "neg2"), "prior": (0.02, 0.4)}, {"seed": 30}),
     (_LAZY | {"estimator": "ito", "rho_min": 1.0}, {"seed": 31}),
+    (_LAZY | {"estimator": "surrogate"}, {"stochastic": 0.0, "seed": 32}),
     # told from outside, clamped
     ({"estimator": told, "p_min": 0.05, "p_max": 0.4, "scale": 2.0}, {"stochastic": 0.0, "seed": 23}),
 ],

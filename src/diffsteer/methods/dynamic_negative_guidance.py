@@ -93,7 +93,8 @@ class DynamicNegativeGuidance(Guidance):
     patience : float
         >= 0: how far the odds, and the weight with them, may move unseen, in units of the posterior's usual step. It
         ends at 0 or 1, so its variance grows by prior (1 - prior) over a run, and by an even share of that in a step: a
-        sample waits while its odds could not have moved by ``patience`` times the root of that share.
+        sample waits while its odds could not have moved by ``patience`` times the root of that share. Nothing waits
+        under "surrogate", whose bias depends on the length of a step.
 
     Notes
     -----
@@ -229,7 +230,8 @@ class DynamicNegativeGuidance(Guidance):
         """The samples that an unwanted context is evaluated for."""
         f.tracked.check(step)
         due = ~f.released
-        if self._patient and f.tracked.last is not None and tracker.moves(step) and step.level_next.rho > 0:
+        waits = self._patient and self.estimator != "surrogate"  # whose bias depends on the length of a step
+        if waits and f.tracked.last is not None and tracker.moves(step) and step.level_next.rho > 0:
             gained = (2 * f.odds).exp() * f.tracked.variation(step.level_next)
             share = tracker.prior * (1 - tracker.prior) / step.num_steps
             due = due & (gained > self.patience**2 * share)
