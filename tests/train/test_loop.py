@@ -139,7 +139,8 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert [learning_rate(recipe, k) for k in (0, 1, 2)] == pytest.approx([1 / 3, 2 / 3, 1])
     assert learning_rate(recipe, 53) == pytest.approx(0.5)
     assert 0 < learning_rate(recipe, 102) < 1e-3
-    assert learning_rate(replace(recipe, decay="constant"), 102) == 1
+    tail = replace(recipe, steps=100, decay="tail")
+    assert [learning_rate(tail, k) for k in (2, 74, 75, 76, 90, 99)] == pytest.approx([1, 1, 1, 0.96, 0.4, 0.04])
 
 
 def test_steps_have_streams_of_their_own() -> None:

@@ -72,10 +72,10 @@ def generator_of_step(seed: int, step: int) -> torch.Generator:
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then constant or cosine decay to zero."""
+    """Linear warm-up, then a cosine decay to zero, or a constant with a linear decay over the last quarter."""
     warm = min(1.0, (step + 1) / max(1, recipe.warmup))
-    if recipe.decay == "constant":
-        return recipe.lr * warm
+    if recipe.decay == "tail":
+        return recipe.lr * warm * min(1.0, 4 * (1 - step / recipe.steps))
     progress = max(0, step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
     return recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffsteer.core import like
 from diffsteer.errors import ParameterError
 from diffsteer.train.tasks import Denoise
 
@@ -57,7 +58,7 @@ def model_guidance_target(
         )
     if mask is not None:
         weights = weights * mask.to(weights)
-    wide = weights.reshape(-1, *[1] * (target.ndim - 1)) if weights.ndim else weights
+    wide = like(weights, target)
     return target + wide * (cond.detach().to(target) - null.detach().to(target))
 
 
@@ -117,7 +118,7 @@ def guided_combination_loss(
         raise ParameterError(f"null_weight must be >= 0, got {null_weight}")
     if null_weight == 0:
         warnings.warn("without null_weight the two branches drift: only their combination is determined", stacklevel=2)
-    wide = scales.reshape(-1, *[1] * (target.ndim - 1)) if scales.ndim else scales
+    wide = like(scales, target)
     base = null.detach() if detach_null else null
     guided = base + wide * (cond - base)
     each = ((target - guided) / wide).square() + null_weight * (target - null).square()

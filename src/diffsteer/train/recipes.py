@@ -34,8 +34,9 @@ class Recipe:
         Optimizer steps; images per step over all processes.
     lr : float
         Peak learning rate of AdamW, after ``warmup`` steps.
-    decay : {"cosine", "constant"}
-        What the learning rate does after the warm-up.
+    decay : {"cosine", "tail"}
+        What the learning rate does after the warm-up. With "tail" it is constant and falls to zero over the last
+        quarter only: until then, the number of steps may still be changed.
     weight_decay, betas, clip
         AdamW's, and the largest gradient norm.
     ema : float
@@ -54,7 +55,7 @@ class Recipe:
     batch_size: int
     lr: float
     warmup: int = 100
-    decay: Literal["cosine", "constant"] = "cosine"
+    decay: Literal["cosine", "tail"] = "cosine"
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0

@@ -49,7 +49,7 @@ RECIPES: Mapping[str, Recipe] = {
             "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
             "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
         },
-        steps=20_000, batch_size=64, lr=1e-3, decay="constant", ema=0.999, label_dropout=0.12, checkpoint_every=100,
+        steps=16_000, batch_size=64, lr=1e-3, decay="tail", ema=0.999, label_dropout=0.12, checkpoint_every=100,
     ),
 }  # fmt: skip
 

@@ -91,21 +91,8 @@ def load(name: str | Path, *, device: str | torch.device = "cpu") -> Model | Sta
 
 
 def pipeline_folder(name: str | Path) -> str:
-    """Where a shipped pipeline lies; any other name as it is.
-
-    Raises
-    ------
-    WeightsError
-        Its weights are not part of this version.
-    """
-    if name not in PIPELINES:
-        return str(name)
-    if not (_ROOT / name / "model_index.json").is_file():
-        raise WeightsError(
-            f"the pipeline {name!r} is not part of this version yet: train it with `diffsteer train {name} --out "
-            f"runs/{name}` and pass that folder, or take checkpoints/{name} of the repository, half trained"
-        )
-    return str(_ROOT / name)
+    """Where a shipped pipeline lies; any other name as it is."""
+    return str(_ROOT / name) if name in PIPELINES else str(name)
 
 
 def draws_shapes(pipeline: str | Path) -> bool:
@@ -264,11 +251,32 @@ class Model:
         return torch.cat([self._network("judge")(part.to(self.device, torch.float32)).cpu() for part in x.split(512)])
 
     @torch.no_grad()
-    def features(self, x: Tensor) -> Tensor:
-        """Features of clean images, (N, d), from a network that never judges; on the CPU."""
+    def features(self, x: Tensor, part: str = "features") -> Tensor:
+        """Features of clean images, (N, d), from a network that never judges, or those of the judge; on the CPU."""
         return torch.cat(
-            [self._network("features").features(part.to(self.device, torch.float32)).cpu() for part in x.split(512)]
+            [self._network(part).features(rows.to(self.device, torch.float32)).cpu() for rows in x.split(512)]
         )
+
+    def classifier(self, noisy: bool = False) -> Callable[..., Tensor]:
+        """A network to guide by, with its gradient; never the judge.
+
+        Parameters
+        ----------
+        noisy : bool
+            The noise-aware one, images at a level and the level to logits, (N, classes); otherwise an ordinary one of
+            clean images, the one whose features measure distances: measure them in another's where it guides.
+        """
+        if not noisy:
+            return lambda x: self._network("features")(x.float())
+
+        def logits(x: Tensor, level: Level) -> Tensor:
+            own, timestep = self.path.locate(level)
+            inside = x * (own.alpha / level.alpha if level.alpha > 0 else own.sigma / level.sigma)
+            times = torch.full((len(x),), round(timestep), device=x.device)
+            out: Tensor = self._network("noisy_classifier")(inside.float(), times)
+            return out
+
+        return logits
 
     @property
     def guidance(self) -> dict[str, dict[str, Any]]:
@@ -277,14 +285,11 @@ class Model:
 
     def posterior(self, concept: int | str) -> Callable[[Tensor, Level], Tensor]:
         """p(class | x_t) by the noise-aware classifier, as an ``estimator=`` for dynamic negative guidance."""
-        label = self.label(concept)
+        label, logits = self.label(concept), self.classifier(noisy=True)
 
         @torch.no_grad()
         def estimate(x: Tensor, level: Level) -> Tensor:
-            own, timestep = self.path.locate(level)
-            inside = x * (own.alpha / level.alpha if level.alpha > 0 else own.sigma / level.sigma)
-            times = torch.full((len(x),), round(timestep), device=x.device)
-            return self._network("noisy_classifier")(inside.float(), times).softmax(1)[:, label]
+            return logits(x, level).softmax(1)[:, label]
 
         return estimate
 
