@@ -50,12 +50,12 @@ _HOMES = {
     "GuideReplay": "methods",
     "FrequencyAwareGuidance": "methods",
     "EconomicalGuidance": "methods",
-    "SemanticGradientGuidance": "methods",
+    "SemanticGradientGuidance": "methods", "ReadoutGuidance": "methods", "SelfGuidance": "methods",
     "Dreamguider": "methods",
     "MotionGuidance": "methods",
     "DiffusionDrivenAdaptation": "methods",
     "self_ensemble": "methods",
-    "Attached": "adapters", "attach": "adapters", "as_guider": "adapters.modular",
+    "Attached": "adapters", "attach": "adapters", "calibrate_pipeline": "adapters", "as_guider": "adapters.modular",
     "Level": "paths",
     "Calibration": "posterior", "PosteriorTracker": "posterior",
     "calibrate": "calibration",
@@ -71,7 +71,7 @@ __all__ = [*_HOMES, *_MODULES]  # noqa: PLE0604
 
 if TYPE_CHECKING:
     from diffsteer import bench, errors, methods, paths, posterior, shapes, testing, toy, zoo
-    from diffsteer.adapters import Attached, attach
+    from diffsteer.adapters import Attached, attach, calibrate_pipeline
     from diffsteer.adapters.modular import as_guider
     from diffsteer.calibration import calibrate
     from diffsteer.core import Call, Guidance, Run, Step, Sum, gather
@@ -122,6 +122,7 @@ if TYPE_CHECKING:
         PerpNeg,
         PersonalizationGuidance,
         PerturbedAttentionGuidance,
+        ReadoutGuidance,
         ReinforcementLearningGuidance,
         Relative,
         Renorm,
@@ -130,6 +131,7 @@ if TYPE_CHECKING:
         SafeLatentDiffusion,
         Schedule,
         SelfAttentionGuidance,
+        SelfGuidance,
         SemanticAwareCFG,
         SemanticDiffusionGuidance,
         SemanticGradientGuidance,

@@ -10,7 +10,7 @@ the complement, which are more accurate where networks are exact but saturate un
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -73,40 +73,78 @@ def calibrate(
     -----
     Costs ``num_rollouts * steps`` evaluations of every context, once per network, concept and sampler.
     """
-    priors = method.priors
-    if callable(method.estimator):
-        raise ParameterError("a callable estimator is taken at its word; calibrate it yourself")
-    if num_rollouts * min(priors) < 10:
-        raise ParameterError(
-            f"{num_rollouts} rollouts hold about {num_rollouts * min(priors):.0f} samples of the rarest concept; "
-            f"use at least {round(10 / min(priors))}"
-        )
-    if method.estimator == "auto" and SchedulerView(scheduler, steps, eta).stochastic == 1:
-        method = replace(method, estimator="ito")
-    watch = replace(method, scale=0.0, lazy=False, calibration=None, p_min=1e-12, p_max=max(method.p_max, 0.99))
-    out = sample(
+    watch = watching(method, SchedulerView(scheduler, steps, eta).stochastic, num_rollouts)
+    rollouts = sample(
         denoiser, watch, scheduler=scheduler, num_samples=num_rollouts, steps=steps, seed=seed, eta=eta,
         batch_size=batch_size, device=device, progress=progress,
     )  # fmt: skip
-    log_snr = torch.tensor(out.record["log_snr"][:-1], dtype=torch.float64)
+    return read_off(method, watch, rollouts.trace, rollouts.record)
+
+
+def watching(method: DynamicNegativeGuidance, stochastic: float | None, num_rollouts: int) -> DynamicNegativeGuidance:
+    """The method as it goes along with unguided rollouts: it sees every sample at every step, and pushes none.
+
+    Raises
+    ------
+    ParameterError
+        As :func:`calibrate`.
+    """
+    if callable(method.estimator):
+        raise ParameterError("a callable estimator is taken at its word; calibrate it yourself")
+    rarest = min(method.priors)
+    if num_rollouts * rarest < 10:
+        raise ParameterError(
+            f"{num_rollouts} rollouts hold about {num_rollouts * rarest:.0f} samples of the rarest concept; "
+            f"use at least {round(10 / rarest)}"
+        )
+    estimator = "ito" if method.estimator == "auto" and stochastic == 1 else method.estimator
+    return replace(
+        method,
+        estimator=estimator,
+        scale=0.0,
+        baseline=0.0,
+        lazy=False,
+        calibration=None,
+        p_min=1e-12,
+        p_max=max(method.p_max, 0.99),
+    )
+
+
+def read_off(
+    method: DynamicNegativeGuidance,
+    watch: DynamicNegativeGuidance,
+    trace: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+) -> DynamicNegativeGuidance:
+    """``method`` with the calibration that its rollouts under ``watch`` show.
+
+    Parameters
+    ----------
+    trace : mapping of str to Tensor, (steps, N)
+        With "log_odds:<context>" at every step.
+    record : mapping
+        With "log_snr" of every level and "stochastic", as results carry them.
+    """
+    log_snr = torch.tensor(record["log_snr"][:-1], dtype=torch.float64)
     rising = torch.argsort(log_snr, stable=True)
     rising = rising[torch.cat([torch.tensor([True]), log_snr[rising].diff() > 0])]  # inner points repeat a level
     fitted = []
-    for context, prior in zip(method.contexts, priors, strict=True):
-        log_odds = out.trace[f"log_odds:{context}"].double()
-        count = max(1, round(prior * num_rollouts))
-        member = torch.zeros(num_rollouts).index_fill_(0, log_odds[-1].topk(count).indices, 1.0).double()
+    for context, prior in zip(method.contexts, method.priors, strict=True):
+        log_odds = trace[f"log_odds:{context}"].double()
+        number = log_odds.shape[1]
+        count = max(1, round(prior * number))
+        member = torch.zeros(number).index_fill_(0, log_odds[-1].topk(count).indices, 1.0).double()
         fits = [fit(log_odds[i], member) for i in rising]
         fitted.append(
             Calibration(
                 log_snr=tuple(round(float(log_snr[i]), 4) for i in rising),
                 intercept=tuple(round(a, 4) for a, _ in fits),
                 slope=tuple(round(b, 4) for _, b in fits),
-                stochastic=out.record["stochastic"],
-                steps=steps,
+                stochastic=record["stochastic"],
+                steps=len(log_snr),
             )
         )
-    return replace(method, calibration=tuple(fitted), p_min=min(method.p_min, watch.p_min))
+    return replace(method, estimator=watch.estimator, calibration=tuple(fitted), p_min=min(method.p_min, watch.p_min))
 
 
 def fit(log_odds: Tensor, member: Tensor) -> tuple[float, float]:

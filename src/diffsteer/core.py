@@ -245,3 +245,13 @@ def scatter(state: State, rows: Tensor, part: State) -> State:
         changes = {f.name: scatter(getattr(state, f.name), rows, getattr(part, f.name)) for f in fields(state)}
         return replace(state, **changes)
     return state
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each sample; (B,)."""
+    return (a * b).flatten(1).sum(1)
+
+
+def like(values: Tensor, x: Tensor) -> Tensor:
+    """(B,) values, broadcastable to (B, ...) and in the precision of ``x``."""
+    return values.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Run, Step, gather, scatter
+from diffsteer.core import Call, Run, Step, dot, gather, like, scatter
 from diffsteer.errors import CalibrationWarning, NonFiniteError, ParameterError, StateError, UnsupportedError
 from diffsteer.paths import Level, reverse_kernel, ve_score
 
@@ -48,11 +48,6 @@ DIVERGENCES = ("probe", "exact", "difference")
 _COINS = 61  # random signs beside those of the basis
 _MEMORY = 0.3  # weight of the past in the smoothed divergence; 0.5 and more over-removes
 _PURE_NOISE = 5.0  # rho above which a run starts from noise, not from a noised image
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of each sample; (B,)."""
-    return (a * b).flatten(1).sum(1)
 
 
 def kernel_increment(x_next: Tensor, mean_alt: Tensor, mean_ref: Tensor, variance: float) -> Tensor:
@@ -117,7 +112,8 @@ class Tracked:
 
     def variation(self, level: Level) -> Tensor:
         """Quadratic variation of log r from there to ``level``, were the difference to stay; (B,)."""
-        return dot(self.difference, self.difference) * (level.rho**-2 - 1 / self.variance)
+        moved = self.difference
+        return dot(moved, moved) * (level.rho**-2 - 1 / self.variance)
 
 
 @dataclass(frozen=True)
@@ -414,11 +410,6 @@ class PosteriorTracker:
         coin = like(signs[:, size + step.index % _COINS], walk)
         along = g / like(dot(g, g), g).sqrt().clamp(min=torch.finfo(g.dtype).tiny)
         return [walk + (coin - like(dot(along, walk), walk)) * along]
-
-
-def like(values: Tensor, x: Tensor) -> Tensor:
-    """(B,) values, broadcastable to (B, ...) and in the precision of ``x``."""
-    return values.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 
 def walsh(index: int, size: int, device: torch.device | str = "cpu") -> Tensor:

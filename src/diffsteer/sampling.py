@@ -127,7 +127,7 @@ def sample(
     }
     started, samples, nfe = time.perf_counter(), [], []
     traces: list[dict[str, Tensor]] = []
-    with _advance(progress, num_samples * len(view.timesteps)) as advance:
+    with advancing(progress, num_samples * len(view.timesteps)) as advance:
         for first in range(0, num_samples, batch):
             chunk = _Chunk(nets, method, torch.arange(first, first + batch), seed, dtype, torch.device(device))
             noise = None
@@ -209,7 +209,7 @@ class Unguided(Guidance):
         return prediction, state, {}
 
 
-class _advance:
+class advancing:
     """A progress bar, a user's callback, or nothing, behind one call."""
 
     def __init__(self, progress: bool | Callable[[int], None], total: int) -> None:

@@ -34,19 +34,25 @@ from diffsteer.bench.prompt_runs import (
 )
 from diffsteer.bench.prompts import bench_prompts, operating_points
 from diffsteer.errors import ParameterError, UnknownNameError, WeightsError
+from diffsteer.methods import DynamicNegativeGuidance
 from diffsteer.shapes import Scene, Shape, draw, holds, scene
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
 import tiny
 
 SAMPLER = ("ddim", 3)
-PLAN = Plan(samplers=(SAMPLER,), samples=3, batch_size=2, grid=(Pair("a circle", "red"), Pair("a red circle", "blue")))
+DNG = DynamicNegativeGuidance(prior=0.1)
+GRID_OF_TWO = (Pair("a circle", "red"), Pair("a red circle", "blue"))
+PLAN = Plan(samplers=(SAMPLER,), samples=3, rollouts=20, batch_size=2, grid=GRID_OF_TWO)
 
 
 class Bright:
     """A picture is forbidden where its red is above the median of all the pictures it was shown."""
 
     decides = True
+
+    def share(self, negative) -> float | None:
+        return {"red": 0.5}.get(negative)
 
     def __call__(self, pictures, prompt, negative) -> Verdict:
         red = pictures[..., 0].mean((1, 2))
@@ -85,7 +91,7 @@ def test_runs_are_kept_and_read_back(bench: Bench, pipe) -> None:
     assert np.array_equal(made.pictures, again.pictures)
     assert made.pictures.shape == (3, 16, 16, 3)
     assert (made.nfe, made.seconds) == (again.nfe, again.seconds)
-    assert len(list(bench.store.iterdir())) == 1
+    assert len(list(bench.store.glob("*.png"))) == 1
     assert not hasattr(type(pipe), "_diffsteer")
 
 
@@ -98,7 +104,7 @@ def test_runs_never_mix(bench: Bench) -> None:
     ):  # fmt: skip
         bench.run(*arguments)
     bench.run(pair, SAMPLER, "none", 0.0, target=True)
-    assert len(list(bench.store.iterdir())) == 6
+    assert len(list(bench.store.glob("*.png"))) == 6
 
 
 def test_other_weights_have_another_name(pipe) -> None:
@@ -187,12 +193,25 @@ def test_operating_points_are_safe_first_and_faithful_second() -> None:
     assert operating_points(scored, "ddim-50", ("np",)) == {"np": 2.0}
 
 
+def test_dng_is_calibrated_where_the_share_is_known(bench: Bench, pipe) -> None:
+    dng = bench.tracker("red", SAMPLER)
+    assert (dng.prior, dng.estimator, dng.calibrations[0].steps) == (0.5, "surrogate", 3)
+    (kept,) = bench.store.glob("*.json")
+    kept.write_text(kept.read_text().replace('"p_min": 1e-12', '"p_min": 1e-11'))
+    assert bench.tracker("red", SAMPLER) == replace(dng, p_min=1e-11)  # read back, not made again
+    assert bench.tracker("red", ("ddpm", 3)).estimator == "ito"
+    assert bench.tracker("blue", SAMPLER) == DynamicNegativeGuidance(prior=0.05)
+    plain = Bench(pipe, Bright(), PLAN.but(prior=0.1), bench.store)
+    assert plain.tracker("red", SAMPLER) == DynamicNegativeGuidance(prior=0.1)
+    assert not hasattr(type(pipe), "_diffsteer")
+
+
 def test_methods_have_their_own_names_and_wrong_ones_are_refused() -> None:
-    made = {name: method_for(name, 2.0, guidance_scale=1.5, prior=0.1, steps=25) for name in NAMES}
+    made = {name: method_for(name, 2.0, guidance_scale=1.5, dng=DNG, steps=25) for name in NAMES}
     assert made["sld"].warmup == 5
-    assert made["dng"].methods[1].prior == 0.1
+    assert made["dng"].methods[1] == replace(DNG, scale=2.0)
     with pytest.raises(UnknownNameError, match="magic"):
-        method_for("magic", 1.0, guidance_scale=1.5, prior=0.1, steps=25)
+        method_for("magic", 1.0, guidance_scale=1.5, dng=DNG, steps=25)
     with pytest.raises(UnknownNameError, match="magic"):
         Plan(methods=("magic",))
     with pytest.raises(ParameterError, match="ddim:50"):

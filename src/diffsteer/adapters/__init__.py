@@ -1,5 +1,6 @@
 """Adapters: any method inside other libraries' pipelines."""
 
 from diffsteer.adapters.attach import Attached, attach
+from diffsteer.adapters.calibration import calibrate_pipeline
 
-__all__ = ["Attached", "attach"]
+__all__ = ["Attached", "attach", "calibrate_pipeline"]

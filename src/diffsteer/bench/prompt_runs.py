@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffsteer.adapters import attach
+from diffsteer.adapters import attach, calibrate_pipeline
 from diffsteer.bench import metrics
 from diffsteer.bench.judges import Judge, Verdict
+from diffsteer.bench.report import write_text
 from diffsteer.core import Guidance
-from diffsteer.engine import describe, stream
+from diffsteer.engine import describe, plain, stream
 from diffsteer.errors import ParameterError, UnknownNameError
 from diffsteer.methods import (
     ClassifierFreeGuidance,
@@ -32,6 +34,7 @@ from diffsteer.methods import (
     NegativePrompting,
     SafeLatentDiffusion,
 )
+from diffsteer.posterior import Calibration, Estimator
 
 __all__ = [
     "GRID",
@@ -48,6 +51,7 @@ __all__ = [
 ]
 
 SAMPLERS = (("ddpm", 250), ("euler-a", 30), ("ddim", 50), ("dpm++", 25))
+STOCHASTIC = ("ddpm", "euler-a")
 NAMES = {
     "none": "No negative prompt",
     "rejection": "Rejection",
@@ -55,12 +59,14 @@ NAMES = {
     "replace": "Negative prompting, in place of the empty prompt",
     "sld": "Safe latent diffusion",
     "dng": "DNG",
+    "dng-baseline": "DNG, baseline 1",
 }
 SCALES: Mapping[str, tuple[float, ...]] = {
     "np": (0.25, 0.5, 1.0, 2.0),
     "replace": (1.25, 1.5, 2.0, 3.0),  # the guidance scale, which is its only one
     "sld": (0.5, 2.0, 10.0, 1000.0),
     "dng": (1.0, 2.0, 3.0, 5.0),
+    "dng-baseline": (5.0, 10.0, 20.0, 40.0),
 }
 
 
@@ -113,9 +119,11 @@ class Plan:
         w of the positive prompt, for every method.
     methods : tuple of str
         Of ``SCALES``.
-    prior : float
-        Of the negative prompt's posterior, the same for all pairs: who writes a negative prompt does not know how often
-        the prompt's pictures show it. A large one pushes before there is evidence, in unrelated pairs too.
+    prior : float, optional
+        Of the negative prompt's posterior, the same for all pairs, and no calibration. By default each negative has
+        its share of the drawn world, and is calibrated; on other pipelines, of which no share is known, 0.05.
+    rollouts : int
+        Pictures of an empty prompt behind each calibration, under seeds of their own.
     batch_size, seed : int
     """
 
@@ -124,14 +132,15 @@ class Plan:
     samples: int = 64
     guidance_scale: float = 1.5
     methods: tuple[str, ...] = tuple(SCALES)
-    prior: float = 0.05
+    prior: float | None = None
+    rollouts: int = 256
     batch_size: int = 64
     seed: int = 0
 
     @classmethod
     def quick(cls) -> Plan:
         """A few pictures and steps, to see that everything works."""
-        return cls(samples=4, samplers=(("euler-a", 10), ("ddim", 10)), batch_size=16)
+        return cls(samples=4, samplers=(("euler-a", 10), ("ddim", 10)), rollouts=64, batch_size=16)
 
     def but(self, **changes: Any) -> Plan:
         """The same with other values, where they are not None."""
@@ -167,7 +176,7 @@ class Line:
     seconds: float  # per picture
 
 
-def method_for(name: str, scale: float, *, guidance_scale: float, prior: float, steps: int) -> Guidance:
+def method_for(name: str, scale: float, *, guidance_scale: float, dng: DynamicNegativeGuidance, steps: int) -> Guidance:
     """A method beside classifier-free guidance by the positive prompt.
 
     Parameters
@@ -176,9 +185,11 @@ def method_for(name: str, scale: float, *, guidance_scale: float, prior: float, 
         A key of ``NAMES``.
     scale : float
         What is swept: lambda of negative prompting, the guidance scale where the negative replaces the empty prompt,
-        s_S of safe latent diffusion (its "medium" configuration otherwise), lambda_0 of DNG.
+        s_S of safe latent diffusion (its "medium" configuration otherwise), lambda_0 of DNG, which exists with and
+        without a push before there is evidence.
     guidance_scale : float
-    prior : float
+    dng : DynamicNegativeGuidance
+        At any scale.
     steps : int
         Of the sampler: safe latent diffusion counts its warm-up in fifty.
     """
@@ -192,8 +203,8 @@ def method_for(name: str, scale: float, *, guidance_scale: float, prior: float, 
     if name == "sld":
         medium = SafeLatentDiffusion.preset("medium", scale=guidance_scale)
         return replace(medium, safety_scale=scale, warmup=round(medium.warmup * steps / 50))
-    if name == "dng":
-        return cfg + DynamicNegativeGuidance(scale, prior=prior)
+    if name in ("dng", "dng-baseline"):
+        return cfg + replace(dng, scale=scale, baseline=float(name == "dng-baseline"))
     raise UnknownNameError("method", name, NAMES)
 
 
@@ -239,39 +250,67 @@ class Bench:
     def run(self, pair: Pair, sampler: tuple[str, int], method: str, scale: float, *, target: bool = False) -> Run:
         """One method on one pair; ``target``: more pictures under other seeds."""
         plan, (kind, steps) = self.plan, sampler
-        guide = method_for(method, scale, guidance_scale=plan.guidance_scale, prior=plan.prior, steps=steps)
+        dng = self.tracker(pair.negative, sampler) if method.startswith("dng") else DynamicNegativeGuidance()
+        guide = method_for(method, scale, guidance_scale=plan.guidance_scale, dng=dng, steps=steps)
         context = {
             "model": self.fingerprint, "prompt": pair.prompt, "negative": "" if method == "none" else pair.negative,
             "sampler": [kind, steps], "method": describe(guide), "batch_size": plan.batch_size,
             "seed": plan.seed + target, "samples": plan.samples * (4 if target else 1),
         }  # fmt: skip
-        digest = hashlib.sha256(json.dumps(context, sort_keys=True).encode()).hexdigest()[:16]
-        path = self.store / f"{digest}.png"
+        path = self.store / f"{_digest(context)}.png"
         if path not in self._read:
             self._read[path] = _open(path) if path.is_file() else self._make(guide, context, path)
         return self._read[path]
 
-    def _make(self, guide: Guidance, context: Mapping[str, Any], path: Path) -> Run:
-        kind, steps = context["sampler"]
-        own, began = self.pipe.scheduler, time.perf_counter()
-        parts, nfe = [], []
+    def tracker(self, negative: str, sampler: tuple[str, int]) -> DynamicNegativeGuidance:
+        """Dynamic negative guidance for a negative prompt, calibrated unless the plan says otherwise."""
+        plan, (kind, steps), share = self.plan, sampler, self.judge.share(negative)
+        if share is None or plan.prior is not None:
+            return DynamicNegativeGuidance(prior=plan.prior or 0.05)
+        estimator: Estimator = "auto" if kind in STOCHASTIC else "surrogate"  # whose bias a calibration takes out
+        method = DynamicNegativeGuidance(prior=share, estimator=estimator)
+        context = {
+            "model": self.fingerprint, "negative": negative, "sampler": [kind, steps], "method": describe(method),
+            "batch_size": plan.batch_size, "seed": plan.seed + 2, "rollouts": plan.rollouts,
+        }  # fmt: skip
+        path = self.store / f"{_digest(context)}.json"
+        if not path.is_file():
+            with self._under(kind):
+                fitted = calibrate_pipeline(
+                    self.pipe, method, negative_prompt=negative, num_inference_steps=steps, num_rollouts=plan.rollouts,
+                    batch_size=plan.batch_size, seed=plan.seed + 2,
+                )  # fmt: skip
+            path.parent.mkdir(parents=True, exist_ok=True)
+            facts = {"estimator": fitted.estimator, "p_min": fitted.p_min, "calibration": fitted.calibrations[0]}
+            write_text(path, json.dumps({**context, "fitted": plain(facts)}, indent=1) + "\n")
+        fitted = json.loads(path.read_text(encoding="utf-8"))["fitted"]
+        read = Calibration(**{k: tuple(v) if isinstance(v, list) else v for k, v in fitted["calibration"].items()})
+        return replace(method, estimator=fitted["estimator"], p_min=fitted["p_min"], calibration=read)
+
+    @contextmanager
+    def _under(self, kind: str) -> Iterator[None]:
+        """The pipeline with another scheduler."""
+        own = self.pipe.scheduler
+        self.pipe.scheduler = scheduler(self.pipe, kind)
         try:
-            self.pipe.scheduler = scheduler(self.pipe, kind)
-            with attach(self.pipe, guide, trace="off") as guided:
-                for first in range(0, context["samples"], context["batch_size"]):
-                    last = min(first + context["batch_size"], context["samples"])
-                    negative = (
-                        {"negative_prompt": [context["negative"]] * (last - first)} if context["negative"] else {}
-                    )
-                    answer = self.pipe(
-                        prompt=[context["prompt"]] * (last - first), num_inference_steps=steps, output_type="np",
-                        generator=[stream(context["seed"], i) for i in range(first, last)], **negative,
-                    )  # fmt: skip
-                    assert guided.last is not None
-                    parts.append((answer.images * 255).round().astype(np.uint8))
-                    nfe.append(guided.last.nfe)
+            yield
         finally:
             self.pipe.scheduler = own
+
+    def _make(self, guide: Guidance, context: Mapping[str, Any], path: Path) -> Run:
+        kind, steps = context["sampler"]
+        parts, nfe, began = [], [], time.perf_counter()
+        negative = {"negative_prompt": context["negative"]} if context["negative"] else {}
+        with self._under(kind), attach(self.pipe, guide, trace="off") as guided:
+            for first in range(0, context["samples"], context["batch_size"]):
+                last = min(first + context["batch_size"], context["samples"])
+                answer = self.pipe(
+                    prompt=[context["prompt"]] * (last - first), num_inference_steps=steps, output_type="np",
+                    generator=[stream(context["seed"], i) for i in range(first, last)], **negative,
+                )  # fmt: skip
+                assert guided.last is not None
+                parts.append((answer.images * 255).round().astype(np.uint8))
+                nfe.append(guided.last.nfe)
         run = Run(np.concatenate(parts), float(torch.cat(nfe).double().mean()), time.perf_counter() - began)
         _save(path, run, context)
         return run
@@ -288,6 +327,10 @@ class Bench:
         """How far each picture is from that without a negative prompt, (N,)."""
         ours, base = (self.run(pair, sampler, *which).pictures / 127.5 for which in ((method, scale), ("none", 0.0)))
         return np.sqrt(np.square(ours - base).mean((1, 2, 3)))
+
+
+def _digest(context: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(context, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _save(path: Path, run: Run, context: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Info, Step, guide_in
+from diffsteer.core import Call, Guidance, Info, Step, guide_in, like
 from diffsteer.errors import NonFiniteError, ParameterError, UnsupportedError
 from diffsteer.paths import Level, convert
 
@@ -186,23 +186,19 @@ def reference(base: str | Guidance) -> str:
 def unit_norm(vector: Tensor) -> Tensor:
     """Every sample's vector at norm 1, zero where it is."""
     norm = torch.linalg.vector_norm(vector.flatten(1), dim=1)
-    return _times(torch.where(norm > 0, 1 / norm, 0), vector)
+    return like(torch.where(norm > 0, 1 / norm, 0), vector) * vector
 
 
 def clipped_norm(vector: Tensor, limit: float) -> Tensor:
     """Every sample's vector shortened to a norm of at most ``limit``."""
     norm = torch.linalg.vector_norm(vector.flatten(1), dim=1)
-    return _times((limit / norm).clamp(max=1), vector)
+    return like((limit / norm).clamp(max=1), vector) * vector
 
 
 def matched_rms(vector: Tensor, wanted: Tensor) -> Tensor:
     """Every sample's vector at the root mean square of another one, zero where it is."""
     found, goal = (v.flatten(1).square().mean(1).sqrt() for v in (vector, wanted))
-    return _times(torch.where(found > 0, goal / found, 0), vector)
-
-
-def _times(factor: Tensor, vector: Tensor) -> Tensor:
-    return factor.reshape(-1, *[1] * (vector.ndim - 1)) * vector
+    return like(torch.where(found > 0, goal / found, 0), vector) * vector
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffsteer.posterior import dot, like
+from diffsteer.core import dot, like
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

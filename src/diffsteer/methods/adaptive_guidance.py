@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Plan, Run, Step
+from diffsteer.core import Call, Guidance, Plan, Run, Step, like
 from diffsteer.errors import ParameterError, StateError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
 from diffsteer.methods._vectors import inner
 from diffsteer.paths import SPACES, convert
-from diffsteer.posterior import like
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Plan, Run, Step
+from diffsteer.core import Call, Guidance, Plan, Run, Step, like
 from diffsteer.errors import ParameterError, StateError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
 from diffsteer.methods._vectors import inner, parallel
-from diffsteer.posterior import like
 
 
 @register(

@@ -9,11 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Plan, Run, State, Step
+from diffsteer.core import Call, Guidance, Plan, Run, State, Step, like
 from diffsteer.errors import ParameterError
 from diffsteer.methods._registry import register
 from diffsteer.methods._vectors import inner, parallel
-from diffsteer.posterior import like
 
 _DIVERGED = 1e3  # an iteration whose residual has grown by this never comes back
 

@@ -11,9 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffsteer.core import After, Call, Guidance, Info, Plan, Run, State, Step, guide_in, within
+from diffsteer.core import After, Call, Guidance, Info, Plan, Run, State, Step, guide_in, like, within
 from diffsteer.errors import ParameterError
-from diffsteer.posterior import like
 
 
 @dataclass(frozen=True)

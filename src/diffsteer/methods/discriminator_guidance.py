@@ -9,14 +9,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Plan, Step
+from diffsteer.core import Call, Plan, Step, like
 from diffsteer.energy.forces import noisy_force
 from diffsteer.energy.steps import EnergyGuidance, Landing, Mode, act, check_mode, is_noise, needs_of
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
 from diffsteer.paths import Level
-from diffsteer.posterior import like
 
 
 @register(

@@ -8,12 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffsteer.core import After, Plan, Run, Step, within
+from diffsteer.core import After, Plan, Run, Step, dot, like, within
 from diffsteer.energy.forces import CleanEnergy, clean_force, estimate
 from diffsteer.energy.steps import EnergyGuidance, Landing, act, alphas, is_noise, land
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
-from diffsteer.posterior import dot, like
 
 _FIRST = 1e-4  # of 1 + the norm of where it starts: the first step of "distance over gradients"
 _TINY = 1e-8

@@ -8,12 +8,11 @@ from typing import ClassVar
 
 import torch
 
-from diffsteer.core import Guidance, Plan, State, Step
+from diffsteer.core import Guidance, Plan, State, Step, like
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
 from diffsteer.methods.classifier_free_guidance import ClassifierFreeGuidance
-from diffsteer.posterior import like
 
 
 @register(

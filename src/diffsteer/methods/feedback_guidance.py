@@ -10,12 +10,12 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from diffsteer.core import Call, Guidance, Plan, Run, Step
+from diffsteer.core import Call, Guidance, Plan, Run, Step, like
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
 from diffsteer.paths import Level, reverse_kernel
-from diffsteer.posterior import Estimator, PosteriorTracker, Tracked, like
+from diffsteer.posterior import Estimator, PosteriorTracker, Tracked
 
 _HIGHEST = 3.0  # of log r
 _SCALE_AT_START, _GAP_AT_PEAK = 3.0, 10.0  # what t_start and t_peak are the times of

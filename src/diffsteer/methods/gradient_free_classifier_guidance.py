@@ -9,12 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Plan, State, Step
+from diffsteer.core import Call, Guidance, Plan, State, Step, like
 from diffsteer.errors import NonFiniteError, ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
 from diffsteer.paths import Level, convert
-from diffsteer.posterior import like
 
 
 @register(

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Plan, State, Step
+from diffsteer.core import Call, Guidance, Plan, State, Step, like
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
 from diffsteer.methods._vectors import inner, parallel
-from diffsteer.posterior import like
 
 
 @register(

@@ -7,11 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from diffsteer.core import Call, Guidance, Plan, State, Step
+from diffsteer.core import Call, Guidance, Plan, State, Step, like
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
 from diffsteer.methods._vectors import inner
-from diffsteer.posterior import like
 
 
 @register(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffsteer.core import After, Guidance, Plan, Run, Step, within
+from diffsteer.core import After, Guidance, Plan, Run, Step, like, within
 from diffsteer.energy.forces import CleanEnergy, clean_force, estimate
 from diffsteer.energy.steps import EnergyGuidance, Inside, act, check_recurrences, is_noise, land
 from diffsteer.errors import ParameterError
@@ -107,7 +107,7 @@ class UniversalGuidance(EnergyGuidance):
                 force, energy = clean_force(self.energy, x0 + shift)
                 if iteration == 0:
                     info = info | {"energy": energy}
-                moving = (energy >= self.loss_cutoff).reshape(-1, *[1] * (shift.ndim - 1))
+                moving = like(energy >= self.loss_cutoff, shift)
                 shift = shift + self.x0_lr * force * moving
             prediction, _ = act("x0_rederive", step, prediction, shift)
         landing = replace(state.landing, wanted=self.num_recurrences if guided else 1)

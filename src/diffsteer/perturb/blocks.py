@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.errors import ParameterError, UnsupportedError
+from diffsteer.perturb._draws import seeded
 from diffsteer.perturb.architectures import Layers, Network, Site
 from diffsteer.perturb.inside import Perturbation, Replacement
 
@@ -72,8 +73,7 @@ class DroppedBlocks(Perturbation):
                 "left out; name some with layers=(...)"
             )
         count = max(1, round(self.ratio * len(sites)))
-        streams = [torch.Generator().manual_seed(int(seed)) for seed in self.seeds]
-        drawn = torch.stack([torch.randperm(len(sites), generator=g)[:count] for g in streams])
+        drawn = torch.stack([torch.randperm(len(sites), generator=g)[:count] for g in seeded(self.seeds)])
         rows = [(drawn == k).any(1) for k in range(len(sites))]
         return {s.name: functools.partial(self._drop, network, s, r) for s, r in zip(sites, rows, strict=True)}
 
@@ -118,15 +118,14 @@ class Dropout(Perturbation):
             raise ParameterError(f"rate must be in (0, 1), got {self.rate}")
 
     def replacements(self, network: Network) -> Mapping[str, Replacement]:
-        streams = [torch.Generator().manual_seed(int(seed)) for seed in self.seeds]
-        sites = network.blocks(self.layers, ())
-        return {site.name: functools.partial(self._thin, network, site, streams) for site in sites}
+        generators, sites = seeded(self.seeds), network.blocks(self.layers, ())
+        return {site.name: functools.partial(self._thin, network, site, generators) for site in sites}
 
     def _thin(
         self,
         network: Network,
         site: Site,
-        streams: list[torch.Generator],
+        generators: list[torch.Generator],
         native: Replacement,
         *args: Any,
         **keywords: Any,
@@ -135,14 +134,14 @@ class Dropout(Perturbation):
         answer = native(*args, **keywords)
         after = answer if isinstance(answer, tuple) else (answer,)
         thinned = tuple(
-            new if new is None else old + self._kept(new, streams) * (new - old)
+            new if new is None else old + self._kept(new, generators) * (new - old)
             for old, new in zip(before.values(), after, strict=True)
         )
         return thinned if isinstance(answer, tuple) else thinned[0]
 
-    def _kept(self, like: Tensor, streams: list[torch.Generator]) -> Tensor:
-        _check_rows(len(streams), like)
-        chance = torch.stack([torch.rand(like.shape[1:], generator=stream) for stream in streams])
+    def _kept(self, like: Tensor, generators: list[torch.Generator]) -> Tensor:
+        _check_rows(len(generators), like)
+        chance = torch.stack([torch.rand(like.shape[1:], generator=g) for g in generators])
         return ((chance >= self.rate) / (1 - self.rate)).to(like)
 
 
@@ -187,20 +186,20 @@ class ShuffledTokens(Perturbation):
                 "put back behind them change nothing; use restored=False"
             )
         sites = network.blocks(self.layers, network.architecture.shuffled)
-        streams = [torch.Generator().manual_seed(int(seed)) for seed in self.seeds]
-        return {s.name: functools.partial(_shuffle, network, s, streams, fraction, restored) for s in sites}
+        generators = seeded(self.seeds)
+        return {s.name: functools.partial(_shuffle, network, s, generators, fraction, restored) for s in sites}
 
 
 def _shuffle(
-    network: Network, site: Site, streams: list[torch.Generator], fraction: float, restored: bool,
+    network: Network, site: Site, generators: list[torch.Generator], fraction: float, restored: bool,
     native: Replacement, *args: Any, **keywords: Any,
 ) -> Any:  # fmt: skip
     bound = _bind(site, args, keywords)
     x = bound.arguments["hidden_states"]
     image = x.ndim == 4  # (B, channels, height, width) in place of (B, tokens, channels)
     tokens = x.flatten(2).mT if image else x
-    _check_rows(len(streams), tokens)
-    order = torch.stack([_order(tokens.shape[1], fraction, stream) for stream in streams]).to(x.device)
+    _check_rows(len(generators), tokens)
+    order = torch.stack([_order(tokens.shape[1], fraction, g) for g in generators]).to(x.device)
     bound.arguments["hidden_states"] = _as(_reordered(tokens, order), x)
     answer = native(*bound.args[1:], **bound.kwargs)
     if not restored:

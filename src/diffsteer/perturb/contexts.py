@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.errors import UnsupportedError
+from diffsteer.perturb._draws import noise, seeded
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +47,12 @@ class ContextNoise:
                 f"noise on a context needs embeddings, but {list(context)} holds none; let the network take the "
                 "embedding of a class label, a floating-point tensor (B, ...), in place of the label"
             )
-        streams = [torch.Generator().manual_seed(int(seed)) for seed in self.seeds]
-        return {**context, **{name: self._perturbed(context[name], streams) for name in names}}
+        generators = seeded(self.seeds)
+        return {**context, **{name: self._perturbed(context[name], generators) for name in names}}
 
-    def _perturbed(self, clean: Tensor, streams: list[torch.Generator]) -> Tensor:
+    def _perturbed(self, clean: Tensor, generators: list[torch.Generator]) -> Tensor:
         y = clean.to(torch.promote_types(clean.dtype, torch.float32))
-        n = torch.stack([torch.randn(y.shape[1:], generator=g) for g in streams]).to(y)
-        z = self.signal * y + self.noise * n
+        z = self.signal * y + self.noise * noise(y, generators)
         (z_mean, z_std), (y_mean, y_std) = _moments(z), _moments(y)
         # what has no spread, such as no signal without noise, cannot be brought back to one
         rescaled = torch.where(z_std > 0, (z - z_mean) / z_std * y_std + y_mean, z)

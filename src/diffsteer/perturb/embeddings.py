@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.errors import ParameterError, UnsupportedError
+from diffsteer.perturb._draws import noise, seeded
 from diffsteer.perturb.architectures import Layers, Network
 from diffsteer.perturb.inside import Perturbation, Replacement
 
@@ -49,6 +50,5 @@ class TimeNoise(Perturbation):
                 "token cannot be perturbed in it"
             )
         y = clean.to(torch.promote_types(clean.dtype, torch.float32))
-        streams = [torch.Generator().manual_seed(int(seed)) for seed in self.seeds]
-        n = torch.stack([torch.randn(y.shape[1:], generator=g) for g in streams]).to(y)
+        n = noise(y, seeded(self.seeds))
         return (y + self.amount * y.flatten(1).std(1, correction=0)[:, None] * n).to(clean.dtype)
