@@ -80,7 +80,8 @@ def oracle(method: Any, scene: Script) -> list[Row]:
             if not frozen:
                 seen[c] = np.where(due, i, seen[c])
         posterior = np.minimum(sum(ps.values()), method.p_max)
-        weights = {c: method.scale * p / (1 - posterior) for c, p in ps.items()}
+        idle = {c: method.baseline * prior / (1 - sum(priors.values())) for c, prior in priors.items()}
+        weights = {c: method.scale * np.maximum(p / (1 - posterior) - idle[c], 0) for c, p in ps.items()}
         prediction = null - sum(wide(weights[c], null) * away[c] for c in method.contexts)
         rows.append({"prediction": prediction, "posterior": posterior, "scale": sum(weights.values())})
     return rows
@@ -201,6 +202,9 @@ CASE = Case(
     (_CALM | {"contexts": ("neg", "neg2")}, {"stochastic": 0.0, "seed": 18}),
     (_CALM | {"contexts": ("neg2", "neg"), "p_max": 0.5}, {"coordinates": "flow", "seed": 19}),
     (_CALM | {"contexts": ("neg", "neg2"), "prior": (0.1, 0.3)}, {"coordinates": "ve", "shape": (4,), "seed": 16}),
+    # nothing without evidence
+    (_CALM | {"baseline": 1.0, "scale": 2.0}, {"coordinates": "ve", "seed": 33}),
+    (_CALM | {"contexts": ("neg", "neg2"), "prior": (0.1, 0.3), "baseline": 0.6}, {"seed": 34}),
     # clamped, at both ends
     (_CALM | {"temperature": 0.3, "p_min": 0.05, "p_max": 0.6}, {"stochastic": 0.0, "seed": 20}),
     (_CALM | {"temperature": 1.0, "p_min": 0.1, "p_max": 0.8}, {"coordinates": "ve", "seed": 21}),
@@ -227,7 +231,7 @@ CASE = Case(
     (ds.DynamicNegativeGuidance(prior=0.1, contexts=("neg", "neg2")), 1.0),
 ],
     formulas=[
-        ("methods.dynamic_negative_guidance", ("guide", "_due", "_visit", "_expected")),
+        ("methods.dynamic_negative_guidance", ("guide", "_baselines", "_due", "_visit", "_expected")),
         (
             "posterior",
             ("kernel_increment", "ito_increment", "against_complement", "gain", "_increment", "_follow", "_add",
@@ -619,6 +623,7 @@ def test_positive_prompt_and_dynamic_negative():
         {"temperature": -0.1}, {"temperature": float("nan")},
         {"estimator": "exact"}, {"divergence": "hutchinson"}, {"contexts": ()}, {"contexts": "neg"},
         {"negligible": 1.0}, {"negligible": -0.1}, {"patience": -1.0}, {"patience": float("nan")},
+        {"baseline": 1.1}, {"baseline": -0.1}, {"baseline": float("nan")},
     ],
     ids=str,
 )  # fmt: skip

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Plan, Run, Step, gather, on_rows, scatter
+from diffsteer.core import Call, Guidance, Plan, Run, Step, gather, like, on_rows, scatter
 from diffsteer.errors import ParameterError, UnknownNameError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
 from diffsteer.paths import convert
-from diffsteer.posterior import Calibration, Estimator, PosteriorTracker, Tracked, like
+from diffsteer.posterior import Calibration, Estimator, PosteriorTracker, Tracked
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ class DynamicNegativeGuidance(Guidance):
     softening : float
         About a fifth of the data's variance per dimension; weighs the two ends of a step in "ode". Infinite: the plain
         trapezoidal rule.
+    baseline : float
+        In [0, 1]: this many times the prior's odds are taken off the odds before they push. 0 is exact, and the
+        paper's: an unwanted concept repels from pure noise on, as much as it is likely to come. At 1 nothing moves
+        until there is evidence of it, so samples that never come near it stay as they were; what is missing early
+        asks for a larger ``scale`` later.
     calibration : Calibration or tuple of Calibration, one per context, optional
         Reads the tracked log-odds through a map fitted on rollouts, see :func:`diffsteer.calibrate`.
     contexts : tuple of str
@@ -116,6 +122,7 @@ class DynamicNegativeGuidance(Guidance):
     doubt: float = 0.018
     rho_min: float = 0.0
     softening: float = 0.1
+    baseline: float = 0.0
     calibration: Calibration | tuple[Calibration, ...] | None = None
     contexts: tuple[str, ...] = ("neg",)
     lazy: bool = True
@@ -138,7 +145,9 @@ class DynamicNegativeGuidance(Guidance):
         if callable(self.estimator) and len(self.contexts) > 1:
             raise ParameterError("a callable estimator knows one posterior; remove one context at a time with it")
         self._trackers  # noqa: B018  checks the other parameters
-        if self.scale > 0 and sum(self.priors) >= 1:
+        if not 0 <= self.baseline <= 1:
+            raise ParameterError(f"baseline is a share of the prior's odds in [0, 1], got {self.baseline}")
+        if (self.scale > 0 or self.baseline > 0) and sum(self.priors) >= 1:
             raise ParameterError(f"the priors of {len(self.contexts)} contexts add up to 1 or more; nothing is left")
 
     @classmethod
@@ -179,7 +188,7 @@ class DynamicNegativeGuidance(Guidance):
             return self.calibration
         return (self.calibration,) * len(self.contexts)
 
-    @property
+    @cached_property
     def _trackers(self) -> list[PosteriorTracker]:
         """One per context."""
         return [
@@ -212,7 +221,7 @@ class DynamicNegativeGuidance(Guidance):
             null = null.index_copy(0, rows, ref)
         posteriors = torch.stack([f.odds for f in followed]).sigmoid()
         total = posteriors.sum(0).clamp(max=self.p_max)
-        weights = self.scale * posteriors / (1 - total)
+        weights = self.scale * (posteriors / (1 - total) - self._baselines.to(total)).clamp(min=0)
         prediction = null
         for weight, difference in zip(weights, away, strict=True):
             prediction = prediction - like(weight, null) * difference
@@ -220,6 +229,13 @@ class DynamicNegativeGuidance(Guidance):
         for context, p, f in zip(self.contexts, posteriors, followed, strict=True):
             info |= {f"posterior:{context}": p, f"log_odds:{context}": f.tracked.log_odds}
         return prediction, tuple(followed), info
+
+    @cached_property
+    def _baselines(self) -> Tensor:
+        """Odds that do not push, (contexts, 1)."""
+        if self.baseline == 0:  # also where the priors add up to 1
+            return torch.zeros(len(self.contexts), 1)
+        return self.baseline * torch.tensor(self.priors, dtype=torch.float64)[:, None] / (1 - sum(self.priors))
 
     @property
     def _patient(self) -> bool:
