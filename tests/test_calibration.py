@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 import diffsteer as ds
-from diffsteer.calibration import fit
+from diffsteer.calibration import fit, watching
 from diffsteer.errors import CalibrationWarning, ParameterError, UnsupportedError
 
 DDPM = DDPMScheduler(clip_sample=False)
@@ -104,3 +104,13 @@ def test_separated_rollouts_give_a_bounded_slope_and_silent_ones_the_identity() 
     noise = -2.2 + 1e-3 * torch.randn(500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     intercept, slope = fit(noise, (torch.arange(500) < 50).double())
     assert abs(intercept + slope * -2.2 - (-2.2)) < 0.1
+
+
+def test_automatic_estimators_become_those_that_a_calibration_serves_best() -> None:
+    method = ds.DynamicNegativeGuidance(prior=0.2, scale=2.0, baseline=0.5)
+    assert [watching(method, kappa, 100).estimator for kappa in (0.0, 0.5, 1.0, None)] == [
+        "surrogate", "auto", "ito", "auto"
+    ]  # fmt: skip
+    assert watching(dataclasses.replace(method, estimator="ode"), 0.0, 100).estimator == "ode"
+    watch = watching(method, 1.0, 100)
+    assert (watch.scale, watch.baseline, watch.lazy) == (0, 0, False)

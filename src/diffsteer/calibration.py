@@ -62,7 +62,7 @@ def calibrate(
     -------
     DynamicNegativeGuidance
         The method with its ``calibration`` set, one per context, and "auto" resolved: on samplers with the full
-        ancestral noise to "ito".
+        ancestral noise to "ito", on deterministic ones to "surrogate", whose bias the calibration takes out.
 
     Raises
     ------
@@ -97,7 +97,9 @@ def watching(method: DynamicNegativeGuidance, stochastic: float | None, num_roll
             f"{num_rollouts} rollouts hold about {num_rollouts * rarest:.0f} samples of the rarest concept; "
             f"use at least {round(10 / rarest)}"
         )
-    estimator = "ito" if method.estimator == "auto" and stochastic == 1 else method.estimator
+    estimator = method.estimator
+    if estimator == "auto":
+        estimator = {0: "surrogate", 1: "ito"}.get(stochastic, estimator)
     return replace(
         method,
         estimator=estimator,

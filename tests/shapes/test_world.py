@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffsteer.errors import ParameterError
-from diffsteer.shapes import BACKGROUNDS, COLOURS, KINDS, Scene, Shape, caption, draw, holds, read, scene
+from diffsteer.shapes import BACKGROUNDS, COLOURS, KINDS, Scene, Shape, caption, draw, holds, read, scene, share
 
 PAIR = Scene((Shape("circle", "red", 32, 17, 10), Shape("square", "blue", 32, 47, 10)), "white")
 ALONE = Scene((Shape("triangle", "green", 30, 30, 12),), "black")
@@ -126,3 +126,11 @@ def test_a_caption_says_nothing_of_what_it_leaves_out(said: str) -> None:
         for value in values:
             a, b = (count[value] / len(group) for count, group in zip(counts, (given, true), strict=True))
             assert abs(a - b) < 4 * (b * (1 - b) / len(given)) ** 0.5 + 1e-9, value
+
+
+def test_shares_are_of_the_world_as_it_is_drawn() -> None:
+    rng = np.random.default_rng(5)
+    scenes = [scene(rng) for _ in range(2000)]
+    for text in ("red", "a shape", "a red circle"):
+        assert share(text) == pytest.approx(np.mean([holds(text, s) for s in scenes]), abs=0.04)
+    assert share("") == 1

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from diffsteer.errors import WeightsError
-from diffsteer.shapes import BACKGROUNDS, COLOURS, KINDS, Scene, holds, read, scene
+from diffsteer.shapes import BACKGROUNDS, COLOURS, KINDS, Scene, holds, read, share
 from diffsteer.zoo import draws_shapes
 
 __all__ = ["ClipJudge", "Judge", "ReaderJudge", "Verdict", "judge_of"]
@@ -76,8 +76,7 @@ class ReaderJudge:
 
     def share(self, negative: str) -> float | None:
         """In the drawn world."""
-        rng = np.random.default_rng(0)
-        return float(np.mean([holds(negative, scene(rng)) for _ in range(4000)]))
+        return share(negative)
 
     def __call__(self, pictures: NDArray[np.uint8], prompt: str, negative: str) -> Verdict:
         scenes = read(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1)

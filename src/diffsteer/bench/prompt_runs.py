@@ -34,7 +34,7 @@ from diffsteer.methods import (
     NegativePrompting,
     SafeLatentDiffusion,
 )
-from diffsteer.posterior import Calibration, Estimator
+from diffsteer.posterior import Calibration
 
 __all__ = [
     "GRID",
@@ -51,7 +51,6 @@ __all__ = [
 ]
 
 SAMPLERS = (("ddpm", 250), ("euler-a", 30), ("ddim", 50), ("dpm++", 25))
-STOCHASTIC = ("ddpm", "euler-a")
 NAMES = {
     "none": "No negative prompt",
     "rejection": "Rejection",
@@ -267,8 +266,7 @@ class Bench:
         plan, (kind, steps), share = self.plan, sampler, self.judge.share(negative)
         if share is None or plan.prior is not None:
             return DynamicNegativeGuidance(prior=plan.prior or 0.05)
-        estimator: Estimator = "auto" if kind in STOCHASTIC else "surrogate"  # whose bias a calibration takes out
-        method = DynamicNegativeGuidance(prior=share, estimator=estimator)
+        method = DynamicNegativeGuidance(prior=share)
         context = {
             "model": self.fingerprint, "negative": negative, "sampler": [kind, steps], "method": describe(method),
             "batch_size": plan.batch_size, "seed": plan.seed + 2, "rollouts": plan.rollouts,

@@ -1,6 +1,6 @@
 """A drawn world with a ground truth: captioned pictures of coloured shapes, and a reader that says what is in one."""
 
-from diffsteer.shapes.captions import VOCABULARY, caption, holds
+from diffsteer.shapes.captions import VOCABULARY, caption, holds, share
 from diffsteer.shapes.reader import read
 from diffsteer.shapes.world import BACKGROUNDS, COLOURS, KINDS, Scene, Shape, draw, scene
 
@@ -16,4 +16,5 @@ __all__ = [
     "holds",
     "read",
     "scene",
+    "share",
 ]
