@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("transformers", reason='needs pip install "diffsteer[pipelines]"')
 
+import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
+from diffsteer import generate as generating
+from diffsteer.cli import app
+from diffsteer.engine import stream
 from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
-from diffsteer.generate import generate
+from diffsteer.generate import generate, load_pipeline
 
 sys.path.insert(0, str(Path(__file__).parent / "adapters"))
 import tiny
@@ -31,17 +37,106 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def test_pictures_sheet_trace_and_record(folder: str, tmp_path: Path) -> None:
-    options = {"pipeline": folder, "negative": "red|blue", "steps": 3, "method": "cfg:3+dng:2,prior=0.2"}
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Those that were drawn."""
+    drawn: list[Figure] = []
+
+    class Kept(Figure):
+        def savefig(self, *args: Any, **keywords: Any) -> None:
+            super().savefig(*args, **keywords)
+            drawn.append(self)
+
+    monkeypatch.setattr(generating, "Figure", Kept)
+    return drawn
+
+
+METHOD = "cfg:3+dng:2,prior=0.2"
+
+
+def test_pictures_sheet_trace_and_record(folder: str, tmp_path: Path, figures: list[Figure]) -> None:
+    options = {"pipeline": folder, "negative": "red|blue", "steps": 3, "method": METHOD}
     results = generate("a circle", num=3, batch_size=2, out=tmp_path / "a", **options)
-    assert list(results) == ["cfg:3+dng:2,prior=0.2", "negative prompt", "no negative"]
-    for name in ("000.png", "001.png", "002.png", "sheet.png", "trace.png"):
-        assert pixels(tmp_path / "a" / name).std() > 0
+    assert list(results) == [METHOD, "negative prompt", "no negative"]
     record = json.loads((tmp_path / "a" / "record.json").read_text())
-    assert record["rows"]["cfg:3+dng:2,prior=0.2"]["method"]["methods"][1]["prior"] == 0.2
+    assert record["rows"][METHOD]["method"]["methods"][1]["prior"] == 0.2
+    assert list(record["rows"]) == list(results)
+    trace, sheet = figures
+    for axis in trace.axes:
+        assert [len(line.get_xydata()) for line in axis.lines] == [3] * 3
+        assert all(np.isfinite(line.get_xydata()).all() for line in axis.lines)
+    posterior, scale = (axis.lines[2].get_ydata() for axis in trace.axes)
+    assert np.allclose(posterior, results[METHOD].trace["posterior"][:, 0])
+    assert np.allclose(scale, results[METHOD].trace["scale"][:, 0])
+    assert [text.get_text() for text in trace.legends[0].get_texts()] == ["000", "001", "002"]
+    for part, label in zip(sheet.subfigs, results, strict=True):
+        assert part.get_suptitle().replace(", ", ",") == label
+        assert [axis.get_title() for axis in part.axes] == ["000", "001", "002"]
+        assert all(len(axis.images) == 1 for axis in part.axes)
+    for axis, name in zip(sheet.subfigs[0].axes, ("000.png", "001.png", "002.png"), strict=True):
+        assert np.array_equal(axis.images[0].get_array(), pixels(tmp_path / "a" / name))
     generate("a circle", num=2, batch_size=2, out=tmp_path / "b", compare=False, **options)
     for name in ("000.png", "001.png"):
         assert np.array_equal(pixels(tmp_path / "a" / name), pixels(tmp_path / "b" / name))
+    assert len(figures[-1].subfigs) == 1
+
+
+def test_from_the_command_line(folder: str, tmp_path: Path) -> None:
+    words = "--negative meat --method cfg:7.5+dng --seed 0 --num 8 --steps 2"
+    app(
+        ["generate", "a feast", "--pipeline", folder, *words.split(), "--out", str(tmp_path)],
+        result_action="return_value",
+    )
+    pictures = [f"{i:03d}.png" for i in range(8)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*pictures, "record.json", "sheet.png", "trace.png"]
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert list(record["rows"]) == ["cfg:7.5+dng", "negative prompt", "no negative"]
+    assert (record["num"], record["seed"], record["negative"]) == (8, 0, "meat")
+
+
+def test_the_rows_beside_it_are_the_pipelines_own_under_the_same_seeds(folder: str, tmp_path: Path) -> None:
+    results = generate("a circle", num=2, pipeline=folder, negative="red|blue", steps=3, method=METHOD, out=tmp_path)
+    pipe = load_pipeline(folder, "cpu", "float32")
+    for label, own in {"negative prompt": {"negative_prompt": "red, blue"}, "no negative": {}}.items():
+        native = [
+            pipe(
+                "a circle", generator=stream(0, i), num_inference_steps=3, guidance_scale=3.0, output_type="latent",
+                **own,
+            ).images
+            for i in range(2)
+        ]  # fmt: skip
+        assert torch.allclose(results[label].samples, torch.cat(native), atol=1e-4)
+        assert not torch.allclose(results[METHOD].samples, torch.cat(native), atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:this denoiser was distilled")
+def test_one_picture_of_a_flow_model(tmp_path: Path, figures: list[Figure]) -> None:
+    """Its first level has no picture in it: an infinite log SNR, which JSON does not know."""
+    tiny.flux().save_pretrained(tmp_path / "flux")
+    generate(
+        "a", pipeline=str(tmp_path / "flux"), negative="b", num=1, steps=2, size=(16, 16), out=tmp_path / "out",
+        method="cfg:3.0+dng:1.0,prior=0.01,temperature=0.2,offset=0.003",
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "out" / "record.json").read_text(), parse_constant=pytest.fail)["rows"]
+    assert all(row["log_snr"][0] is None for row in rows.values())
+    assert all(len(line.get_xydata()) == 2 for axis in figures[0].axes for line in axis.lines)
+    sheet = pixels(tmp_path / "out" / "sheet.png")[..., :3]
+    assert (sheet[:, [0, -1]] == 255).all(), "the long label is cut off"
+
+
+def test_a_sheet_of_many_pictures_has_no_empty_panels(tmp_path: Path, figures: list[Figure]) -> None:
+    picture = np.zeros((4, 4, 3), np.uint8)
+    for number, shown, lines in ((9, 9, 2), (70, 64, 8)):
+        generating._draw_sheet(tmp_path / "sheet.png", {"a": [picture] * number, "b": [picture] * number})
+        for part in figures[-1].subfigs:
+            assert len(part.axes) == 8 * lines
+            assert [len(axis.images) for axis in part.axes] == [1] * shown + [0] * (8 * lines - shown)
+            assert not any(axis.axison for axis in part.axes)
+
+
+def test_a_method_that_reports_nothing_has_no_trace(folder: str, tmp_path: Path) -> None:
+    generate("a", pipeline=folder, method="cfg:3", num=1, steps=2, out=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000.png", "record.json", "sheet.png"]
 
 
 def test_mistakes_come_before_any_work(folder: str, tmp_path: Path) -> None:
@@ -54,3 +149,25 @@ def test_mistakes_come_before_any_work(folder: str, tmp_path: Path) -> None:
     tiny.dit().save_pretrained(tmp_path / "dit")
     with pytest.raises(UnsupportedError, match="does not make pictures from a prompt"):
         generate("a", pipeline=str(tmp_path / "dit"), out=tmp_path)
+
+
+def test_calibrates_before_it_generates(folder: str, tmp_path: Path) -> None:
+    options = {"pipeline": folder, "negative": "red|blue", "steps": 2, "num": 1, "compare": False}
+    plain = generate("a", method="cfg:2+dng:prior=0.3", out=tmp_path / "a", **options)
+    fitted = generate("a", method="cfg:2+dng:prior=0.3", out=tmp_path / "b", calibrate=40, **options)
+    (before,), (after,) = plain.values(), fitted.values()
+    dng = after.record["method"]["methods"][1]
+    assert before.record["method"]["methods"][1]["calibration"] is None
+    assert (len(dng["calibration"]), dng["estimator"], dng["prior"]) == (2, "surrogate", 0.3)
+    with pytest.raises(ParameterError, match="use at least 34"):
+        generate("a", method="dng:prior=0.3", out=tmp_path / "c", calibrate=20, **options)
+    for wrong in ({"method": "np"}, {"method": "dng", "negative": ""}):
+        with pytest.raises(ParameterError, match="calibration wants"):
+            generate("a", out=tmp_path / "d", calibrate=20, **(options | wrong))
+
+
+def test_shapes_without_what_was_not_wanted(tmp_path: Path) -> None:
+    results = generate("a circle", pipeline="shapes", negative="red", steps=3, num=1, calibrate=40, out=tmp_path)
+    assert list(results) == ["cfg:1.5+dng:20,prior=0.31,baseline=1", "negative prompt", "no negative"]
+    with pytest.raises(ParameterError, match="cat"):
+        generate("a circle", pipeline="shapes", negative="cat", out=tmp_path)

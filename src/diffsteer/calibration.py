@@ -10,6 +10,7 @@ the complement, which are more accurate where networks are exact but saturate un
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -95,7 +96,7 @@ def watching(method: DynamicNegativeGuidance, stochastic: float | None, num_roll
     if num_rollouts * rarest < 10:
         raise ParameterError(
             f"{num_rollouts} rollouts hold about {num_rollouts * rarest:.0f} samples of the rarest concept; "
-            f"use at least {round(10 / rarest)}"
+            f"use at least {math.ceil(10 / rarest)}"
         )
     estimator = method.estimator
     if estimator == "auto":

@@ -327,6 +327,7 @@ def generate(
     batch_size: int = 4,
     size: tuple[int, int] | None = None,
     compare: bool = True,
+    calibrate: int | None = None,
     out: Path = Path("generated"),
     device: str = "cpu",
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
@@ -346,7 +347,7 @@ def generate(
         What not to draw; several separated by |.
     method
         Terms joined by +: a name of `diffsteer methods`, then : and values, such as cfg:7.5+dng:2,prior=0.01; by
-        default cfg:7.5+dng:1,prior=0.01, and cfg:1.5+dng:3,prior=0.1 on shapes.
+        default cfg:7.5+dng:1,prior=0.01; on shapes such as cfg:1.5+dng:20,prior=0.3,baseline=1.
     steps
         Inference steps of the pipeline's own scheduler.
     seed
@@ -357,6 +358,9 @@ def generate(
         Width and height in pixels; default: the pipeline's.
     compare
         Also the usual negative prompt and none at all, under the same seeds.
+    calibrate
+        Calibrate DNG for the negative first, on this many pictures of the empty prompt; the prior is the share of them
+        that shows it. Networks need it, or their posterior hardly moves. By default 128 on shapes, elsewhere 0.
     out
         Folder for the pictures.
     device, dtype
@@ -366,7 +370,7 @@ def generate(
 
     run(
         prompt, pipeline=pipeline, negative=negative, method=method, steps=steps, seed=seed, num=num,
-        batch_size=batch_size, size=size, compare=compare, out=out, device=device, dtype=dtype,
+        batch_size=batch_size, size=size, compare=compare, calibrate=calibrate, out=out, device=device, dtype=dtype,
     )  # fmt: skip
 
 

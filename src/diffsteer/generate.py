@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
+import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +16,17 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
 from diffsteer import zoo
-from diffsteer.adapters import attach
+from diffsteer.adapters import attach, calibrate_pipeline
 from diffsteer.core import Guidance, Sum
 from diffsteer.engine import stream
 from diffsteer.errors import ParameterError, UnsupportedError, WeightsError
-from diffsteer.methods import ClassifierFreeGuidance, NegativePrompting, parse_method
+from diffsteer.methods import ClassifierFreeGuidance, DynamicNegativeGuidance, NegativePrompting, parse_method
 from diffsteer.sampling import Result
+from diffsteer.shapes import share
 
 
 def generate(
@@ -35,6 +41,7 @@ def generate(
     batch_size: int = 4,
     size: tuple[int, int] | None = None,
     compare: bool = True,
+    calibrate: int | None = None,
     out: Path = Path("generated"),
     device: str = "cpu",
     dtype: str = "float32",
@@ -47,13 +54,17 @@ def generate(
     pipeline : str
         "shapes", the folder of a diffusers pipeline, or its name on the Hugging Face hub. Safetensors only.
     method : str, optional
-        See :func:`diffsteer.methods.parse_method`; default: "cfg:7.5+dng:1,prior=0.01", on "shapes" a weaker one.
+        See :func:`diffsteer.methods.parse_method`; default: "cfg:7.5+dng:1,prior=0.01"; on "shapes" DNG without
+        a push before there is evidence, and each negative's share of the drawn world as its prior.
     steps, seed, num, batch_size
         Picture i depends on (seed, i) alone, not on ``num``.
     size : (int, int), optional
         Width and height in pixels; default: the pipeline's.
     compare : bool
         Also generate, under the same seeds, with the usual negative prompt and without any.
+    calibrate : int, optional
+        Fit first, on this many pictures of the empty prompt, how DNG's posterior of the negative is to be read, see
+        :func:`diffsteer.calibrate_pipeline`; 0: take it as it is. By default 128 on "shapes", elsewhere 0.
 
     Returns
     -------
@@ -69,10 +80,16 @@ def generate(
     """
     if num < 1 or batch_size < 1:
         raise ParameterError("num and batch_size must be at least 1")
-    method = method or ("cfg:1.5+dng:3,prior=0.1" if zoo.draws_shapes(pipeline) else "cfg:7.5+dng:1,prior=0.01")
+    negatives = [part.strip() for part in negative.split("|") if part.strip()]
+    drawn = zoo.draws_shapes(pipeline)
+    method = method or (_of_shapes(negatives) if drawn else "cfg:7.5+dng:1,prior=0.01")
     guidance = parse_method(method)
     out.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(pipeline, device, dtype)
+    if calibrate is None:
+        calibrate = 128 if drawn and negatives and _tracks(guidance) else 0
+    if calibrate:
+        guidance = _calibrated(pipe, guidance, negatives, steps, calibrate, seed)
     w = _positive_scale(guidance)
     rows: dict[str, tuple[Guidance, str]] = {method: (guidance, negative)}
     if compare and negative:
@@ -98,17 +115,50 @@ def generate(
         if label == method:
             for i, picture in enumerate(pictures[label]):
                 picture.save(out / f"{i:03d}.png")
-            _draw_trace(
-                out / "trace.png", traces, results[label].record["log_snr"][: len(next(iter(traces[0].values()), []))]
-            )
+            _draw_trace(out / "trace.png", traces)
     _draw_sheet(out / "sheet.png", pictures)
     record = {
         "prompt": prompt, "negative": negative, "pipeline": pipeline, "seed": seed, "num": num,
-        "rows": {label: result.record for label, result in results.items()},
+        "rows": {label: _strict(result.record) for label, result in results.items()},
     }  # fmt: skip
-    (out / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (out / "record.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     Console().print(f"{num} pictures in [bold]{out}[/bold]; the sheet is {out / 'sheet.png'}", soft_wrap=True)
     return results
+
+
+def _of_shapes(negatives: Sequence[str]) -> str:
+    """The method for pictures of the drawn world."""
+    if not negatives:
+        return "cfg:1.5"
+    prior = min(max(sum(map(share, negatives)) / len(negatives), 0.1), 0.8 / len(negatives))
+    return f"cfg:1.5+dng:20,prior={prior:.2g},baseline=1"
+
+
+def _tracks(method: Guidance) -> bool:
+    return any(isinstance(term, DynamicNegativeGuidance) for term in _terms(method))
+
+
+def _terms(method: Guidance) -> Sequence[Guidance]:
+    return method.methods if isinstance(method, Sum) else (method,)
+
+
+def _calibrated(
+    pipe: Any, method: Guidance, negatives: Sequence[str], steps: int, rollouts: int, seed: int
+) -> Guidance:
+    """The method with its DNG calibrated for the negatives, from other noise than the pictures'."""
+    if not negatives or not _tracks(method):
+        raise ParameterError("calibration wants DNG in the method and a negative; give both, or leave calibrate out")
+    contexts = tuple(f"neg{i + 1 if i else ''}" for i in range(len(negatives)))
+    terms = [
+        calibrate_pipeline(
+            pipe, replace(term, contexts=contexts), negative_prompt="|".join(negatives), num_inference_steps=steps,
+            num_rollouts=rollouts, batch_size=min(rollouts, 32), seed=seed + 1, progress=True,
+        )
+        if isinstance(term, DynamicNegativeGuidance)
+        else term
+        for term in _terms(method)
+    ]  # fmt: skip
+    return terms[0] if len(terms) == 1 else Sum(tuple(terms))
 
 
 def load_pipeline(pipeline: str, device: str, dtype: str) -> Any:
@@ -126,7 +176,9 @@ def load_pipeline(pipeline: str, device: str, dtype: str) -> Any:
         raise ParameterError(f"dtype must be one of {list(kinds)}, got {dtype!r}")
     try:
         where = zoo.pipeline_folder(pipeline)
-        loaded = DiffusionPipeline.from_pretrained(where, torch_dtype=kinds[dtype], use_safetensors=True)
+        with warnings.catch_warnings():  # older versions of diffusers know no other name for it
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            loaded = DiffusionPipeline.from_pretrained(where, torch_dtype=kinds[dtype], use_safetensors=True)
     except (OSError, ValueError) as error:
         raise WeightsError(f"{pipeline!r} is not a pipeline that diffusers can load: {error}") from error
     taken = inspect.signature(type(loaded).__call__).parameters
@@ -138,39 +190,52 @@ def load_pipeline(pipeline: str, device: str, dtype: str) -> Any:
     return loaded.to(device)
 
 
+def _strict(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A run record in strict JSON, which knows no infinity: null, where there is no noise or nothing else."""
+    return {**record, "log_snr": [value if math.isfinite(value) else None for value in record["log_snr"]]}
+
+
 def _positive_scale(method: Guidance) -> float:
     """The scale of the classifier-free guidance in a method, for the rows beside it."""
-    terms = method.methods if isinstance(method, Sum) else (method,)
+    terms = _terms(method)
     scales = [term.scale for term in terms if isinstance(term, ClassifierFreeGuidance)]
     return scales[0] if scales else 7.5
 
 
 def _draw_sheet(path: Path, pictures: Mapping[str, Sequence[Any]]) -> None:
-    """One row per method, one column per seed."""
-    columns = max(map(len, pictures.values()))
-    with mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(1.6 * columns, 1.9 * len(pictures)), layout="constrained")
+    """The first pictures of every method, numbered as their files: same number, same seed."""
+    shown = min(64, max(map(len, pictures.values())))
+    columns = min(8, shown)
+    lines, width = math.ceil(shown / columns), max(1.6 * columns, 2.4)
+    with mpl.rc_context({"font.size": 9, "axes.titlesize": 7, "axes.titlepad": 2}):
+        figure = Figure(figsize=(width, (1.75 * lines + 0.3) * len(pictures)), layout="constrained")
         parts = figure.subfigures(len(pictures), 1, squeeze=False)[:, 0]
         for part, (label, row) in zip(parts, pictures.items(), strict=True):
-            part.suptitle(label, fontsize=9)
-            for axis, picture in zip(part.subplots(1, columns, squeeze=False)[0], row, strict=True):
-                axis.imshow(np.asarray(picture))
+            part.suptitle(textwrap.fill(label.replace(",", ", "), int(width / 0.085)), fontsize=9)
+            for i, axis in enumerate(part.subplots(lines, columns, squeeze=False).flat):
                 axis.axis("off")
+                if i < shown:
+                    axis.imshow(np.asarray(row[i]))
+                    axis.set_title(f"{i:03d}")
         figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
-def _draw_trace(path: Path, traces: Sequence[Mapping[str, Any]], log_snr: Sequence[float]) -> None:
-    """Posterior and effective scale of every picture along the trajectory, where the method reports them."""
-    names = [name for name in ("posterior", "scale") if traces and name in traces[0]]
+def _draw_trace(path: Path, traces: Sequence[Mapping[str, Any]]) -> None:
+    """Posterior and effective scale of every picture, step by step, where the method reports them."""
+    names = [name for name in ("posterior", "scale") if name in traces[0]]
     if not names:
         return
     with mpl.rc_context({"font.size": 8}):
         figure = Figure(figsize=(4.2 * len(names), 2.8), layout="constrained")
         for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
             values = np.concatenate([trace[name] for trace in traces], axis=1)
-            axis.plot(log_snr, values, lw=1)
-            axis.set(xlabel="log SNR", ylabel={"scale": "effective scale"}.get(name, name))
+            lines = axis.plot(np.arange(1, len(values) + 1), values, lw=1)
+            axis.set(xlabel="step", ylabel={"scale": "effective scale"}.get(name, name))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(alpha=0.25, lw=0.4)
+        if 1 < len(lines) <= 10:  # as many as there are colours
+            labels = [f"{i:03d}" for i in range(len(lines))]
+            figure.legend(lines, labels, loc="outside right upper", frameon=False)
         figure.savefig(path, dpi=150, metadata={"Software": None})
 
 

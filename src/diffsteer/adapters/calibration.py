@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,7 +81,8 @@ def calibrate_pipeline(
     view = SchedulerView(pipe.scheduler, num_inference_steps, arguments.get("eta", 0.0))
     watch = watching(method, view.stochastic, num_rollouts)
     traces: list[dict[str, torch.Tensor]] = []
-    with attach(pipe, watch) as attached, advancing(progress, num_rollouts * num_inference_steps) as advance:
+    total = num_rollouts * num_inference_steps
+    with attach(pipe, watch) as attached, _quiet(pipe), advancing(progress, total) as advance:
         for first in range(0, num_rollouts, batch_size):
             numbers = range(first, min(first + batch_size, num_rollouts))
             pipe(
@@ -92,3 +94,14 @@ def calibrate_pipeline(
             advance(len(numbers) * num_inference_steps)
     record = attached.last.record
     return read_off(method, watch, {name: torch.cat([t[name] for t in traces], 1) for name in traces[0]}, record)
+
+
+@contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """Without the pipeline's own progress bars, one for each batch."""
+    before = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)

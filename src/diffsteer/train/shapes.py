@@ -13,7 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -242,9 +248,7 @@ def export(out: Path, vae: AutoencoderKL, trained: TextToImage) -> None:
     """Write the pipeline's folder, in float16."""
     pipe = StableDiffusionPipeline(
         vae=vae, unet=trained.unet, text_encoder=trained.text_encoder, tokenizer=tokenizer(),
-        scheduler=DDIMScheduler(
-            **SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing"
-        ),
+        scheduler=EulerAncestralDiscreteScheduler(**SCHEDULE, steps_offset=1, timestep_spacing="trailing"),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.to(dtype=torch.float16).save_pretrained(out, safe_serialization=True)
