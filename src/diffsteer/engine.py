@@ -16,7 +16,7 @@ from diffsteer.core import Call, Guidance, Info, Repeat, Run, Step, Sum, drive
 from diffsteer.denoisers import Denoiser
 from diffsteer.errors import MissingContextError, NonFiniteError, ParameterError, UnsupportedError
 from diffsteer.paths import Level, convert
-from diffsteer.perturb import AttentionRecord
+from diffsteer.perturb import Record
 
 
 class Engine:
@@ -92,7 +92,7 @@ class Engine:
     def _evaluate(self, calls: list[Call], answered: dict[Any, Any], known: dict[Any, Any]) -> list[Tensor]:
         """Answer a method's calls, each different one once per step and sample, in the step's space."""
         # those with a graph serve the same calls without one, those for all samples the same for some, and those that
-        # record attention are plain ones otherwise
+        # record something are plain ones otherwise
         for call in sorted(calls, key=lambda c: (not c.grad, c.rows is not None, not _records(c))):
             if call.key in answered:
                 continue
@@ -105,8 +105,9 @@ class Engine:
                         value.detach(),
                         torch.ones(len(value), dtype=torch.bool),
                     )
-            if _records(call) and call.key in known:
-                known[replace(call, perturb=None).key] = known[call.key]
+            seen = replace(call, x=None, grad=False).key
+            if _records(call) and seen in known:
+                known[replace(call, x=None, grad=False, perturb=None).key] = known[seen]
             answered[call.key] = call, value  # the call keeps alive what its key names by id
         return [answered[call.key][1] for call in calls]
 
@@ -159,8 +160,8 @@ class Engine:
 
 
 def _records(call: Call) -> bool:
-    """Whether it is a plain evaluation that beside its answer records attention."""
-    return isinstance(call.perturb, AttentionRecord)
+    """Whether it is a plain evaluation that beside its answer records what goes on inside."""
+    return isinstance(call.perturb, Record)
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffsteer.core import Call, Guidance, Info, Repeat, Run, Step, drive, gather
 from diffsteer.paths import Level, convert
-from diffsteer.perturb import AttentionRecord, ContextNoise
+from diffsteer.perturb import AttentionRecord, ContextNoise, FeatureRecord, Record, Records
 
 
 @dataclass(frozen=True)
@@ -198,16 +198,25 @@ def _answer(scene: Script, call: Call, step: Step) -> Tensor:
     if isinstance(perturb, ContextNoise):
         own = torch.as_tensor(scene.embeddings[name]).expand(len(x), -1)
         network = partial(network, embedding=perturb.apply({"embedding": own})["embedding"].numpy())
-    elif isinstance(perturb, AttentionRecord):  # as if the sample were a layer's queries and keys, beside one of a text
-        tokens = x.detach().flatten(2).mT[:, None]
-        keys = torch.cat([tokens, torch.zeros_like(tokens[:, :, :1])], 2)
-        perturb.maps["script"] = perturb.probabilities(tokens, keys)[:, :, :-1]
+    elif isinstance(perturb, Record):
+        for record in perturb.records if isinstance(perturb, Records) else (perturb,):
+            _record(record, x if call.grad else x.detach())
     elif perturb is not None:
         network = scene.networks[f"perturbed:{name}"]
         if hasattr(perturb, "seeds"):
             network = partial(network, seeds=perturb.seeds.numpy(), amount=getattr(perturb, "amount", 1.0))
     eps = _Network.apply(x, network, level)
     return convert(eps if call.grad else eps.detach(), x, level, "eps", step.space)
+
+
+def _record(record: Record, x: Tensor) -> None:
+    """What is inside of a script's network."""
+    if isinstance(record, AttentionRecord):  # as if the sample were a layer's queries and keys, beside one of a text
+        tokens = x.flatten(2).mT[:, None]
+        keys = torch.cat([tokens, torch.zeros_like(tokens[:, :, :1])], 2)
+        record.maps["script"] = record.probabilities(tokens, keys)[:, :, :-1]
+    if isinstance(record, FeatureRecord):
+        record.maps["script"] = torch.sin(2 * x)
 
 
 class _Network(torch.autograd.Function):

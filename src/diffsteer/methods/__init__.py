@@ -44,11 +44,13 @@ from diffsteer.methods.normalized_attention_guidance import NormalizedAttentionG
 from diffsteer.methods.perp_neg import PerpNeg
 from diffsteer.methods.personalization_guidance import PersonalizationGuidance, interpolate_weights
 from diffsteer.methods.perturbed_attention_guidance import PerturbedAttentionGuidance
+from diffsteer.methods.readout_guidance import ReadoutGuidance
 from diffsteer.methods.reinforcement_learning_guidance import ReinforcementLearningGuidance
 from diffsteer.methods.relative import Relative
 from diffsteer.methods.s2_guidance import S2Guidance
 from diffsteer.methods.safe_latent_diffusion import SafeLatentDiffusion
 from diffsteer.methods.self_attention_guidance import SelfAttentionGuidance
+from diffsteer.methods.self_guidance import SelfGuidance
 from diffsteer.methods.semantic_aware_cfg import SemanticAwareCFG, attention_regions
 from diffsteer.methods.semantic_diffusion_guidance import SemanticDiffusionGuidance
 from diffsteer.methods.semantic_gradient_guidance import SemanticGradientGuidance
@@ -112,6 +114,7 @@ __all__ = [
     "PerpNeg",
     "PersonalizationGuidance",
     "PerturbedAttentionGuidance",
+    "ReadoutGuidance",
     "ReinforcementLearningGuidance",
     "Relative",
     "Renorm",
@@ -120,6 +123,7 @@ __all__ = [
     "SafeLatentDiffusion",
     "Schedule",
     "SelfAttentionGuidance",
+    "SelfGuidance",
     "SemanticAwareCFG",
     "SemanticDiffusionGuidance",
     "SemanticGradientGuidance",

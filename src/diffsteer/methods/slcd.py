@@ -57,8 +57,9 @@ class SLCD(EnergyGuidance):
     -----
     1 evaluation per step, and one gradient of the small classifier; the reward is never differentiated. The classifier
     is trained by cross-entropy on the model's own samples, guided for the first steps and unguided from then on, whose
-    states carry the final reward. The official code takes eta in units of the reward's range, and jumps after the step
-    with weights of 75 and 150 instead. No guidance at pure noise. Information, (B,): "value", V.
+    states carry the final reward: ``diffsteer.train.rewards.train_slcd``. The official code takes eta in units of the
+    reward's range, and jumps after the step with weights of 75 and 150 instead. No guidance at pure noise. Information,
+    (B,): "value", V.
     """
 
     noisy: ClassVar[bool] = True

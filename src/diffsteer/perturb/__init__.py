@@ -13,7 +13,8 @@ from diffsteer.perturb.blocks import Dropout, DroppedBlocks, ShuffledTokens, Ski
 from diffsteer.perturb.contexts import ContextNoise
 from diffsteer.perturb.draft_attention import draft_mask
 from diffsteer.perturb.embeddings import TimeNoise
-from diffsteer.perturb.inside import Perturbation, perturbed
+from diffsteer.perturb.features import FeatureRecord, Records
+from diffsteer.perturb.inside import Perturbation, Record, perturbed
 
 __all__ = [
     "ARCHITECTURES",
@@ -23,10 +24,13 @@ __all__ = [
     "ContextNoise",
     "Dropout",
     "DroppedBlocks",
+    "FeatureRecord",
     "IdentityAttention",
     "Network",
     "NormalizedAttention",
     "Perturbation",
+    "Record",
+    "Records",
     "ShuffledTokens",
     "SkippedBlocks",
     "SubtractedAttention",

@@ -184,6 +184,21 @@ class Network:
         names = [name for pattern in self.architecture.time for name in self.names if _matches(name, pattern)]
         return self._chosen([Site(name, self.names[name]) for name in names], layers, ())
 
+    def parts(self, layers: Layers) -> list[Site]:
+        """The parts of these names, whatever they are."""
+        found = [
+            [Site(name, module) for name, module in self.names.items() if _matches(name, str(layer))]
+            for layer in layers
+        ]
+        for layer, sites in zip(layers, found, strict=True):
+            if not sites:
+                raise UnknownNameError("layer", layer, [name for name in self.names if name.count(".") < 2 and name])
+        return list({site.name: site for sites in found for site in sites}.values())
+
+    def is_block(self, name: str) -> bool:
+        """Whether this is the name of one of the architecture's blocks."""
+        return any(_matches(name, pattern) for pattern in self.architecture.blocks)
+
     def picture(self, tokens: int) -> slice:
         """The picture's tokens among those of a joint attention."""
         text = self.text().shape[1]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.perturb.architectures import Layers, Network, Site, grid, joined
-from diffsteer.perturb.inside import Attend, Perturbation, Replacement, attention
+from diffsteer.perturb.inside import Attend, Perturbation, Record, Replacement, attention
 
 
 @dataclass(frozen=True)
@@ -244,8 +244,8 @@ class SubtractedAttention(_TwoTexts):
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionRecord(Perturbation):
-    """No perturbation: remembers the attention of one evaluation, which is otherwise the plain one, bit for bit.
+class AttentionRecord(Record):
+    """Remembers the attention of one evaluation.
 
     Parameters
     ----------

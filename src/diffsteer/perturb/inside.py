@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diffsteer.errors import UnsupportedError
+from diffsteer.patching import patched
 from diffsteer.perturb.architectures import Layers, Network, Site
 from diffsteer.perturb.contexts import ContextNoise
 
@@ -40,6 +41,13 @@ class Perturbation:
     def replacements(self, network: Network) -> Mapping[str, Replacement]:
         """What runs in the place of the forward of the layers of these names."""
         raise NotImplementedError
+
+
+class Record(Perturbation):
+    """No perturbation: remembers what goes on inside one evaluation, which is otherwise the plain one, bit for bit.
+
+    Where the call keeps its graph, what is remembered has one as well.
+    """
 
 
 @contextmanager
@@ -92,7 +100,7 @@ def perturbed(
     with ExitStack() as stack:
         for name, replacement in replacements.items():
             reached = functools.partial(_reached, replacement, functools.partial(missed.discard, name))
-            stack.enter_context(_replaced(network.names[name], reached))
+            stack.enter_context(patched(network.names[name], "forward", reached))
         if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in net.modules()):
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # what is compiled knows no replacements
         yield {**keywords, **perturbation.conditioning(network)}
@@ -108,21 +116,6 @@ def _reached(replacement: Replacement, tell: Callable[[], None], native: Replace
     answer = replacement(native, *args, **more)
     tell()
     return answer
-
-
-@contextmanager
-def _replaced(module: nn.Module, replacement: Replacement) -> Iterator[None]:
-    """``module.forward`` becomes ``replacement(native, ...)``; an offload hook on the instance stays below it."""
-    before = module.__dict__.get("forward")
-    native = module.forward
-    module.__dict__["forward"] = functools.wraps(native)(functools.partial(replacement, native))
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
 
 
 def attention(sites: Sequence[Site], rule: Callable[[Site], Rule]) -> dict[str, Replacement]:
