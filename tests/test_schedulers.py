@@ -18,7 +18,9 @@ DEN = MIX.denoiser({"null": None, "neg": [0]})
 SCHEDULERS = {
     "ddpm": (d.DDPMScheduler(clip_sample=False), 0.0, 1.0),
     "ddpm fixed_large": (d.DDPMScheduler(clip_sample=False, variance_type="fixed_large"), 0.0, 1.0),
+    "ddpm parallel": (d.DDPMParallelScheduler(clip_sample=False), 0.0, 1.0),
     "ddim": (d.DDIMScheduler(clip_sample=False), 0.0, 0.0),
+    "ddim parallel": (d.DDIMParallelScheduler(clip_sample=False), 0.0, 0.0),
     "ddim eta 1": (d.DDIMScheduler(clip_sample=False), 1.0, 1.0),
     "ddim eta 0.5": (d.DDIMScheduler(clip_sample=False), 0.5, 0.25),
     "euler": (d.EulerDiscreteScheduler(), 0.0, 0.0),
@@ -159,6 +161,19 @@ def test_inner_points_are_marked() -> None:
         ds.sample(DEN, Watch(), scheduler=scheduler, num_samples=2, steps=5)
         assert marks.count(False) == inner
         assert marks[0]
+
+
+@pytest.mark.filterwarnings("ignore:Should have t:UserWarning:torchsde")  # of rounding
+def test_trees_of_noise_belong_to_their_samples() -> None:
+    """DPMSolverSDE takes no generator, and would draw one seed for all."""
+    pytest.importorskip("torchsde", reason="DPMSolverSDE needs torchsde")
+    keywords = {"scheduler": d.DPMSolverSDEScheduler(), "steps": 12}
+    many = ds.sample(DEN, num_samples=24, batch_size=24, seed=1, **keywords)
+    assert float(many.samples.norm(dim=1).median()) == pytest.approx(1.22, abs=0.1)
+    assert many.record["stochastic"] is None
+    few = ds.sample(DEN, num_samples=5, batch_size=3, seed=1, **keywords)
+    assert torch.allclose(few.samples, many.samples[:5], atol=1e-4)
+    assert (ds.sample(DEN, num_samples=5, seed=2, **keywords).samples - few.samples).abs().max() > 0.1
 
 
 def test_a_clipping_scheduler_is_announced() -> None:

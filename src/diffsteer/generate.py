@@ -213,10 +213,12 @@ def _draw_sheet(path: Path, pictures: Mapping[str, Sequence[Any]]) -> None:
         for part, (label, row) in zip(parts, pictures.items(), strict=True):
             part.suptitle(textwrap.fill(label.replace(",", ", "), int(width / 0.085)), fontsize=9)
             for i, axis in enumerate(part.subplots(lines, columns, squeeze=False).flat):
-                axis.axis("off")
-                if i < shown:
-                    axis.imshow(np.asarray(row[i]))
-                    axis.set_title(f"{i:03d}")
+                if i >= shown:
+                    axis.axis("off")
+                    continue
+                axis.imshow(np.asarray(row[i]))
+                axis.set(title=f"{i:03d}", xticks=[], yticks=[])
+                axis.spines[:].set(color="0.8", lw=0.5)  # a white picture on white paper
         figure.savefig(path, dpi=150, metadata={"Software": None})
 
 

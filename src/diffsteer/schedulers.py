@@ -17,7 +17,8 @@ from diffsteer.errors import ClippingWarning, ParameterError, UnsupportedError
 from diffsteer.paths import FlowPath, Level, Path, VEPath, VPPath, convert
 
 # The coordinates that a scheduler's samples live in, by class name (bases count).
-_ALPHAS = ("DDPM", "DDIM", "PNDM", "LCM", "TCD")  # x = alpha x0 + sigma eps, levels by timestep
+# x = alpha x0 + sigma eps, levels by timestep
+_ALPHAS = ("DDPM", "DDIM", "DDPMParallel", "DDIMParallel", "PNDM", "LCM", "TCD")
 _VP_SIGMAS = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver")
 _VE_SIGMAS = (
     "EulerDiscrete",
@@ -26,19 +27,23 @@ _VE_SIGMAS = (
     "LMSDiscrete",
     "KDPM2Discrete",
     "KDPM2AncestralDiscrete",
+    "DPMSolverSDE",
 )  # x = x0 + sigma eps, the network sees x / sqrt(1 + sigma**2)
 _EDM = ("EDMEuler", "EDMDPMSolverMultistep")  # x = x0 + sigma eps, with EDM's preconditioning inside step()
-_FLOW = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete")  # x = (1 - sigma) x0 + sigma eps
+_FLOW = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM")  # x = (1 - sigma) x0 + sigma eps
 
 _FIRST_ORDER = (
     "DDPM",
     "DDIM",
+    "DDPMParallel",
+    "DDIMParallel",
     "LCM",
     "TCD",
     "EulerDiscrete",
     "EulerAncestralDiscrete",
     "EDMEuler",
     "FlowMatchEulerDiscrete",
+    "FlowMatchLCM",
 )
 
 
@@ -135,6 +140,8 @@ class ScheduleReading:
         if self.name.startswith("KDPM2") and index % 2:  # half way of a step
             between = index if self.name == "KDPM2Discrete" else index - 1
             return self._from_sigma(float(self.scheduler.sigmas_interpol[between]))
+        if self.name == "DPMSolverSDE" and index % 2:
+            return self._from_sigma(float(self.scheduler.sigmas[index - 1 : index + 1].prod().sqrt()))
         return self._from_sigma(float(self.scheduler.sigmas[index]))
 
     def _last(self) -> Level:
@@ -151,7 +158,7 @@ class ScheduleReading:
             return 1.0
         if self.name in ("DPMSolverMultistep", "DPMSolverSinglestep", "EDMDPMSolverMultistep"):
             return 1.0 if str(config.algorithm_type).startswith("sde") else 0.0
-        if self.name in ("LCM", "TCD", "SASolver", "KDPM2AncestralDiscrete"):
+        if self.name in ("LCM", "FlowMatchLCM", "TCD", "SASolver", "KDPM2AncestralDiscrete", "DPMSolverSDE"):
             return None
         return None if config.get("stochastic_sampling", False) else 0.0
 
@@ -241,4 +248,6 @@ class SchedulerView(ScheduleReading):
         self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else None
         keywords: dict[str, Any] = {"generator": list(generators), "eta": self.eta}
         used = {k: v for k, v in keywords.items() if k in self._accepted}
+        if self.name == "DPMSolverSDE" and self.scheduler.noise_sampler is None:  # it draws from trees of its own
+            self.scheduler.noise_sampler_seed = [generator.initial_seed() for generator in generators]
         return self.scheduler.step(output, t, x, return_dict=False, **used)[0]

@@ -14,11 +14,45 @@ import torch
 import diffsteer as ds
 from diffsteer.adapters.contexts import mentioned
 from diffsteer.errors import DiffsteerError, UnsupportedError
+from diffsteer.methods.self_guidance import Edit
 
 FURTHER = {"independent": "a hat", "donor": "b", "image": "c", "text": "d"}  # contexts of single methods
 TEXTS = {"pos": "a red house", "null": "", "neg": "meat", "neg2": "fish", **FURTHER}
 STEPS = 4
-CHANGES = {"sld": {"warmup": 2}}
+
+
+def energy(x: torch.Tensor, *level: Any) -> torch.Tensor:
+    return (x - 0.3).square().flatten(1).sum(1) / 8
+
+
+def channels(x: torch.Tensor, *level: Any) -> torch.Tensor:
+    """The means of the four channels for logits, or an embedding."""
+    return x.flatten(2).mean(2)
+
+
+BLANK = torch.zeros(4, 8, 8)
+CHANGES: dict[str, dict[str, Any]] = {
+    "sld": {"warmup": 2},
+    **{
+        name: {"energy": energy}
+        for name in ("cg", "dps", "dreamguider", "freedom", "geoguide", "lgd", "mpgd", "tfg", "ugd")
+    },
+    "clip": {"encoder": channels, "text": torch.eye(4)[0], "mode": "score"},
+    "dda": {"image": BLANK},
+    "discriminator": {"discriminator": lambda x, level: x.flatten(1).mean(1)},
+    "fag": {"measurement": BLANK},
+    "guide": {"classifier": channels, "new": (0,)},
+    "minority": {"classifier": channels, "mode": "score"},
+    "motion": {"source": BLANK, "flow": torch.zeros(2, 8, 8), "estimator": lambda a, b: (b - a)[:, :2]},
+    "readout": {
+        "energy": lambda features, level: features["up_blocks.0"].flatten(1).mean(1),
+        "layers": ("up_blocks.0",),
+    },
+    "sdg": {"encoder": channels, "text": torch.eye(4)[0], "mode": "score"},
+    "self-guidance": {"edits": (Edit("centroid", (1, 2), 0.9), Edit("size", (1,), 0.2)), "scale": 20.0},
+    "sgg": {"segmenter": lambda x, level: x, "labels": torch.zeros(8, 8, dtype=torch.long), "mode": "score"},
+    "slcd": {"classifier": channels, "centres": (0.0, 0.3, 0.6, 0.9)},
+}
 
 
 @pytest.fixture(scope="module")

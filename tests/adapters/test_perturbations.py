@@ -17,6 +17,7 @@ from test_pipelines import PIXART, ROWS, SHORT, Row, error, run
 import diffsteer as ds
 from diffsteer.core import Guidance
 
+pytestmark = pytest.mark.filterwarnings("ignore:this denoiser was distilled")  # Flux
 W = 5.0
 
 

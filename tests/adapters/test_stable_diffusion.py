@@ -6,9 +6,12 @@ import pytest
 
 pytest.importorskip("transformers", reason="pipelines need transformers: pip install 'diffsteer[pipelines]'")
 
+import importlib.util
+
 import diffusers as d
 import tiny
 import torch
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
 import diffsteer as ds
 from diffsteer.engine import stream
@@ -54,7 +57,9 @@ def pipe(shared):
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}, {}),
     "ddim eta": ("DDIMScheduler", {}, {"eta": 0.7}),
+    "ddim parallel": ("DDIMParallelScheduler", {}, {}),
     "ddpm": ("DDPMScheduler", {}, {}),
+    "ddpm parallel": ("DDPMParallelScheduler", {}, {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, {}),
     "pndm, Runge-Kutta": ("PNDMScheduler", {}, {}),
     "lms": ("LMSDiscreteScheduler", {}, {}),
@@ -75,6 +80,8 @@ SCHEDULERS = {
     "tcd": ("TCDScheduler", {}, {}),
     "sa solver": ("SASolverScheduler", {}, {}),
 }
+if importlib.util.find_spec("torchsde"):
+    SCHEDULERS["dpm++ sde"] = ("DPMSolverSDEScheduler", {}, {})
 
 
 def with_scheduler(pipe, name: str, prediction_type: str = "epsilon"):
@@ -87,13 +94,23 @@ def with_scheduler(pipe, name: str, prediction_type: str = "epsilon"):
     return keywords
 
 
+@pytest.mark.filterwarnings("ignore:Should have t:UserWarning:torchsde")  # of rounding
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_cfg_equals_the_pipelines_own_under_every_scheduler(pipe, name: str, prediction_type: str) -> None:
     keywords = with_scheduler(pipe, name, prediction_type)
-    native = latents(pipe, guidance_scale=5.0, **keywords)
-    assert error(guided(pipe, **keywords), native) < 1e-5
-    assert torch.equal(latents(pipe, guidance_scale=5.0, **keywords), native)
+    outs = []
+    for run in (latents, guided, latents):
+        torch.manual_seed(0)  # DPMSolverSDE takes no generator
+        outs.append(run(pipe, **({} if run is guided else {"guidance_scale": 5.0}), **keywords))
+    assert error(outs[1], outs[0]) < 1e-5
+    assert torch.equal(outs[2], outs[0])
+
+
+def test_every_scheduler_that_diffusers_names_for_it_is_tested() -> None:
+    named = {member.name for member in KarrasDiffusionSchedulers}
+    untested = named - {kind for kind, _, _ in SCHEDULERS.values()}
+    assert untested <= ({"DPMSolverSDEScheduler"} if "dpm++ sde" not in SCHEDULERS else set())
 
 
 def test_the_parity_could_fail(pipe) -> None:
@@ -154,6 +171,12 @@ def test_embeddings_in_the_place_of_prompts(pipe) -> None:
     assert torch.equal(guided(pipe, method=method, negative_prompt_embeds=negative), expected)
     several = guided(pipe, method=BOTH, negative_prompt_embeds=[negative, positive])
     assert torch.equal(several, guided(pipe, method=BOTH, negative_prompt="ugly|a red house"))
+    given = {
+        "prompt_embeds": torch.cat([positive, negative]),
+        "negative_prompt_embeds": torch.cat([negative, positive]),
+    }
+    given["num_images_per_prompt"] = 2
+    assert error(guided(pipe, None, method, **given), latents(pipe, None, guidance_scale=5.0, **given)) < 1e-5
 
 
 def test_several_negatives_have_a_posterior_each(pipe) -> None:
@@ -313,17 +336,66 @@ def test_twin_networks(pipe) -> None:
     assert error(ours, latents(pipe, guidance_scale=1.0)) > 1e-2
 
 
-def test_another_base_for_the_negative(pipe) -> None:
-    """The three references of a negative with a positive prompt are three methods."""
-    dng = ds.DynamicNegativeGuidance(prior=0.3)
-    outs = [
-        guided(pipe, method=CFG + dng, negative_prompt="meat"),
-        guided(pipe, method=CFG + ds.Relative(dng), negative_prompt="meat"),
-        guided(pipe, method=CFG + ds.Relative(dng), negative_prompt="a red house, meat"),
-    ]
-    assert all(out.isfinite().all() for out in outs)
-    assert error(outs[0], outs[1]) > 1e-3
-    assert error(outs[1], outs[2]) > 1e-3
+DNG = ds.DynamicNegativeGuidance(scale=2.0, prior=0.3)
+REFERENCES = {  # of a negative beside a positive prompt: method, negative prompt, the context that it is compared with
+    "unconditional": (CFG + DNG, "meat", "null"),
+    "prompt": (CFG + ds.Relative(DNG), "meat", "pos"),
+    "jointly": (CFG + ds.Relative(DNG), "a red house and meat", "pos"),
+}
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_the_three_references_in_closed_form(pipe, reference: str) -> None:
+    """One step: the posterior is the prior, and the formula can be written down."""
+    method, negative, base = REFERENCES[reference]
+    noise = torch.randn(1, 4, 8, 8, generator=seeded(3))
+    with ds.attach(pipe, method) as handle:
+        out = latents(pipe, negative_prompt=negative, latents=noise, num_inference_steps=1)
+    texts = {"pos": "a red house", "null": "", "neg": negative}
+    with torch.no_grad():
+        eps = {
+            name: pipe.unet(noise, pipe.scheduler.timesteps[0], pipe.encode_prompt(text, "cpu", 1, False)[0]).sample
+            for name, text in texts.items()
+        }
+    odds = 2.0 * 0.3 / 0.7
+    guided = eps["null"] + 5.0 * (eps["pos"] - eps["null"]) - odds * (eps["neg"] - eps[base])
+    expected = pipe.scheduler.step(guided, pipe.scheduler.timesteps[0], noise).prev_sample
+    assert error(out, expected) < 1e-5
+    assert handle.last.trace["scale"].item() == pytest.approx(odds)
+
+
+@pytest.mark.parametrize(
+    "name", ["ddim", "ddpm"]
+)  # its estimator "auto": with a divergence, and with the noise's kernel
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_the_three_references_equal_sample(pipe, reference: str, name: str) -> None:
+    """Their posteriors too."""
+    method, negative, _ = REFERENCES[reference]
+    with_scheduler(pipe, name)
+    texts = {"pos": "a red house", "null": "", "neg": negative}
+    encoded = {k: {"encoder_hidden_states": pipe.encode_prompt(v, "cpu", 1, False)[0]} for k, v in texts.items()}
+    noise = torch.randn(2, 4, 8, 8, generator=seeded(3))
+    expected = ds.sample(
+        ds.denoiser(pipe.unet, contexts=encoded), method, scheduler=pipe.scheduler, num_samples=2, steps=4, seed=3,
+        x_T=noise,
+    )  # fmt: skip
+    noisy = [stream(3, i) for i in (0, 1)] if name == "ddpm" else seeded(3)
+    with ds.attach(pipe, method) as handle:
+        latents(pipe, negative_prompt=negative, latents=noise, num_images_per_prompt=2, generator=noisy)
+    assert torch.allclose(handle.last.trace["posterior"], expected.trace["posterior"], atol=2e-3)
+    assert error(handle.last.samples, expected.samples) < 1e-3
+    assert handle.last.nfe.tolist() == expected.nfe.tolist()
+
+
+def test_the_settings_for_stable_diffusion(pipe) -> None:
+    """The medians of the five prompts' in the paper's captions, as others have written them down."""
+    preset = ds.DynamicNegativeGuidance.preset("stable-diffusion")
+    assert (preset.scale, preset.prior, preset.temperature, preset.offset) == (21.0, 0.01, 0.2, 0.003)
+    assert preset.estimator == "auto"
+    assert "second-hand, and not verified" in " ".join((preset.preset.__doc__ or "").split())
+    with ds.attach(pipe, CFG + preset) as handle:
+        assert latents(pipe, negative_prompt="meat").isfinite().all()
+    assert handle.last.trace["posterior"][0] == pytest.approx(0.01)
 
 
 def test_refusals_say_what_to_do(pipe) -> None:
@@ -431,6 +503,30 @@ def test_a_lora_is_heard() -> None:
     assert error(guided(pipe, **scaled), latents(pipe, guidance_scale=5.0, **scaled)) < 1e-5
 
 
+def test_a_loaded_lora_is_heard(tmp_path) -> None:
+    """From a file, while attached too, and gone when it is unloaded."""
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    source = tiny.stable_diffusion()
+    torch.manual_seed(0)
+    source.unet.add_adapter(
+        peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    )
+    d.StableDiffusionPipeline.save_lora_weights(tmp_path, peft.get_peft_model_state_dict(source.unet))
+    expected = latents(source, guidance_scale=5.0)
+    pipe = tiny.stable_diffusion()
+    before = latents(pipe, guidance_scale=5.0)
+    with ds.attach(pipe, CFG):
+        assert error(latents(pipe), before) < 1e-5
+        pipe.load_lora_weights(tmp_path)
+        assert error(latents(pipe), expected) < 1e-5
+        pipe.fuse_lora()
+        assert error(latents(pipe), expected) < 1e-4
+        pipe.unfuse_lora()
+        pipe.unload_lora_weights()
+        assert error(latents(pipe), before) < 1e-4
+    assert error(expected, before) > 1e-3
+
+
 def test_a_distilled_denoiser_gets_a_warning_and_its_scale() -> None:
     pipe = tiny.stable_diffusion(unet=tiny.unet(time_cond_proj_dim=8))
     with pytest.warns(ds.errors.UnverifiedWarning, match="distilled"):
@@ -441,6 +537,7 @@ def test_a_distilled_denoiser_gets_a_warning_and_its_scale() -> None:
     assert error(ours, latents(pipe, guidance_scale=2.0)) > 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:Should have t:UserWarning:torchsde")
 @pytest.mark.parametrize("kind", [d.StableDiffusionPipeline, d.StableDiffusionImg2ImgPipeline])
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if not name.startswith("edm")])
 def test_the_level_is_that_of_the_networks_timestep(shared, kind: type, name: str) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from diffsteer.adapters.contexts import pop_negatives, widen
-from diffsteer.adapters.run import GuidedRun, check_needs
+from diffsteer.adapters.run import GuidedRun
 from diffsteer.adapters.specs import Spec, spec_of
+from diffsteer.adapters.steps import check_needs
 from diffsteer.core import Guidance
 from diffsteer.engine import every_kth
 from diffsteer.errors import ParameterError, StateError, UnsupportedError, UnverifiedWarning
@@ -112,10 +113,11 @@ class Attached:
         self.spec = spec_of(pipe)
         if isinstance(self.spec.null, str) and not hasattr(pipe, "encode_prompt"):
             raise UnsupportedError(f"{type(pipe).__name__} has no encode_prompt() to encode other contexts with")
-        if any(_setting(pipe, self.spec, name) for name in ("guidance_embeds", "time_cond_proj_dim")):
+        if self.spec.distilled or any(_setting(pipe, self.spec, n) for n in ("guidance_embeds", "time_cond_proj_dim")):
             warnings.warn(
-                "this denoiser was distilled from guided predictions: whether its answer to an empty prompt serves as "
-                "an unconditional one is not verified; compare pictures with and without, and try small scales",
+                "this denoiser was distilled from guided predictions (as all FLUX.1 but de-distilled ones): whether "
+                "its answer to an empty prompt serves as an unconditional one is not verified; compare pictures with "
+                "and without, and try small scales",
                 UnverifiedWarning,
                 stacklevel=3,
             )
@@ -174,7 +176,8 @@ def _switch_off(spec: Spec, cls: type, native: Callable[..., Any], arguments: di
     """The pipeline's own guidance, unless its denoiser wants the scale as an input."""
     parameters = inspect.signature(native).parameters
     unguided = {name: p.default for name, p in parameters.items()}
-    off = {} if _setting(pipe, spec, "time_cond_proj_dim") else dict(spec.off)  # there the scale is an input
+    scaled = _setting(pipe, spec, "time_cond_proj_dim")  # there the scale is an input
+    off = {} if scaled else {name: value for name, value in spec.off.items() if name in parameters}
     for name in (*off, *spec.refused):
         given = arguments.get(name, unguided.get(name))
         if given not in (unguided.get(name), off.get(name, unguided.get(name))):

@@ -10,30 +10,27 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from diffusers.modular_pipelines.modular_pipeline import BlockState, PipelineState
 from torch import Tensor, nn
 
 from diffsteer.adapters.contexts import Bundle, like_prompt, pop_negatives, widen
-from diffsteer.adapters.network import Invocation, PipelineNet, first, unpack
-from diffsteer.adapters.run import check_needs, entry, patched, run_record, streams, wide
+from diffsteer.adapters.network import Invocation, PipelineNet, first, on_grid
 from diffsteer.adapters.specs import VERIFIED, Spec
-from diffsteer.core import Guidance, Info, Sum
-from diffsteer.engine import Engine, every_kth, stack_trace
+from diffsteer.adapters.steps import GuidedSteps, check_needs, entry, wide
+from diffsteer.core import Guidance, Sum
+from diffsteer.engine import every_kth
 from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.methods import entry as method_entry
 from diffsteer.methods import list_methods, parse_method
-from diffsteer.paths import Level
+from diffsteer.patching import patched
 from diffsteer.sampling import Result
-from diffsteer.schedulers import ScheduleReading
 
 # By the denoiser's class: what the row of a classic pipeline says of its network.
 _SPECS = {
@@ -103,7 +100,8 @@ class MethodGuider(BaseGuidance):
     def __init__(self, method: str | None = None, contexts: dict[str, str] | None = None, trace: str = "full") -> None:
         super().__init__()
         self.method: Guidance | None = None if method is None else parse_method(method)
-        self.contexts, self.every = dict(contexts or {}), every_kth(trace)
+        self.contexts = dict(contexts or {})
+        every_kth(trace)  # or an error that says how it is written
         self.models: dict[str, nn.Module] = {}
         if "pos" in self.contexts:
             raise ParameterError('"pos" is the prompt of the call; contexts= is for others')
@@ -202,7 +200,7 @@ class MethodGuider(BaseGuidance):
         cond = pred = data[0].noise_pred
         if self._enabled:
             assert self.run is not None
-            pred = self.run.guide(self._calls, self._first, _spec(self._denoiser), self._timestep)
+            pred = self.run.answer(self._calls, self._first, _spec(self._denoiser), self._timestep)
         return GuiderOutput(pred=pred, pred_cond=cond, pred_uncond=None)
 
     @property
@@ -214,14 +212,18 @@ class MethodGuider(BaseGuidance):
         return 2 if self._enabled else 1  # above 1 the blocks encode negative prompts
 
 
-class _Run:
+class _Run(GuidedSteps):
     """One run of a modular pipeline under a guider's method."""
 
     def __init__(self, guider: MethodGuider, components: Any, state: PipelineState) -> None:
         assert guider.method is not None
         check_needs(guider.method)
-        self.components, self.state, self.models, self.every = components, state, guider.models, guider.every
-        self.eta, self.generator = float(state.get("eta") or 0.0), state.get("generator")
+        self.components, self.state = components, state
+        if components.config.get("is_distilled", False):
+            raise UnsupportedError(
+                "this pipeline says that its denoiser was distilled (is_distilled=True), and prepares no other branch "
+                "than the prompt's; use a base model, or update_components(is_distilled=False) if it is one"
+            )
         self.encoder = components.blocks.sub_blocks.get("text_encoder")
         if self.encoder is None:
             raise UnsupportedError(
@@ -230,14 +232,12 @@ class _Run:
             )
         prompts = {p.name: state.get(p.name) for p in self.encoder.inputs if "prompt" in p.name}
         negatives = pop_negatives(prompts)
-        self.method = widen(guider.method, list(negatives), set(guider.contexts))
+        method = widen(guider.method, list(negatives), set(guider.contexts))
+        eta = float(state.get("eta") or 0.0)
+        super().__init__(method, guider.models, state.get("generator"), eta, guider.config.trace)
         others = {context: {"negative_prompt": text} for context, text in guider.contexts.items()}
         self.wanted: dict[str, dict[str, Any]] = {"null": {}, **negatives, **others}
         self.encoded: dict[str, dict[str, Any]] = {}
-        self.engine: Engine | None = None
-        self.kept: list[Info] = []
-        self.levels: list[Level] = []
-        self.index = 0
 
     def batches(self, pairs: dict[str, tuple[Any, Any]], names: dict[str, str]) -> dict[str, dict[str, Any]]:
         """A guider's inputs for every context, the prompt's first.
@@ -277,48 +277,27 @@ class _Run:
             return self._encode({"negative_prompt": ""})
         return dict(state.values)
 
-    def guide(self, calls: Mapping[str, Invocation], answer: Any, spec: Spec, timestep: Any) -> Tensor:
+    def answer(self, calls: Mapping[str, Invocation], answer: Any, spec: Spec, timestep: Any) -> Tensor:
         """The guided prediction of one step, as the network would have answered."""
         call = calls["pos"]
-        if self.engine is None:
-            self.reading = ScheduleReading(self.components.scheduler, self.eta)
-            self.reading.require(self.method.needs)
-            self.levels = self.reading.levels[self.reading.position(0, timestep) :]
-        offset = len(self.reading.levels) - len(self.levels)
-        level = self.reading.levels[self.reading.position(offset + self.index, timestep)]
-        self.levels[self.index] = level
+        level = self.locate(self.components.scheduler, timestep)
         scale = self.reading.input_scale(level)
         shown = call.x if spec.grid else call.x[:, : first(answer).shape[1]]
         x = wide(shown) / scale
         if spec.grid:
-            grid = spec.grid(call.arguments)
-            if math.prod(grid) != x.shape[1]:
-                raise UnsupportedError(
-                    "blocks that show the network reference images beside the latents are not supported; use one of "
-                    "diffusers' guiders"
-                )
-            x = unpack(x, grid)
+            x = on_grid(x, spec.grid(call.arguments))
         others = {context: _difference(call, other) for context, other in calls.items()}
-        networks = {"main": call} | {name: call.of_twin(twin) for name, twin in self.models.items()}
         nets = {
             name: PipelineNet(
                 own, None, others, x, lambda x: x * scale, self.reading, level, spec, answer if own is call else None
             )
-            for name, own in networks.items()
+            for name, own in call.by_name(self.models).items()
         }
-        if self.engine is None:
-            self.engine = Engine(nets, self.method, torch.arange(len(x)), streams(self.generator, len(x)))
-            kept = self.engine.start(x, self.levels, self.reading.stochastic)
-        else:
-            kept = self.engine.after(x)  # of the step before, which ended here
-        if kept is not x:
+        if self.engine is not None and self.engine.after(x) is not x:  # the step before ended here
             raise UnsupportedError(
                 "this method edits samples, which a guider cannot do; use diffsteer.attach(), or diffsteer.sample()"
             )
-        self.engine.nets = nets
-        prediction, info = self.engine.guide(x, self.index, self.reading.on_trajectory(self.index))
-        if self.every and self.index % self.every == 0:
-            self.kept.append({name: value.detach().float().cpu() for name, value in info.items()})
+        prediction = self.guide(nets, x)
         self.index, self.x = self.index + 1, x
         return first(nets["main"].answer(prediction))
 
@@ -326,11 +305,8 @@ class _Run:
         """With the points that were evaluated last in ``samples``: nobody tells a guider of the last step."""
         if self.engine is None:
             return None
-        record = {
-            "pipeline": type(self.components).__name__,
-            **run_record(self.method, self.reading, self.levels, self.index, ["pos", *self.wanted]),
-        }
-        return Result(self.x.cpu(), stack_trace(self.kept, len(self.engine.nfe)), self.engine.nfe, record)
+        record = {"pipeline": type(self.components).__name__, **self.record(self.index, ["pos", *self.wanted])}
+        return self.outcome(self.x, record)
 
 
 def _surroundings() -> tuple[Any, PipelineState]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,9 +50,10 @@ class Invocation:
                 bound.update(bound.pop(parameter.name, {}))
         return cls(module, forward, bound, names[1], shared)
 
-    def of_twin(self, twin: nn.Module) -> Invocation:
-        """The same call of another network."""
-        return self if twin is self.module else replace(self, module=twin, forward=twin)
+    def by_name(self, twins: Mapping[str, nn.Module]) -> dict[str, Invocation]:
+        """This call as "main", and the same call of each twin network."""
+        others = {n: self if t is self.module else replace(self, module=t, forward=t) for n, t in twins.items()}
+        return {"main": self, **others}
 
     @property
     def x(self) -> Tensor:
@@ -140,6 +142,11 @@ class PipelineNet:
                 self.last = self.call.repeat(bundle | changed, inside, rows, **more)
         output = first(self.last)
         output = unpack(output, self.x.shape[2:]) if self.packed else output[:, : x.shape[1]]  # no learned variance
+        if output.shape[1] < x.shape[1]:
+            raise UnsupportedError(
+                f"the denoiser is shown {x.shape[1]} channels and predicts {output.shape[1]}: what this pipeline "
+                "appends to its latents is not known; use its own guidance"
+            )
         return self.reading.from_output(self.sign * output.to(x.dtype), x, level)
 
     def _arguments(self, context: str) -> dict[str, Any]:
@@ -228,6 +235,16 @@ def _zeros(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _zeros(part) for name, part in value.items()}
     return torch.zeros_like(value) if isinstance(value, Tensor) else [_zeros(part) for part in value]
+
+
+def on_grid(tokens: Tensor, grid: Sequence[int]) -> Tensor:
+    """:func:`unpack` for what a pipeline steps or shows its network; refuses what is not one token per place."""
+    if tokens.ndim != 3 or tokens.shape[1] != math.prod(grid):
+        raise UnsupportedError(
+            "pipelines that show the network reference images beside the latents, or step a part of what it is shown, "
+            "are not supported; use the pipeline's own guidance, or one of diffusers' guiders"
+        )
+    return unpack(tokens, grid)
 
 
 def unpack(tokens: Tensor, grid: Sequence[int]) -> Tensor:

@@ -41,6 +41,8 @@ class Spec:
     renormalised : str
         When the pipeline gives its guided prediction the norm of the conditional one: "" never, "always", or the
         argument of ``__call__`` that says so.
+    distilled : bool
+        Whether the family is released distilled only, with the guidance inside.
     """
 
     conditioning: Mapping[str, tuple[int, int | None]]
@@ -53,6 +55,7 @@ class Spec:
     sign: int = 1
     time: tuple[float, float] = (0.0, 1.0)
     renormalised: str = ""
+    distilled: bool = False
 
 
 _SD = Spec({"encoder_hidden_states": (0, 1)}, ("unet",), refused=("guidance_rescale",))
@@ -73,6 +76,7 @@ _FLUX = Spec(
     shared=("txt_ids", "img_ids"),
     grid=lambda arguments: [int(n) + 1 for n in arguments["img_ids"][-1, 1:]],
     time=(0.0, 1e-3),
+    distilled=True,
 )
 _QWEN = Spec(
     {"encoder_hidden_states": (0, None), "encoder_hidden_states_mask": (1, None)},
@@ -138,24 +142,51 @@ UNVERIFIED: Mapping[str, Spec] = {
 }
 
 
+# Of pipeline classes that are not listed, what can be said by their denoiser's class.
+FAMILIES: Mapping[str, Spec] = {
+    "UNet2DConditionModel": _SD,
+    "SD3Transformer2DModel": _SD3,
+    "FluxTransformer2DModel": _FLUX,
+    "PixArtTransformer2DModel": _MASKED,
+    "AuraFlowTransformer2DModel": _AURA,
+    "WanTransformer3DModel": _WAN,
+    "QwenImageTransformer2DModel": _QWEN,
+    "Lumina2Transformer2DModel": _LUMINA2,
+    "LTXVideoTransformer3DModel": _LTX,
+}
+
+
 def spec_of(pipe: Any) -> Spec:
-    """The row of a pipeline's class, or of the verified class that it derives from."""
+    """The row of a pipeline's class; else of the class that it derives from, or of its denoiser, with a warning."""
     name = type(pipe).__name__
     if name in VERIFIED:
         return VERIFIED[name]
     known = {**UNVERIFIED, **VERIFIED}
     base = next((c.__name__ for c in type(pipe).__mro__ if c.__name__ in known), None)
-    if base is None:
+    denoiser, family = _family(pipe)
+    if base is not None:
+        spec, relation = known[base], "by reading its code only" if base == name else f"only as a {base}"
+    elif family is not None and hasattr(pipe, "encode_prompt") and getattr(pipe, "controlnet", None) is None:
+        spec, relation = family, f"only by its {denoiser}"
+    else:
         raise UnsupportedError(
             f"{name} is not among the pipelines that diffsteer can guide: {', '.join(known)}; use one of them, or "
             "diffsteer.sample() with diffsteer.denoiser(network)"
         )
-    relation = "by reading its code only" if base == name else f"only as a {base}"
     warnings.warn(
         f"{name} is known {relation}: that its own guidance is off, and that its prompt reaches the denoiser "
-        f"through {', '.join(known[base].conditioning)} alone, is not verified; compare "
+        f"through {', '.join(spec.conditioning)} alone, is not verified; compare "
         "ClassifierFreeGuidance(scale) attached with the pipeline's own guidance_scale once",
         UnverifiedWarning,
         stacklevel=4,
     )
-    return known[base]
+    return spec
+
+
+def _family(pipe: Any) -> tuple[str, Spec | None]:
+    """The class of a pipeline's denoiser, and what is known of those."""
+    net = next((net for net in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None)) if net), None)
+    name = type(getattr(net, "_orig_mod", net)).__name__
+    if name == "UNet2DConditionModel" and net.config.get("addition_embed_type") == "text_time":
+        return name, _SDXL
+    return name, FAMILIES.get(name)

@@ -1,0 +1,116 @@
+"""The engine along a pipeline's schedule: what classic and modular pipelines have in common."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffsteer.adapters.network import PipelineNet
+from diffsteer.core import Guidance, Info
+from diffsteer.engine import Engine, describe, every_kth, plain, stack_trace, stream
+from diffsteer.errors import UnsupportedError
+from diffsteer.paths import Level
+from diffsteer.sampling import Result
+from diffsteer.schedulers import ScheduleReading
+
+
+class GuidedSteps:
+    """One run of a pipeline under a method, step by step.
+
+    Parameters
+    ----------
+    method : Guidance
+    models : mapping of str to nn.Module
+        Twin networks.
+    generator : torch.Generator, list of them, or None
+        The pipeline's.
+    eta : float
+    trace : str
+        As in :func:`diffsteer.sample`.
+    """
+
+    reading: ScheduleReading  # from the first step on
+
+    def __init__(
+        self, method: Guidance, models: Mapping[str, nn.Module], generator: Any, eta: float, trace: str
+    ) -> None:
+        self.method, self.models, self.generator, self.eta = method, models, generator, eta
+        self.every = every_kth(trace)
+        self.engine: Engine | None = None
+        self.levels: list[Level] = []  # from the first step on
+        self.index = 0  # of the evaluation
+        self.kept: list[Info] = []
+
+    def locate(self, scheduler: Any, timestep: Any) -> Level:
+        """The level of this step; ``timestep`` is what the scheduler has said of it, or None."""
+        if self.index == 0:
+            self.reading = ScheduleReading(scheduler, self.eta)
+            self.reading.require(self.method.needs)
+            self.levels = self.reading.levels[self.reading.position(0, timestep) :]
+        offset = len(self.reading.levels) - len(self.levels)
+        level = self.reading.levels[self.reading.position(offset + self.index, timestep)]
+        self.levels[self.index] = level  # the same but for PNDM's repeated point after a late start
+        return level
+
+    def guide(self, nets: Mapping[str, PipelineNet], x: Tensor) -> Tensor:
+        """The method's prediction at ``x``, (B, ...)."""
+        if self.engine is None:
+            self.engine = Engine(nets, self.method, torch.arange(len(x)), _streams(self.generator, len(x)))
+            if self.engine.start(x, self.levels, self.reading.stochastic) is not x:
+                raise UnsupportedError("this method starts elsewhere than the pipeline; run it with diffsteer.sample()")
+        self.engine.nets = nets
+        prediction, info = self.engine.guide(x, self.index, self.reading.on_trajectory(self.index))
+        if self.every and self.index % self.every == 0:
+            self.kept.append({name: value.detach().float().cpu() for name, value in info.items()})
+        return prediction
+
+    def record(self, steps: int, contexts: list[str]) -> dict[str, Any]:
+        """What ran, as plain data."""
+        scheduler = self.reading.scheduler
+        return {
+            "method": describe(self.method),
+            "scheduler": {"name": type(scheduler).__name__, "config": plain(dict(scheduler.config))},
+            "steps": steps, "eta": self.eta, "stochastic": self.reading.stochastic, "contexts": contexts,
+            "log_snr": [round(level.log_snr, 6) for level in self.levels],
+            "versions": {p: importlib.metadata.version(p) for p in ("diffsteer", "torch", "diffusers")},
+        }  # fmt: skip
+
+    def outcome(self, x: Tensor, record: dict[str, Any]) -> Result:
+        """What the run has come to, at ``x``, (B, ...)."""
+        assert self.engine is not None
+        nfe = self.engine.nfe
+        return Result(x.detach().cpu(), stack_trace(self.kept, len(nfe)), nfe, record)
+
+
+def _streams(generator: Any, batch: int) -> list[torch.Generator]:
+    """A method's own randomness, one stream per image: it follows the pipeline's generators without drawing."""
+    if isinstance(generator, (list, tuple)):
+        return [stream(g.initial_seed(), 0, 1) for g in generator]
+    seed = torch.initial_seed() if generator is None else generator.initial_seed()
+    return [stream(seed, i, 1) for i in range(batch)]
+
+
+def wide(x: Tensor) -> Tensor:
+    """In single precision at least: posteriors are sums of small differences."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_needs(method: Guidance) -> None:
+    """Refuse what no pipeline can give."""
+    unmet = sorted(set(method.needs) - {"neg", "grad", "first_order", "perturb"})
+    if unmet:
+        raise UnsupportedError(f"a pipeline cannot give what this method needs: {', '.join(unmet)}; use sample()")
+
+
+def entry(module: nn.Module) -> str:
+    """What calling a module calls: ``forward``, unless it was compiled in place."""
+    if getattr(module, "is_cache_enabled", False):
+        raise UnsupportedError(
+            f"{type(module).__name__} has a cache enabled, which would answer one branch with another's features; call "
+            "its disable_cache() first"
+        )
+    return "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
