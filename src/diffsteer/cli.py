@@ -152,7 +152,7 @@ def prompts(
     samples
         Pictures per pair, method and scale.
     method
-        Only these: np, replace, sld, dng, dng-baseline.
+        Only these: np, replace, sld, dng, dng-baseline-0.5, dng-baseline-1.
     sampler
         Only these, as name:steps: ddpm:250, euler-a:30, ddim:50, dpm++:25.
     guidance_scale

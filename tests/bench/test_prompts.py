@@ -209,7 +209,8 @@ def test_dng_is_calibrated_where_the_share_is_known(bench: Bench, pipe) -> None:
 def test_methods_have_their_own_names_and_wrong_ones_are_refused() -> None:
     made = {name: method_for(name, 2.0, guidance_scale=1.5, dng=DNG, steps=25) for name in NAMES}
     assert made["sld"].warmup == 5
-    assert made["dng"].methods[1] == replace(DNG, scale=2.0)
+    for name, baseline in {"dng": 0.0, "dng-baseline-0.5": 0.5, "dng-baseline-1": 1.0}.items():
+        assert made[name].methods[1] == replace(DNG, scale=2.0, baseline=baseline)
     with pytest.raises(UnknownNameError, match="magic"):
         method_for("magic", 1.0, guidance_scale=1.5, dng=DNG, steps=25)
     with pytest.raises(UnknownNameError, match="magic"):

@@ -58,14 +58,16 @@ NAMES = {
     "replace": "Negative prompting, in place of the empty prompt",
     "sld": "Safe latent diffusion",
     "dng": "DNG",
-    "dng-baseline": "DNG, baseline 1",
+    "dng-baseline-0.5": "DNG, baseline 0.5",
+    "dng-baseline-1": "DNG, baseline 1",
 }
 SCALES: Mapping[str, tuple[float, ...]] = {
     "np": (0.25, 0.5, 1.0, 2.0),
     "replace": (1.25, 1.5, 2.0, 3.0),  # the guidance scale, which is its only one
     "sld": (0.5, 2.0, 10.0, 1000.0),
     "dng": (1.0, 2.0, 3.0, 5.0),
-    "dng-baseline": (5.0, 10.0, 20.0, 40.0),
+    "dng-baseline-0.5": (2.5, 5.0, 10.0, 20.0),
+    "dng-baseline-1": (5.0, 10.0, 20.0, 40.0),
 }
 
 
@@ -184,8 +186,8 @@ def method_for(name: str, scale: float, *, guidance_scale: float, dng: DynamicNe
         A key of ``NAMES``.
     scale : float
         What is swept: lambda of negative prompting, the guidance scale where the negative replaces the empty prompt,
-        s_S of safe latent diffusion (its "medium" configuration otherwise), lambda_0 of DNG, which exists with and
-        without a push before there is evidence.
+        s_S of safe latent diffusion (its "medium" configuration otherwise), lambda_0 of DNG, with the baseline
+        that its name says.
     guidance_scale : float
     dng : DynamicNegativeGuidance
         At any scale.
@@ -202,8 +204,8 @@ def method_for(name: str, scale: float, *, guidance_scale: float, dng: DynamicNe
     if name == "sld":
         medium = SafeLatentDiffusion.preset("medium", scale=guidance_scale)
         return replace(medium, safety_scale=scale, warmup=round(medium.warmup * steps / 50))
-    if name in ("dng", "dng-baseline"):
-        return cfg + replace(dng, scale=scale, baseline=float(name == "dng-baseline"))
+    if name == "dng" or name.startswith("dng-baseline-"):
+        return cfg + replace(dng, scale=scale, baseline=float(name.removeprefix("dng").rpartition("-")[2] or 0))
     raise UnknownNameError("method", name, NAMES)
 
 
