@@ -1,6 +1,6 @@
 """What DNG's ``baseline`` does where everything is exact: eight modes on a ring, one of them unwanted.
 
-    python benchmarks/baseline.py
+python benchmarks/baseline.py
 """
 
 from __future__ import annotations

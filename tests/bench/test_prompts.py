@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("transformers", reason='needs pip install "diffsteer[pipelines]"')
 
 import torch
+from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from diffsteer.bench.judges import ClipJudge, ReaderJudge, Verdict
@@ -232,6 +233,7 @@ def test_any_pipeline_with_clip_instead_of_a_reader(clip: str, tmp_path: Path) -
     record = json.loads((tmp_path / "out/results.json").read_text())
     assert len(record["lines"]) == len(lines) == 2 * 4 + 2 * 3
     page = (tmp_path / "out/report.html").read_text()
+    assert Image.open(tmp_path / "out/pictures.png").width > 500
     assert "a &lt;i&gt;, without blue" in page
     assert "<i>" not in page
     assert page.count("data:image/png") == 2 * 3

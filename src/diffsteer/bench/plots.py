@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -80,3 +81,19 @@ def draw_fronts(out: Path, entries: Sequence[Entry]) -> None:
             handles, labels = axes[0, 0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
             figure.savefig(out / f"fronts-{kind}.png", dpi=150, metadata={"Software": None})
+
+
+def draw_rows(path: Path, groups: Sequence[tuple[str, Sequence[tuple[str, Any]]]]) -> None:
+    """Sheets of pictures, one under the other with their labels, in groups with a title each."""
+    lines = sum(len(rows) for _, rows in groups)
+    with mpl.rc_context({"font.size": 8}):
+        figure = Figure(figsize=(8.5, 0.62 * lines + 0.4 * len(groups)), layout="constrained")
+        parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=[len(rows) for _, rows in groups])[:, 0]
+        for part, (title, rows) in zip(parts, groups, strict=True):
+            part.suptitle(title, fontsize=9)
+            for axis, (label, sheet) in zip(part.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+                axis.imshow(np.asarray(sheet))
+                axis.set_ylabel(textwrap.fill(label, 30), rotation=0, ha="right", va="center")
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(False)
+        figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})

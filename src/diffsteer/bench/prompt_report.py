@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffsteer.bench.metrics import Interval
+from diffsteer.bench.plots import draw_rows
 from diffsteer.bench.prompt_runs import NAMES, Bench, Line, Pair, sampler_name
 from diffsteer.bench.report import template, write_text
 from diffsteer.engine import plain
@@ -28,21 +29,26 @@ _TITLES = {
 
 
 def write(out: Path, bench: Bench, lines: Sequence[Line]) -> None:
-    """results.json, summary.md and report.html; complete or not at all."""
+    """results.json, summary.md, report.html and pictures.png; each complete or not at all."""
     record = {"model": bench.fingerprint, "plan": plain(vars(bench.plan)), "lines": [asdict(x) for x in lines]}
     write_text(out / "results.json", json.dumps(record, indent=1) + "\n")
     write_text(out / "summary.md", summary(lines, bench.judge.decides))
+    pairs = [(f"{p.prompt}, without {p.negative}", _rows(bench, p, lines)) for p in bench.plan.grid if p.reported]
     page = template("prompts.html.j2").render(
         tables=[
             (f"{sampler}: {_TITLES[pairs]}", *table(rows, bench.judge.decides))
             for sampler, pairs, rows in _split(lines)
         ],
-        rows=[(f"{p.prompt}, without {p.negative}", _rows(bench, p, lines)) for p in bench.plan.grid if p.reported],
+        rows=[(title, [(label, _address(sheet)) for label, sheet in rows]) for title, rows in pairs],
         sampler=bench.plan.samplers[0],
         record=json.dumps({k: v for k, v in record.items() if k != "lines"}, indent=1),
         decides=bench.judge.decides,
     )
     write_text(out / "report.html", page)
+    related = [p.related for p in bench.plan.grid if p.reported]
+    first = [pairs[related.index(kind)] for kind in (True, False) if kind in related]  # one of either kind
+    if all(rows for _, rows in first):
+        draw_rows(out / "pictures.png", first)
 
 
 def summary(lines: Sequence[Line], decides: bool) -> str:
@@ -94,8 +100,8 @@ def _number(value: float | None, interval: Interval | None, places: int, unit: s
     return f"{value:.{places}f}{unit} ({low:.{places}f} to {high:.{places}f})"
 
 
-def _rows(bench: Bench, pair: Pair, lines: Sequence[Line]) -> list[tuple[str, str]]:
-    """Pictures of one pair under the first sampler, a row per method, as PNG data addresses."""
+def _rows(bench: Bench, pair: Pair, lines: Sequence[Line]) -> list[tuple[str, Image.Image]]:
+    """Pictures of one pair under the first sampler, a row per method."""
     sampler = bench.plan.samplers[0]
     pairs = "related" if pair.related else "unrelated"
     shown = [x for x in lines if (x.sampler, x.pairs) == (sampler_name(sampler), pairs) and x.method != "rejection"]
@@ -103,12 +109,12 @@ def _rows(bench: Bench, pair: Pair, lines: Sequence[Line]) -> list[tuple[str, st
     for x in shown:
         run, verdict = bench.run(pair, sampler, x.method, x.scale), bench.verdict(pair, sampler, x.method, x.scale)
         bad = verdict.forbidden > 0 if bench.judge.decides else np.zeros(len(run.pictures), dtype=bool)
-        label = f"{NAMES[x.method]} {x.scale:g}" if x.scale else NAMES[x.method]
-        rows.append((label, _strip(run.pictures[:SHOWN], bad, verdict.undecided)))
+        label = f"{NAMES[x.method]}, scale {x.scale:g}" if x.scale else NAMES[x.method]
+        rows.append((label, _sheet(run.pictures[:SHOWN], bad, verdict.undecided)))
     return rows
 
 
-def _strip(pictures: NDArray[np.uint8], forbidden: NDArray[Any], undecided: NDArray[Any]) -> str:
+def _sheet(pictures: NDArray[np.uint8], forbidden: NDArray[Any], undecided: NDArray[Any]) -> Image.Image:
     """Pictures side by side; forbidden ones framed in red, those that cannot be read in grey."""
     gap = 4
     n, height, width, _ = pictures.shape
@@ -121,6 +127,11 @@ def _strip(pictures: NDArray[np.uint8], forbidden: NDArray[Any], undecided: NDAr
     image = Image.fromarray(sheet, "RGBA")
     if width > 128:
         image = image.resize((image.width * 128 // width, image.height * 128 // width))
+    return image
+
+
+def _address(image: Image.Image) -> str:
+    """As a PNG data address."""
     out = io.BytesIO()
     image.save(out, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
