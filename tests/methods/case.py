@@ -101,8 +101,10 @@ def compare(played: Sequence[Played], expected: Sequence[Row], rtol: float = 1e-
             error = np.abs(point.x_next.numpy() - row["x_next"]).max() / max(np.abs(row["x_next"]).max(), 1.0)
             assert error <= rtol, f"x_next at point {i} is off by {error:.1e} > {rtol:.0e}"
         for name in row.keys() - {"prediction", "x_next"}:
-            error = np.abs(point.info[name].numpy() / row[name] - 1).max()
-            assert error <= rtol, f"{name} at point {i} is off by {error:.1e} > {rtol:.0e}"
+            found, message = point.info[name].numpy(), f"{name} at point {i}"
+            np.testing.assert_allclose(
+                found, np.broadcast_to(row[name], found.shape), rtol, equal_nan=False, err_msg=message
+            )
 
 
 def branch(scene: Script, context: str, i: int, shift: np.ndarray | float = 0.0) -> np.ndarray:
