@@ -6,7 +6,6 @@ import inspect
 import json
 import math
 import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.console import Console
 
 from diffsteer import zoo
 from diffsteer.adapters import attach, calibrate_pipeline
+from diffsteer.adapters.contexts import numbered, separate
 from diffsteer.core import Guidance, Sum
 from diffsteer.engine import stream
 from diffsteer.errors import ParameterError, UnsupportedError, WeightsError
@@ -80,7 +80,7 @@ def generate(
     """
     if num < 1 or batch_size < 1:
         raise ParameterError("num and batch_size must be at least 1")
-    negatives = [part.strip() for part in negative.split("|") if part.strip()]
+    negatives = separate(negative)
     drawn = zoo.draws_shapes(pipeline)
     method = method or (_of_shapes(negatives) if drawn else "cfg:7.5+dng:1,prior=0.01")
     guidance = parse_method(method)
@@ -148,11 +148,11 @@ def _calibrated(
     """The method with its DNG calibrated for the negatives, from other noise than the pictures'."""
     if not negatives or not _tracks(method):
         raise ParameterError("calibration wants DNG in the method and a negative; give both, or leave calibrate out")
-    contexts = tuple(f"neg{i + 1 if i else ''}" for i in range(len(negatives)))
     terms = [
         calibrate_pipeline(
-            pipe, replace(term, contexts=contexts), negative_prompt="|".join(negatives), num_inference_steps=steps,
-            num_rollouts=rollouts, batch_size=min(rollouts, 32), seed=seed + 1, progress=True,
+            pipe, replace(term, contexts=numbered(len(negatives))), negative_prompt="|".join(negatives),
+            num_inference_steps=steps, num_rollouts=rollouts, batch_size=min(rollouts, 32), seed=seed + 1,
+            progress=True,
         )
         if isinstance(term, DynamicNegativeGuidance)
         else term
@@ -169,16 +169,11 @@ def load_pipeline(pipeline: str, device: str, dtype: str) -> Any:
     WeightsError
         diffusers cannot load it.
     """
-    from diffusers import DiffusionPipeline
-
     kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in kinds:
         raise ParameterError(f"dtype must be one of {list(kinds)}, got {dtype!r}")
     try:
-        where = zoo.pipeline_folder(pipeline)
-        with warnings.catch_warnings():  # older versions of diffusers know no other name for it
-            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-            loaded = DiffusionPipeline.from_pretrained(where, torch_dtype=kinds[dtype], use_safetensors=True)
+        loaded = zoo.read_pipeline(pipeline, kinds[dtype])
     except (OSError, ValueError) as error:
         raise WeightsError(f"{pipeline!r} is not a pipeline that diffusers can load: {error}") from error
     taken = inspect.signature(type(loaded).__call__).parameters
@@ -197,8 +192,7 @@ def _strict(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _positive_scale(method: Guidance) -> float:
     """The scale of the classifier-free guidance in a method, for the rows beside it."""
-    terms = _terms(method)
-    scales = [term.scale for term in terms if isinstance(term, ClassifierFreeGuidance)]
+    scales = [term.scale for term in _terms(method) if isinstance(term, ClassifierFreeGuidance)]
     return scales[0] if scales else 7.5
 
 

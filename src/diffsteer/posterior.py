@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -137,6 +137,12 @@ class Calibration:
     slope: tuple[float, ...]
     stochastic: float
     steps: int
+
+    @classmethod
+    def from_plain(cls, stored: Mapping[str, Any]) -> Calibration:
+        """From its fields as JSON has them."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        return cls(**values)
 
     def check(self, run: Run) -> None:
         """Refuse another kind of sampler; warn of another number of steps."""

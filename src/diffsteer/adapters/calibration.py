@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from diffsteer.adapters.attach import attach
+from diffsteer.adapters.contexts import separate
 from diffsteer.calibration import read_off, watching
 from diffsteer.engine import stream
 from diffsteer.errors import ParameterError
@@ -72,7 +73,7 @@ def calibrate_pipeline(
     """
     if batch_size < 1 or seed < 0:
         raise ParameterError("batch_size must be at least 1, seed at least 0")
-    number = len([part for part in negative_prompt.split("|") if part.strip()])
+    number = len(separate(negative_prompt))
     if number != len(method.contexts):
         raise ParameterError(
             f"{number} negative prompts for {len(method.contexts)} contexts of the method; name as many, such as "

@@ -36,7 +36,17 @@ def pop_negatives(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if len(set(counts.values())) > 1:
         raise ParameterError(f"different numbers of negatives: {counts}; give the same number by each argument")
     number = next(iter(counts.values()), 0)
-    return {f"neg{i + 1 if i else ''}": {k: values[i] for k, values in split.items()} for i in range(number)}
+    return {name: {k: values[i] for k, values in split.items()} for i, name in enumerate(numbered(number))}
+
+
+def separate(text: str) -> list[str]:
+    """The negatives of one prompt."""
+    return [part.strip() for part in text.split("|") if part.strip()]
+
+
+def numbered(count: int) -> tuple[str, ...]:
+    """The contexts of so many negatives: "neg", "neg2", and so on."""
+    return tuple(f"neg{i + 1 if i else ''}" for i in range(count))
 
 
 def _number_of_prompts(arguments: Mapping[str, Any]) -> int:
@@ -63,7 +73,7 @@ def _split(name: str, value: Any, prompts: int, single: bool) -> list[Any]:
             f"{len(value)} entries of {name} for {prompts} prompts: give one each (and separate several negatives of a "
             "prompt by '|'), or one string for all"
         )
-    parts = [[part.strip() for part in text.split("|") if part.strip()] for text in value]
+    parts = [separate(text) for text in value]
     if len({len(p) for p in parts}) > 1:
         raise ParameterError(
             f"{name} has {[len(p) for p in parts]} negatives for the prompts of one batch; give each prompt as many, "

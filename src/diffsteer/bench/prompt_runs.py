@@ -24,6 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 from diffsteer.adapters import attach, calibrate_pipeline
 from diffsteer.bench import metrics
 from diffsteer.bench.judges import Judge, Verdict
+from diffsteer.bench.removal import digest
 from diffsteer.bench.report import write_text
 from diffsteer.core import Guidance
 from diffsteer.engine import describe, plain, stream
@@ -69,6 +70,7 @@ SCALES: Mapping[str, tuple[float, ...]] = {
     "dng-baseline-0.5": (2.5, 5.0, 10.0, 20.0),
     "dng-baseline-1": (5.0, 10.0, 20.0, 40.0),
 }
+BASELINES: Mapping[str, float] = {"dng": 0.0, "dng-baseline-0.5": 0.5, "dng-baseline-1": 1.0}
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,8 @@ def method_for(name: str, scale: float, *, guidance_scale: float, dng: DynamicNe
     if name == "sld":
         medium = SafeLatentDiffusion.preset("medium", scale=guidance_scale)
         return replace(medium, safety_scale=scale, warmup=round(medium.warmup * steps / 50))
-    if name == "dng" or name.startswith("dng-baseline-"):
-        return cfg + replace(dng, scale=scale, baseline=float(name.removeprefix("dng").rpartition("-")[2] or 0))
+    if name in BASELINES:
+        return cfg + replace(dng, scale=scale, baseline=BASELINES[name])
     raise UnknownNameError("method", name, NAMES)
 
 
@@ -251,14 +253,14 @@ class Bench:
     def run(self, pair: Pair, sampler: tuple[str, int], method: str, scale: float, *, target: bool = False) -> Run:
         """One method on one pair; ``target``: more pictures under other seeds."""
         plan, (kind, steps) = self.plan, sampler
-        dng = self.tracker(pair.negative, sampler) if method.startswith("dng") else DynamicNegativeGuidance()
+        dng = self.tracker(pair.negative, sampler) if method in BASELINES else DynamicNegativeGuidance()
         guide = method_for(method, scale, guidance_scale=plan.guidance_scale, dng=dng, steps=steps)
         context = {
             "model": self.fingerprint, "prompt": pair.prompt, "negative": "" if method == "none" else pair.negative,
             "sampler": [kind, steps], "method": describe(guide), "batch_size": plan.batch_size,
             "seed": plan.seed + target, "samples": plan.samples * (4 if target else 1),
         }  # fmt: skip
-        path = self.store / f"{_digest(context)}.png"
+        path = self.store / f"{digest(context)}.png"
         if path not in self._read:
             self._read[path] = _open(path) if path.is_file() else self._make(guide, context, path)
         return self._read[path]
@@ -273,7 +275,7 @@ class Bench:
             "model": self.fingerprint, "negative": negative, "sampler": [kind, steps], "method": describe(method),
             "batch_size": plan.batch_size, "seed": plan.seed + 2, "rollouts": plan.rollouts,
         }  # fmt: skip
-        path = self.store / f"{_digest(context)}.json"
+        path = self.store / f"{digest(context)}.json"
         if not path.is_file():
             with self._under(kind):
                 fitted = calibrate_pipeline(
@@ -284,8 +286,8 @@ class Bench:
             facts = {"estimator": fitted.estimator, "p_min": fitted.p_min, "calibration": fitted.calibrations[0]}
             write_text(path, json.dumps({**context, "fitted": plain(facts)}, indent=1) + "\n")
         fitted = json.loads(path.read_text(encoding="utf-8"))["fitted"]
-        read = Calibration(**{k: tuple(v) if isinstance(v, list) else v for k, v in fitted["calibration"].items()})
-        return replace(method, estimator=fitted["estimator"], p_min=fitted["p_min"], calibration=read)
+        calibration = Calibration.from_plain(fitted["calibration"])
+        return replace(method, estimator=fitted["estimator"], p_min=fitted["p_min"], calibration=calibration)
 
     @contextmanager
     def _under(self, kind: str) -> Iterator[None]:
@@ -327,10 +329,6 @@ class Bench:
         """How far each picture is from that without a negative prompt, (N,)."""
         ours, base = (self.run(pair, sampler, *which).pictures / 127.5 for which in ((method, scale), ("none", 0.0)))
         return np.sqrt(np.square(ours - base).mean((1, 2, 3)))
-
-
-def _digest(context: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(context, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _save(path: Path, run: Run, context: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -286,10 +286,13 @@ def reject(outcome: Outcome, concepts: Sequence[int]) -> Outcome:
     )  # fmt: skip
 
 
-def _file(store: Path, context: dict[str, Any]) -> Path:
-    """Named by a hash of everything that a run depends on: different configurations never share a file."""
-    digest = hashlib.sha256(json.dumps(context, sort_keys=True).encode()).hexdigest()[:16]
-    return store / f"{digest}.safetensors"
+def digest(context: Mapping[str, Any]) -> str:
+    """The name of a run, from everything that it depends on: different configurations never share a file."""
+    return hashlib.sha256(json.dumps(context, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _file(store: Path, context: Mapping[str, Any]) -> Path:
+    return store / f"{digest(context)}.safetensors"
 
 
 def write_outcome(store: Path, context: dict[str, Any], outcome: Outcome) -> None:

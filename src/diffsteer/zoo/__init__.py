@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +31,7 @@ from diffsteer.zoo.networks import build
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-__all__ = ["PIPELINES", "Model", "available", "draws_shapes", "load", "pipeline_folder"]
+__all__ = ["PIPELINES", "Model", "available", "draws_shapes", "load", "pipeline_folder", "read_pipeline"]
 
 _ROOT = Path(__file__).parent
 PIPELINES = ("shapes",)
@@ -70,12 +71,8 @@ def load(name: str | Path, *, device: str | torch.device = "cpu") -> Model | Sta
         A damaged, truncated or foreign file. Nothing is ever unpickled.
     """
     if name in PIPELINES:
-        from diffusers import StableDiffusionPipeline
-
-        where = pipeline_folder(name)
-        return StableDiffusionPipeline.from_pretrained(where, torch_dtype=torch.float32, use_safetensors=True).to(
-            device
-        )
+        shipped: StableDiffusionPipeline = read_pipeline(name, torch.float32).to(device)
+        return shipped
     folder = _ROOT / str(name)
     if str(name) not in available():
         folder = Path(name)
@@ -93,6 +90,15 @@ def load(name: str | Path, *, device: str | torch.device = "cpu") -> Model | Sta
 def pipeline_folder(name: str | Path) -> str:
     """Where a shipped pipeline lies; any other name as it is."""
     return str(_ROOT / name) if name in PIPELINES else str(name)
+
+
+def read_pipeline(name: str | Path, dtype: torch.dtype) -> Any:
+    """A shipped pipeline, or any other that diffusers can load; safetensors only."""
+    from diffusers import DiffusionPipeline
+
+    with warnings.catch_warnings():  # older versions of diffusers know no other name for it
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        return DiffusionPipeline.from_pretrained(pipeline_folder(name), torch_dtype=dtype, use_safetensors=True)
 
 
 def draws_shapes(pipeline: str | Path) -> bool:
@@ -317,7 +323,7 @@ class Model:
             stored = json.loads(path.read_text(encoding="utf-8")).get(kind, {}).get(self.classes[self.label(concept)])
             if stored is None:
                 return None
-            return Calibration(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+            return Calibration.from_plain(stored)
         except (AttributeError, TypeError, ValueError) as error:
             raise WeightsError(f"{path} is damaged ({error}); calibrate the model again") from error
 
