@@ -1,8 +1,9 @@
 """What the methods cost, side by side in one run: `python benchmarks/cost.py [--model digits] [--batch 64]`.
 
-Wall time of every method over that of negative prompting (medians of paired runs, with quartiles), evaluations per
-sample and step, and the memory that a run adds; then DNG's cost against the batch size, the number of samples and the
-number of unwanted concepts. Prints Markdown tables, and writes JSON with --out.
+CPU time of every method over that of negative prompting (medians of paired runs, with quartiles; one thread, so that
+other work on the machine counts little), evaluations per sample and step, and the memory that a run adds; then DNG's
+cost against the batch size, the number of samples and the number of unwanted concepts. Prints Markdown tables, and
+writes JSON with --out.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from diffsteer.bench.removal import Setting, method_for, scheduler
 
 
 def timed(job: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
+    started = time.process_time()
     result = job()
-    return time.perf_counter() - started, result
+    return time.process_time() - started, result
 
 
 def paired(jobs: dict[str, Callable[[], Any]], base: str, repeats: int) -> dict[str, dict[str, Any]]:

@@ -6,10 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
 import diffsteer as ds
-from diffsteer.calibration import fit, watching
+from diffsteer import calibration
+from diffsteer.calibration import LikelihoodRatio, fit, highest, watching
 from diffsteer.errors import CalibrationWarning, ParameterError, UnsupportedError
 
 DDPM = DDPMScheduler(clip_sample=False)
@@ -108,9 +109,56 @@ def test_separated_rollouts_give_a_bounded_slope_and_silent_ones_the_identity() 
 
 def test_automatic_estimators_become_those_that_a_calibration_serves_best() -> None:
     method = ds.DynamicNegativeGuidance(prior=0.2, scale=2.0, baseline=0.5)
-    assert [watching(method, kappa, 100).estimator for kappa in (0.0, 0.5, 1.0, None)] == [
+    assert [watching(method, kappa).estimator for kappa in (0.0, 0.5, 1.0, None)] == [
         "surrogate", "auto", "ito", "auto"
     ]  # fmt: skip
-    assert watching(dataclasses.replace(method, estimator="ode"), 0.0, 100).estimator == "ode"
-    watch = watching(method, 1.0, 100)
+    assert watching(dataclasses.replace(method, estimator="ode"), 0.0).estimator == "ode"
+    watch = watching(method, 1.0)
     assert (watch.scale, watch.baseline, watch.lazy) == (0, 0, False)
+
+
+def exact_log_ratio(mixture: ds.toy.GaussianMixture, x: torch.Tensor, among: list[int]) -> torch.Tensor:
+    """log p(x | among) - log p(x)."""
+    joint = mixture.log_joint(x, ds.Level(1.0, 0.0))
+    share = mixture.weights.double()[among].sum() / mixture.weights.double().sum()
+    return joint[:, among].logsumexp(1) - share.log() - joint.logsumexp(1)
+
+
+@pytest.mark.parametrize("scheduler", [DDPM, DDIMScheduler(clip_sample=False), EulerDiscreteScheduler()])
+def test_the_likelihood_ratio_is_exact_where_the_denoiser_is(scheduler, monkeypatch) -> None:
+    monkeypatch.setattr(calibration, "DECISIVE", (-12.0, 12.0))
+    mixture = ds.toy.hard()
+    net = mixture.denoiser({"null": None, "neg": [0], "neg2": [1, 2]})
+    points = mixture.sample(6, seed=4).double()
+    precise = {"seed": 1, "dtype": torch.float64}
+    method = LikelihoodRatio(points.repeat_interleave(200, 0), ("neg", "neg2"))
+    out = ds.sample(net, method, scheduler=scheduler, num_samples=1200, batch_size=1200, steps=200, **precise)
+    for context, among in (("neg", [0]), ("neg2", [1, 2])):
+        found = out.trace[f"log_ratio:{context}"][-1].double().reshape(6, 200)
+        error, spread = (found.mean(1) - exact_log_ratio(mixture, points, among)).abs(), found.std(1) / 200**0.5
+        assert (error < 4 * spread + 0.01 * found.mean(1).abs() + 0.03).all(), (context, error, spread)
+    assert float(out.nfe[0]) == 3 * 200
+
+
+def test_the_likelihood_ratio_counts_the_decisive_levels_alone_and_each_sample_by_itself() -> None:
+    mixture = ds.toy.hard()
+    net, points = mixture.denoiser({"null": None, "neg": [0]}), mixture.sample(8, seed=4)
+    options = {"scheduler": DDPM, "steps": 50, "seed": 1, "batch_size": 8}
+    whole = ds.sample(net, LikelihoodRatio(points), num_samples=8, **options)
+    other = points.clone()
+    other[3] = 2.0
+    changed = ds.sample(net, LikelihoodRatio(other), num_samples=8, **options)
+    same = torch.arange(8) != 3
+    a, b = (out.trace["log_ratio:neg"] for out in (whole, changed))
+    assert torch.equal(a[:, same], b[:, same])
+    assert not torch.equal(a[-1, 3], b[-1, 3])
+    log_snr = torch.tensor(whole.record["log_snr"])
+    inside = (log_snr[1:] > -7) & (torch.cat([log_snr[:1], log_snr[:-2]]) < 2)  # the next level, and the one before
+    moved = (a.diff(dim=0, prepend=torch.zeros(1, 8)) != 0).any(1)
+    assert torch.equal(moved, inside)
+    assert float(whole.nfe[0]) == 2 * int(inside.sum())
+
+
+def test_the_highest_share() -> None:
+    assert highest(torch.tensor([0.1, 3.0, -1.0, 2.0]), 0.5).tolist() == [False, True, False, True]
+    assert highest(torch.zeros(9), 0.01).sum() == 1

@@ -159,9 +159,10 @@ def test_calibrates_before_it_generates(folder: str, tmp_path: Path) -> None:
     (before,), (after,) = plain.values(), fitted.values()
     dng = after.record["method"]["methods"][1]
     assert before.record["method"]["methods"][1]["calibration"] is None
-    assert (len(dng["calibration"]), dng["estimator"], dng["prior"]) == (2, "surrogate", 0.3)
-    with pytest.raises(ParameterError, match="use at least 34"):
-        generate("a", method="dng:prior=0.3", out=tmp_path / "c", calibrate=20, **options)
+    assert (len(dng["calibration"]), len(dng["prior"]), dng["estimator"]) == (2, 2, "surrogate")
+    generate("a", method="dng:prior=0.3", out=tmp_path / "c", calibrate=20, **options)  # nothing follows the prompt
+    with pytest.raises(ParameterError, match="use at least 20"):
+        generate("a", method="dng:prior=0.3", out=tmp_path / "c", calibrate=19, **options)
     for wrong in ({"method": "np"}, {"method": "dng", "negative": ""}):
         with pytest.raises(ParameterError, match="calibration wants"):
             generate("a", out=tmp_path / "d", calibrate=20, **(options | wrong))
@@ -169,6 +170,7 @@ def test_calibrates_before_it_generates(folder: str, tmp_path: Path) -> None:
 
 def test_shapes_without_what_was_not_wanted(tmp_path: Path) -> None:
     results = generate("a circle", pipeline="shapes", negative="red", steps=3, num=1, calibrate=40, out=tmp_path)
-    assert list(results) == ["cfg:1.5+dng:20,prior=0.31,baseline=1", "negative prompt", "no negative"]
+    assert list(results) == ["cfg:1.5+dng:15,baseline=0.5", "negative prompt", "no negative"]
+    assert results["cfg:1.5+dng:15,baseline=0.5"].record["method"]["methods"][1]["calibration"] is not None
     with pytest.raises(ParameterError, match="cat"):
         generate("a circle", pipeline="shapes", negative="cat", out=tmp_path)

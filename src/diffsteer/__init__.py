@@ -51,7 +51,7 @@ _HOMES = {
     "FrequencyAwareGuidance": "methods",
     "EconomicalGuidance": "methods",
     "SemanticGradientGuidance": "methods", "ReadoutGuidance": "methods", "SelfGuidance": "methods",
-    "Dreamguider": "methods",
+    "Dreamguider": "methods", "DOODL": "methods", "DiGIN": "methods", "list_optimizers": "methods",
     "MotionGuidance": "methods",
     "DiffusionDrivenAdaptation": "methods",
     "self_ensemble": "methods",
@@ -60,7 +60,9 @@ _HOMES = {
     "Calibration": "posterior", "PosteriorTracker": "posterior",
     "calibrate": "calibration",
     "denoiser": "denoisers",
+    "OptimizedResult": "latents", "optimize_latents": "latents",
     "Result": "sampling", "Unguided": "sampling", "sample": "sampling",
+    "StoredRun": "streaming", "sample_to": "streaming",
 }  # fmt: skip
 _MODULES = (
     "adapters", "bench", "calibration", "core", "denoisers", "errors", "methods", "paths", "perturb", "posterior",
@@ -76,7 +78,9 @@ if TYPE_CHECKING:
     from diffsteer.calibration import calibrate
     from diffsteer.core import Call, Guidance, Run, Step, Sum, gather
     from diffsteer.denoisers import denoiser
+    from diffsteer.latents import OptimizedResult, optimize_latents
     from diffsteer.methods import (
+        DOODL,
         SIMS,
         SLCD,
         AdaptiveGuidance,
@@ -93,6 +97,7 @@ if TYPE_CHECKING:
         DecoupledGuidance,
         DiffusionDrivenAdaptation,
         DiffusionPosteriorSampling,
+        DiGIN,
         DiscriminatorGuidance,
         Dreamguider,
         DynamicNegativeGuidance,
@@ -152,6 +157,7 @@ if TYPE_CHECKING:
         get_method,
         interpolate_weights,
         list_methods,
+        list_optimizers,
         minority_score,
         quantile_levels,
         register,
@@ -160,6 +166,7 @@ if TYPE_CHECKING:
     from diffsteer.paths import Level
     from diffsteer.posterior import Calibration, PosteriorTracker
     from diffsteer.sampling import Result, Unguided, sample
+    from diffsteer.streaming import StoredRun, sample_to
 
 
 def __getattr__(name: str) -> Any:

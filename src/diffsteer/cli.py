@@ -115,7 +115,7 @@ def removal(
     from diffsteer import zoo
     from diffsteer.bench.sweep import sweep, tier_of
 
-    chosen = tier_of(zoo.load(model), tier)
+    chosen = tier_of(zoo.load_model(model), tier)
     if quick:
         few = tuple((kind, 8) for kind, _ in chosen.samplers[:2])
         chosen = replace(chosen, samplers=few, samples=48, final=chosen.final and ("ddpm", 8, 48))
@@ -152,14 +152,13 @@ def prompts(
     samples
         Pictures per pair, method and scale.
     method
-        Only these: np, replace, sld, dng, dng-baseline-0.5, dng-baseline-1.
+        Only these: np, replace, sld, dng, dng-baseline, dng-any.
     sampler
         Only these, as name:steps: ddpm:250, euler-a:30, ddim:50, dpm++:25.
     guidance_scale
         Of the prompt, for every method.
     prior
-        DNG's, for every pair, without calibration. By default each negative's share of the drawn world, calibrated;
-        0.05 where CLIP scores.
+        DNG's, for every pair, without calibration. By default found by calibrating on each prompt.
     clip
         The CLIP model that scores, on the hub or in a folder.
     quick
@@ -347,7 +346,7 @@ def generate(
         What not to draw; several separated by |.
     method
         Terms joined by +: a name of `diffsteer methods`, then : and values, such as cfg:7.5+dng:2,prior=0.01; by
-        default cfg:7.5+dng:1,prior=0.01; on shapes such as cfg:1.5+dng:20,prior=0.3,baseline=1.
+        default cfg:7.5+dng:1,prior=0.01; on shapes cfg:1.5+dng:15,baseline=0.5.
     steps
         Inference steps of the pipeline's own scheduler.
     seed
@@ -359,8 +358,9 @@ def generate(
     compare
         Also the usual negative prompt and none at all, under the same seeds.
     calibrate
-        Calibrate DNG for the negative first, on this many pictures of the empty prompt; the prior is the share of them
-        that shows it. Networks need it, or their posterior hardly moves. By default 128 on shapes, elsewhere 0.
+        Calibrate DNG first, on this many pictures of the prompt: how often they show the negative, which becomes the
+        prior, and how the posterior is to be read. Networks need it, or their posterior hardly moves. By default 128 on
+        shapes, elsewhere 0.
     out
         Folder for the pictures.
     device, dtype
@@ -405,20 +405,20 @@ def calibrate(
     from diffsteer import zoo
     from diffsteer.bench.removal import calibrate_model
 
-    loaded = zoo.load(model, device=device)
+    loaded = zoo.load_model(model, device=device)
     print(calibrate_model(loaded, scheduler, steps=steps, rollouts=rollouts, seed=seed, progress=True))
 
 
 @app.command
 def methods() -> None:
-    """List the guidance methods, with their cost in network evaluations per step."""
+    """List the methods, with their cost in network evaluations per step; those for optimize_latents() last."""
     from rich.console import Console
     from rich.table import Table
 
-    from diffsteer.methods import entry, list_methods
+    from diffsteer.methods import entry, list_methods, list_optimizers
 
     table = Table("name", "method", "class", "evaluations / step")
-    for name in list_methods():
+    for name in (*list_methods(), *list_optimizers()):
         found = entry(name)
         table.add_row(name, found.title, found.cls.__name__, f"{found.nfe:g}")
     Console().print(table)

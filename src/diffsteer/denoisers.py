@@ -33,6 +33,20 @@ class Denoiser(Protocol):
         ...
 
 
+class Joining(Denoiser, Protocol):
+    """A denoiser that can also answer several contexts by one forward; the engine asks those that can."""
+
+    def predict_together(
+        self, contexts: Sequence[str], points: Sequence[Tensor], level: Level, samples: Sequence[Tensor]
+    ) -> list[Tensor] | None:
+        """What :meth:`predict` answers to each context, at its own point (B_i, ...) and for its own samples (B_i,).
+
+        None where these contexts are not one computation with other numbers in it: other networks, other arguments,
+        embeddings of another length.
+        """
+        ...
+
+
 def prediction_space(prediction: str) -> str:
     """The name of a prediction type here: "eps", "x0", "v" or "flow"; diffusers' names are understood."""
     space = _ALIASES.get(prediction, prediction)
@@ -108,6 +122,25 @@ class NetDenoiser:
         if not isinstance(bundle, Mapping):
             (only,) = bundle.contexts
             return convert(bundle.predict(only, x, level, samples, perturb), x, level, bundle.space, self.space)
+        keywords = self._keywords(context, samples, x)
+        with perturbed(perturb, self.net, keywords, x.shape[2:], partial(self._keywords, samples=samples, x=x)) as seen:
+            return self._answer(x, level, seen)
+
+    def predict_together(
+        self, contexts: Sequence[str], points: Sequence[Tensor], level: Level, samples: Sequence[Tensor]
+    ) -> list[Tensor] | None:
+        """See :class:`Joining`."""
+        if not all(isinstance(self.contexts.get(context), Mapping) for context in contexts):
+            return None
+        rows = [len(x) for x in points]
+        calls = zip(contexts, samples, points, strict=True)
+        keywords = join([self._keywords(*call) for call in calls], rows)
+        if keywords is None:
+            return None
+        return list(self._answer(torch.cat(list(points)), level, keywords).split(rows))
+
+    def _answer(self, x: Tensor, level: Level, keywords: Mapping[str, Any]) -> Tensor:
+        """One forward at ``x``, (B, ...), conditioned by ``keywords``; in ``self.space``."""
         if self.path is None:
             raise UnsupportedError("this denoiser has no path of its own yet; call with_path(...) or use sample()")
         own, timestep = self.path.locate(level)
@@ -116,9 +149,7 @@ class NetDenoiser:
         times = torch.full((len(x),), timestep, dtype=torch.float32, device=x.device)
         if timestep.is_integer():
             times = times.long()
-        keywords = self._keywords(context, samples, x)
-        with perturbed(perturb, self.net, keywords, x.shape[2:], partial(self._keywords, samples=samples, x=x)) as seen:
-            out = self.net(inside, times, **seen)
+        out = self.net(inside, times, **keywords)
         raw = out.sample if hasattr(out, "sample") else out[0] if isinstance(out, tuple) else out
         return convert(raw, inside, own, self.prediction, self.space)  # the spaces mean the same in all coordinates
 
@@ -135,6 +166,59 @@ class NetDenoiser:
         """The same denoiser (and its nested ones) on ``path``, where none was given, answering in ``space``."""
         contexts = {k: c if isinstance(c, Mapping) else c.with_path(path, space) for k, c in self.contexts.items()}
         return NetDenoiser(self.net, self.prediction, contexts, self.shape, self.path or path, space or self.space)
+
+
+def join(calls: Sequence[Mapping[str, Any]], rows: Sequence[int], shared: Sequence[str] = ()) -> dict[str, Any] | None:
+    """The arguments of several calls as those of one, for all their rows; None where that would be another computation.
+
+    Parameters
+    ----------
+    calls : sequence of mapping
+        The arguments by name: tensors with a row for each sample, the same for all, or (nested) collections of such.
+    rows : sequence of int
+        How many samples each call is for.
+    shared : sequence of str
+        Arguments that have no rows, whatever their first dimension.
+    """
+    try:
+        return {name: _joined([c[name] for c in calls], rows, name in shared) for name in _same_names(calls)}
+    except _Apart:
+        return None
+
+
+class _Apart(Exception):
+    """Calls that cannot be one."""
+
+
+def _same_names(calls: Sequence[Mapping[str, Any]]) -> list[str]:
+    if any(c.keys() != calls[0].keys() for c in calls):
+        raise _Apart
+    return list(calls[0])
+
+
+def _joined(values: list[Any], rows: Sequence[int], shared: bool) -> Any:
+    head = values[0]
+    if any(type(v) is not type(head) for v in values):
+        raise _Apart
+    if isinstance(head, Mapping):
+        return {name: _joined([v[name] for v in values], rows, shared) for name in _same_names(values)}
+    if isinstance(head, (list, tuple)) and all(len(v) == len(head) for v in values):
+        return type(head)(_joined(list(parts), rows, shared) for parts in zip(*values, strict=True))
+    if isinstance(head, Tensor):
+        return _joined_tensor(values, rows, shared)
+    if any(v is not head and v != head for v in values):
+        raise _Apart
+    return head
+
+
+def _joined_tensor(values: list[Tensor], rows: Sequence[int], shared: bool) -> Tensor:
+    head = values[0]
+    each = not shared and all(v.ndim and v.shape[0] == n for v, n in zip(values, rows, strict=True))
+    if each and all(v.shape[1:] == head.shape[1:] and v.dtype == head.dtype for v in values):
+        return torch.cat(values)
+    if any(v is not head and (v.shape != head.shape or not torch.equal(v, head)) for v in values):
+        raise _Apart
+    return head
 
 
 def _rows(value: Any, samples: Tensor, x: Tensor) -> Any:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import importlib.metadata
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffsteer.core import Call, Guidance, Info, Repeat, Run, Step, Sum, drive
-from diffsteer.denoisers import Denoiser
+from diffsteer.denoisers import Denoiser, Joining
 from diffsteer.errors import MissingContextError, NonFiniteError, ParameterError, UnsupportedError
 from diffsteer.paths import Level, convert
 from diffsteer.perturb import Record
+
+Batching = float | Literal["auto"]
+
+_ROUNDS = 3  # of a measurement, of which the fastest counts
 
 
 class Engine:
@@ -31,12 +38,21 @@ class Engine:
         The run's number of each sample of this batch.
     streams : sequence of torch.Generator
         The method's own randomness, one per sample.
+    batching : float or "auto"
+        Branches of a step share a forward while it has at most this many batches' rows; "auto" becomes a number as soon
+        as there are branches to measure it on. See :func:`diffsteer.sample`.
     """
 
     def __init__(
-        self, nets: Mapping[str, Denoiser], method: Guidance, numbers: Tensor, streams: Sequence[torch.Generator]
+        self,
+        nets: Mapping[str, Denoiser],
+        method: Guidance,
+        numbers: Tensor,
+        streams: Sequence[torch.Generator],
+        batching: Batching = 0,
     ) -> None:
         self.nets, self.method, self.numbers, self.streams = nets, method, numbers, streams
+        self.batching: Batching = check_batching(batching)
         self.nfe = torch.zeros(len(numbers), dtype=torch.long)
         self.state: Any = None
         self.levels: Sequence[Level] = ()
@@ -93,46 +109,131 @@ class Engine:
         """Answer a method's calls, each different one once per step and sample, in the step's space."""
         # those with a graph serve the same calls without one, those for all samples the same for some, and those that
         # record something are plain ones otherwise
-        for call in sorted(calls, key=lambda c: (not c.grad, c.rows is not None, not _records(c))):
+        ordered = sorted(calls, key=lambda c: (not c.grad, c.rows is not None, not _records(c)))
+        for call in ordered:
             if call.key in answered:
                 continue
             if call.x is None and not call.grad and (call.perturb is None or call.rows is None):
+                if self.batching and _plain(call) and _branch(call) not in known:
+                    self._join([c for c in ordered if _plain(c) and c.model == call.model], known)
                 value = self._at_x(call, known)
             else:
                 value = self._one(call)
                 if call.rows is None and (call.x is None or _same(call.x, self.step.x)):
-                    known[replace(call, x=None, grad=False).key] = (
-                        value.detach(),
-                        torch.ones(len(value), dtype=torch.bool),
-                    )
-            seen = replace(call, x=None, grad=False).key
-            if _records(call) and seen in known:
-                known[replace(call, x=None, grad=False, perturb=None).key] = known[seen]
+                    known[_branch(call)] = value.detach(), torch.ones(len(value), dtype=torch.bool)
+            if _records(call) and _branch(call) in known:
+                known[_branch(replace(call, perturb=None))] = known[_branch(call)]
             answered[call.key] = call, value  # the call keeps alive what its key names by id
         return [answered[call.key][1] for call in calls]
 
     def _at_x(self, call: Call, known: dict[Any, Any]) -> Tensor:
         """The answer for some samples or all, of which those ``known`` at this step are not evaluated again."""
-        key, size = replace(call, rows=None).key, len(self.step.x)
-        if key not in known and call.rows is None:
-            known[key] = self._one(call), torch.ones(size, dtype=torch.bool)
-        values, done = known.get(key, (None, torch.zeros(size, dtype=torch.bool)))
-        if call.rows is None and bool(done.all()):
-            return values
-        rows = torch.arange(size) if call.rows is None else call.rows.cpu()
-        fresh = rows[~done[rows]].to(self.step.x.device)
-        if len(fresh):
-            new = self._one(replace(call, rows=fresh))
-            whole = new.new_zeros(size, *new.shape[1:]) if values is None else values
-            values = whole.index_copy(0, fresh, new)
-            known[key] = values, done.index_fill(0, fresh.cpu(), True)
+        missing = self._missing(call, known)
+        if missing is not None:
+            self._learn(missing, self._one(missing), known)
+        values = known[_branch(call)][0]
         return values if call.rows is None else values[call.rows]
 
+    def _missing(self, call: Call, known: dict[Any, Any]) -> Call | None:
+        """What of a call is still to be evaluated, if anything."""
+        key, size = _branch(call), len(self.step.x)
+        if key not in known and call.rows is None:
+            return call
+        done = known[key][1] if key in known else torch.zeros(size, dtype=torch.bool)
+        rows = torch.arange(size) if call.rows is None else call.rows.cpu()
+        fresh = rows[~done[rows]]
+        return replace(call, rows=fresh.to(self.step.x.device)) if len(fresh) else None
+
+    def _learn(self, call: Call, new: Tensor, known: dict[Any, Any]) -> None:
+        """Keep the answer to a call."""
+        key, size = _branch(call), len(self.step.x)
+        if call.rows is None:
+            known[key] = new, torch.ones(size, dtype=torch.bool)
+            return
+        whole, done = known.get(key) or (new.new_zeros(size, *new.shape[1:]), torch.zeros(size, dtype=torch.bool))
+        known[key] = whole.index_copy(0, call.rows, new), done.index_fill(0, call.rows.cpu(), True)
+
+    def _join(self, calls: list[Call], known: dict[Any, Any]) -> None:
+        """Evaluate what these plain calls of one network still want, branches in one forward as ``batching`` allows."""
+        branches: dict[str, Call] = {}  # by context
+        for call in calls:
+            missing = None if call.context in branches else self._missing(call, known)
+            if missing is not None:
+                branches[call.context] = missing
+        net: Any = self.nets.get(calls[0].model)
+        if len(branches) < 2 or not hasattr(net, "predict_together") or not branches.keys() <= net.contexts.keys():
+            return
+        if self.batching == "auto":
+            self.batching = self._measured(net, list(branches.values()))
+        room, forwards = self.batching * len(self.step.x), list[list[Call]]()
+        for call in branches.values():
+            fitting = (f for f in forwards if sum(map(self._rows, [*f, call])) <= room)
+            if (forward := next(fitting, None)) is not None:
+                forward.append(call)
+            else:
+                forwards.append([call])
+        for forward in forwards:
+            answers = self._forward(net, forward) if len(forward) > 1 else None
+            if answers is not None:
+                for call, raw in zip(forward, answers, strict=True):
+                    self._learn(call, self._finished(call, raw, net), known)
+
+    def _rows(self, call: Call) -> int:
+        return len(self.step.x if call.rows is None else call.rows)
+
+    def _forward(self, net: Joining, calls: list[Call]) -> list[Tensor] | None:
+        """The network's answers to plain calls by one forward; None where it cannot."""
+        points, numbers = zip(*map(self._point, calls), strict=True)
+        with torch.no_grad():
+            return net.predict_together([c.context for c in calls], points, self.step.level, numbers)
+
+    def _measured(self, net: Joining, calls: list[Call]) -> float:
+        """The most rows, in batches, with which one forward is faster than one of each branch; 0 if it never is.
+
+        Both are timed on this step's own point and thrown away: with all branches' rows, with half of them, and so on.
+        """
+        rows = min(map(self._rows, calls))
+        whole = torch.arange(len(self.step.x), device=self.step.x.device)
+        while rows:
+            some = [replace(c, rows=(whole if c.rows is None else c.rows)[:rows]) for c in calls]
+            together, apart = [], []
+            try:
+                if self._forward(net, some) is None:  # warms up, too
+                    return 0.0
+                for _ in range(_ROUNDS):
+                    together.append(self._seconds(lambda some=some: self._forward(net, some)))
+                    apart.append(self._seconds(lambda some=some: [self._raw(c, net) for c in some]))
+            except torch.OutOfMemoryError:
+                apart.append(0.0)
+            if min(together, default=math.inf) < min(apart):
+                return len(some) * rows / len(whole)
+            rows //= 2
+        return 0.0
+
+    def _seconds(self, job: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        job()
+        if self.step.x.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter() - started
+
+    def _point(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Where a call wants the network evaluated, and the numbers of those samples."""
+        x = self.step.x if call.x is None else call.x
+        if call.rows is None:
+            return x, self.numbers
+        return (x[call.rows] if call.x is None else x), self.numbers[call.rows.cpu()]
+
+    def _raw(self, call: Call, net: Denoiser) -> Tensor:
+        """The network's answer to a call, in the network's own space."""
+        x, numbers = self._point(call)
+        with torch.set_grad_enabled(call.grad):
+            return net.predict(call.context, x, call.level or self.step.level, numbers, call.perturb)
+
     def _one(self, call: Call) -> Tensor:
-        step = self.step
         if call.model not in self.nets:
             raise MissingContextError(f"the method asks for a network {call.model!r}; pass models={{...}}")
-        net, level, numbers = self.nets[call.model], call.level or step.level, self.numbers
+        net = self.nets[call.model]
         if call.context not in net.contexts:
             raise MissingContextError(
                 f"the method asks for a context {call.context!r}, but the denoiser has {list(net.contexts)}; "
@@ -143,13 +244,13 @@ class Engine:
                 "this method needs a derivative, which torch.inference_mode() forbids: use torch.no_grad() instead, or "
                 "divergence='difference'"
             )
-        x = step.x if call.x is None else call.x
-        if call.rows is not None:
-            numbers = numbers[call.rows.cpu()]
-            x = x[call.rows] if call.x is None else x
+        return self._finished(call, self._raw(call, net), net)
+
+    def _finished(self, call: Call, raw: Tensor, net: Denoiser) -> Tensor:
+        """A network's answer in the step's space, counted, and refused where it is not finite."""
+        step, level = self.step, call.level or self.step.level
         with torch.set_grad_enabled(call.grad):
-            raw = net.predict(call.context, x, level, numbers, call.perturb)
-            prediction = convert(raw, x, level, net.space, step.space)
+            prediction = convert(raw, self._point(call)[0], level, net.space, step.space)
         if not bool(torch.isfinite(prediction).all()):
             raise NonFiniteError(
                 f"branch {call.context!r} of network {call.model!r} returned NaN or infinity at step {step.index} "
@@ -157,6 +258,16 @@ class Engine:
             )
         self.nfe[slice(None) if call.rows is None else call.rows.cpu()] += 1
         return prediction
+
+
+def _branch(call: Call) -> tuple[Any, ...]:
+    """What a call asks for, whichever samples it is for."""
+    return call.context, call.model, call.level, call.perturb
+
+
+def _plain(call: Call) -> bool:
+    """Whether it asks for the network as it is, at the step's own point."""
+    return call.x is None and call.level is None and call.perturb is None and not call.grad
 
 
 def _records(call: Call) -> bool:
@@ -173,6 +284,12 @@ def stream(seed: int, index: int, purpose: int = 0) -> torch.Generator:
     """The random stream of one sample: a hash of (seed, index), never their sum."""
     state = np.random.SeedSequence([seed, index, purpose]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of what a run depends on, for records."""
+    return {package: importlib.metadata.version(package) for package in ("diffsteer", "torch", "diffusers")}
 
 
 def describe(method: Guidance) -> dict[str, Any]:
@@ -213,3 +330,10 @@ def every_kth(trace: str) -> int:
     if kind != "every" or not number.isdigit() or int(number) < 1:
         raise ParameterError(f"trace must be 'full', 'off' or 'every:k', got {trace!r}")
     return int(number)
+
+
+def check_batching(batching: Batching) -> Batching:
+    """``batching`` as it is, if it is one."""
+    if batching != "auto" and not (isinstance(batching, (int, float)) and batching >= 0):
+        raise ParameterError(f"batching must be 'auto' or a number of batches from 0 on, got {batching!r}")
+    return batching

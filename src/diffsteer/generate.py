@@ -28,6 +28,8 @@ from diffsteer.methods import ClassifierFreeGuidance, DynamicNegativeGuidance, N
 from diffsteer.sampling import Result
 from diffsteer.shapes import share
 
+_OF_SHAPES = "cfg:1.5+dng:15,baseline=0.5"
+
 
 def generate(
     prompt: str,
@@ -54,8 +56,8 @@ def generate(
     pipeline : str
         "shapes", the folder of a diffusers pipeline, or its name on the Hugging Face hub. Safetensors only.
     method : str, optional
-        See :func:`diffsteer.methods.parse_method`; default: "cfg:7.5+dng:1,prior=0.01"; on "shapes" DNG without
-        a push before there is evidence, and each negative's share of the drawn world as its prior.
+        See :func:`diffsteer.methods.parse_method`; default: "cfg:7.5+dng:1,prior=0.01", on "shapes"
+        "cfg:1.5+dng:15,baseline=0.5".
     steps, seed, num, batch_size
         Picture i depends on (seed, i) alone, not on ``num``.
     size : (int, int), optional
@@ -63,8 +65,9 @@ def generate(
     compare : bool
         Also generate, under the same seeds, with the usual negative prompt and without any.
     calibrate : int, optional
-        Fit first, on this many pictures of the empty prompt, how DNG's posterior of the negative is to be read, see
-        :func:`diffsteer.calibrate_pipeline`; 0: take it as it is. By default 128 on "shapes", elsewhere 0.
+        Find first, on this many pictures of the prompt, how often they show the negative and how DNG's posterior of
+        it is to be read, see :func:`diffsteer.calibrate_pipeline`; 0: take it as it is. By default 128 on "shapes",
+        elsewhere 0.
 
     Returns
     -------
@@ -82,14 +85,16 @@ def generate(
         raise ParameterError("num and batch_size must be at least 1")
     negatives = separate(negative)
     drawn = zoo.draws_shapes(pipeline)
-    method = method or (_of_shapes(negatives) if drawn else "cfg:7.5+dng:1,prior=0.01")
+    method = method or (_OF_SHAPES if drawn else "cfg:7.5+dng:1,prior=0.01")
     guidance = parse_method(method)
     out.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(pipeline, device, dtype)
+    for text in negatives if drawn else ():
+        share(text)  # refuses what the drawn world knows nothing of
     if calibrate is None:
         calibrate = 128 if drawn and negatives and _tracks(guidance) else 0
     if calibrate:
-        guidance = _calibrated(pipe, guidance, negatives, steps, calibrate, seed)
+        guidance = _calibrated(pipe, guidance, prompt, negatives, steps, calibrate, seed)
     w = _positive_scale(guidance)
     rows: dict[str, tuple[Guidance, str]] = {method: (guidance, negative)}
     if compare and negative:
@@ -126,14 +131,6 @@ def generate(
     return results
 
 
-def _of_shapes(negatives: Sequence[str]) -> str:
-    """The method for pictures of the drawn world."""
-    if not negatives:
-        return "cfg:1.5"
-    prior = min(max(sum(map(share, negatives)) / len(negatives), 0.1), 0.8 / len(negatives))
-    return f"cfg:1.5+dng:20,prior={prior:.2g},baseline=1"
-
-
 def _tracks(method: Guidance) -> bool:
     return any(isinstance(term, DynamicNegativeGuidance) for term in _terms(method))
 
@@ -143,16 +140,18 @@ def _terms(method: Guidance) -> Sequence[Guidance]:
 
 
 def _calibrated(
-    pipe: Any, method: Guidance, negatives: Sequence[str], steps: int, rollouts: int, seed: int
+    pipe: Any, method: Guidance, prompt: str, negatives: Sequence[str], steps: int, rollouts: int, seed: int
 ) -> Guidance:
-    """The method with its DNG calibrated for the negatives, from other noise than the pictures'."""
+    """The method with its DNG calibrated for the prompt and the negatives, from other noise than the pictures'."""
     if not negatives or not _tracks(method):
         raise ParameterError("calibration wants DNG in the method and a negative; give both, or leave calibrate out")
+    others = tuple(term for term in _terms(method) if not isinstance(term, DynamicNegativeGuidance))
+    beside = others[0] if len(others) == 1 else Sum(others) if others else None  # without it the prompt does not act
     terms = [
         calibrate_pipeline(
             pipe, replace(term, contexts=numbered(len(negatives))), negative_prompt="|".join(negatives),
-            num_inference_steps=steps, num_rollouts=rollouts, batch_size=min(rollouts, 32), seed=seed + 1,
-            progress=True,
+            prompt=prompt if beside else "", beside=beside, num_inference_steps=steps, num_rollouts=rollouts,
+            batch_size=min(rollouts, 32), seed=seed + 1, progress=True,
         )
         if isinstance(term, DynamicNegativeGuidance)
         else term

@@ -7,7 +7,6 @@ order, or by how many processes (bitwise at equal ``batch_size``).
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from diffsteer.core import Call, Guidance, Info, Plan, Repeat, State, Step
 from diffsteer.denoisers import Denoiser
-from diffsteer.engine import Engine, describe, every_kth, plain, stack_trace, stream
+from diffsteer.engine import Batching, Engine, describe, every_kth, plain, stack_trace, stream, versions
 from diffsteer.errors import ParameterError, StateError
 from diffsteer.schedulers import SchedulerView
 
@@ -56,9 +55,11 @@ def sample(
     scheduler: Any,
     num_samples: int,
     steps: int,
+    first: int = 0,
     seed: int = 0,
     eta: float = 0.0,
     batch_size: int | None = None,
+    batching: Batching = 0,
     shape: Sequence[int] | None = None,
     x_T: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
@@ -80,12 +81,20 @@ def sample(
         Any of the continuous ones; a copy is used. The network may have been trained on another path.
     num_samples, steps : int
         How many samples, over how many inference steps.
+    first : int
+        The number of the first sample, >= 0: a run may be made in parts, each a multiple of ``batch_size`` after the
+        other. :func:`diffsteer.sample_to` does so.
     seed : int
         >= 0. Sample i depends on (seed, i) alone.
     eta : float
         DDIM's noise fraction: 0 deterministic, 1 ancestral.
     batch_size : int, optional
         Samples per chunk; default min(num_samples, 256).
+    batching : float or "auto"
+        Branches of a step that are one computation share a forward while it has at most this many batches' rows. 0: one
+        forward each; 2: as much memory as the classifier-free guidance of diffusers' pipelines. It pays for small
+        batches. "auto" times both at the first step and takes what is faster and fits, so two such runs may differ in
+        rounding; ``record["batching"]`` has what was taken, and with that number the run is repeated bit by bit.
     shape : sequence of int, optional
         Of one sample; default: the denoiser's.
     x_T : Tensor, optional
@@ -111,8 +120,8 @@ def sample(
     shape = tuple(shape if shape is not None else denoiser.shape or ())
     if not shape:
         raise ParameterError("the denoiser does not know the shape of a sample; pass shape=")
-    if num_samples < 1 or (batch_size is not None and batch_size < 1) or seed < 0:
-        raise ParameterError("num_samples and batch_size must be at least 1, seed at least 0")
+    if num_samples < 1 or (batch_size is not None and batch_size < 1) or seed < 0 or first < 0:
+        raise ParameterError("num_samples and batch_size must be at least 1, seed and first at least 0")
     if x_T is not None and tuple(x_T.shape) != (num_samples, *shape):
         raise ParameterError(f"x_T must be {(num_samples, *shape)}, got {tuple(x_T.shape)}")
     every = every_kth(trace)
@@ -128,13 +137,14 @@ def sample(
     started, samples, nfe = time.perf_counter(), [], []
     traces: list[dict[str, Tensor]] = []
     with advancing(progress, num_samples * len(view.timesteps)) as advance:
-        for first in range(0, num_samples, batch):
-            chunk = _Chunk(nets, method, torch.arange(first, first + batch), seed, dtype, torch.device(device))
+        for start in range(0, num_samples, batch):
+            numbers = torch.arange(first + start, first + start + batch)
+            chunk = _Chunk(nets, method, numbers, seed, dtype, torch.device(device), batching)
             noise = None
             if x_T is not None:
-                noise = x_T[chunk.numbers % num_samples].to(device, dtype)
-            view = SchedulerView(scheduler, steps, eta, device) if first else view
-            keep = min(batch, num_samples - first)
+                noise = x_T[(numbers - first) % num_samples].to(device, dtype)
+            view = SchedulerView(scheduler, steps, eta, device) if start else view
+            keep = min(batch, num_samples - start)
             kept: list[dict[str, Tensor]] = []
             for index, x, info in chunk.run(view, shape, noise):
                 if every and index % every == 0:
@@ -142,6 +152,7 @@ def sample(
                 if callback is not None:
                     callback(index, x[:keep], {k: v[:keep] for k, v in info.items()})
                 advance(keep)
+            batching = chunk.engine.batching  # what the first chunk measured holds for all
             samples.append(chunk.x[:keep].cpu())
             nfe.append(chunk.engine.nfe[:keep].cpu())
             traces.append(stack_trace(kept, keep))
@@ -150,11 +161,11 @@ def sample(
         "method": describe(method),
         "scheduler": {"name": type(scheduler).__name__, "config": plain(dict(scheduler.config))},
         "steps": steps, "eta": eta, "stochastic": view.stochastic,
-        "seed": seed, "num_samples": num_samples, "batch_size": batch,
+        "seed": seed, "first": first, "num_samples": num_samples, "batch_size": batch, "batching": batching,
         "dtype": str(dtype), "device": str(device),
         "log_snr": [round(level.log_snr, 6) for level in view.levels],
         "seconds": time.perf_counter() - started,
-        "versions": {p: importlib.metadata.version(p) for p in ("diffsteer", "torch", "diffusers")},
+        "versions": versions(),
     }  # fmt: skip
     return Result(torch.cat(samples), merged, torch.cat(nfe), record)
 
@@ -170,9 +181,10 @@ class _Chunk:
         seed: int,
         dtype: torch.dtype,
         device: torch.device,
+        batching: Batching,
     ) -> None:
-        self.engine = Engine(nets, method, numbers, [stream(seed, int(i), 1) for i in numbers])
-        self.numbers, self.dtype, self.device = numbers, dtype, device
+        self.engine = Engine(nets, method, numbers, [stream(seed, int(i), 1) for i in numbers], batching)
+        self.dtype, self.device = dtype, device
         self.noise_streams = [stream(seed, int(i)) for i in numbers]
         self.x: Tensor
 

@@ -1,7 +1,8 @@
-"""Calibration on a pipeline: the same as on the denoiser that it holds."""
+"""Calibration on a pipeline: what its own likelihood ratio says of finished pictures labels the rollouts."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 import diffsteer as ds
-from diffsteer.calibration import read_off, watching
+from diffsteer.calibration import LikelihoodRatio, read_off, watching
 from diffsteer.errors import ParameterError, UnsupportedError
 
 
@@ -20,22 +21,34 @@ def ancestral() -> Any:
     return pipe
 
 
-DNG = ds.DynamicNegativeGuidance(prior=0.25)
+DNG = ds.DynamicNegativeGuidance()
+CFG = ds.ClassifierFreeGuidance(2.0)
 
 
-def test_reads_off_unguided_rollouts_of_the_empty_prompt() -> None:
+@pytest.mark.parametrize(("prompt", "beside"), [("", None), ("a circle", CFG)])
+def test_is_read_off_rollouts_of_the_prompt(prompt: str, beside: ds.Guidance | None) -> None:
     pipe = ancestral()
     found = ds.calibrate_pipeline(
-        pipe, DNG, negative_prompt="red", num_rollouts=40, batch_size=15, num_inference_steps=4
-    )
-    watch = watching(DNG, 1.0, 40)
-    with ds.attach(pipe, watch) as attached:
-        pipe(
-            prompt=[""] * 40, negative_prompt="red", num_inference_steps=4, output_type="latent",
-            generator=[ds.sampling.stream(0, i) for i in range(40)],
-        )  # fmt: skip
-    assert attached.last is not None
-    wanted = read_off(DNG, watch, attached.last.trace, attached.last.record).calibrations[0]
+        pipe, DNG, prompt=prompt, beside=beside, negative_prompt="red", num_rollouts=40, batch_size=15,
+        num_inference_steps=4,
+    )  # fmt: skip
+
+    def along(guide: ds.Guidance, **negative: str) -> ds.Result:
+        with ds.attach(pipe, guide) as attached:
+            pipe(
+                prompt=[prompt] * 40, num_inference_steps=4, output_type="latent",
+                generator=[ds.sampling.stream(0, i) for i in range(40)], **negative,
+            )  # fmt: skip
+        assert attached.last is not None
+        return attached.last
+
+    finished = along(beside or ds.ClassifierFreeGuidance(0.0)).samples
+    member = along(LikelihoodRatio(finished), negative_prompt="red").trace["log_ratio:neg"][-1] > 0
+    assert 5 < member.sum() < 35  # else the test says little
+    assert found.priors == pytest.approx(((int(member.sum()) + 0.5) / 41,))
+    watch = watching(dataclasses.replace(DNG, prior=found.prior), 1.0)
+    seen = along(watch if beside is None else beside + watch, negative_prompt="red")
+    wanted = read_off(DNG, watch, seen.trace, seen.record, [member]).calibrations[0]
     (calibration,) = found.calibrations
     assert calibration is not None
     assert wanted is not None
@@ -47,14 +60,29 @@ def test_reads_off_unguided_rollouts_of_the_empty_prompt() -> None:
     assert found.scale == DNG.scale
 
 
-def test_serves_any_prompt_under_its_kind_of_sampler() -> None:
-    pipe = ancestral()
+@pytest.mark.parametrize(
+    ("prompt", "low", "high"), [("a triangle", 0.35, 0.8), ("a circle on a white background", 0.0, 0.1)]
+)
+def test_a_trained_pipeline_knows_what_a_prompt_shows(prompt: str, low: float, high: float) -> None:
     dng = ds.calibrate_pipeline(
-        pipe, ds.DynamicNegativeGuidance(prior=(0.3, 0.4), contexts=("neg", "neg2")), negative_prompt="red|blue",
-        num_rollouts=40, num_inference_steps=4,
+        ds.zoo.load("shapes"), DNG, prompt=prompt, beside=ds.ClassifierFreeGuidance(1.5), negative_prompt="black",
+        num_inference_steps=10, num_rollouts=24, batch_size=24,
     )  # fmt: skip
+    assert low < dng.priors[0] < high
+
+
+def test_several_negatives_have_a_posterior_each_under_their_kind_of_sampler() -> None:
+    pipe = ancestral()
+    two = dataclasses.replace(DNG, prior=0.1, contexts=("neg", "neg2"))
+    dng = ds.calibrate_pipeline(pipe, two, negative_prompt="red|blue", num_rollouts=20, num_inference_steps=4)
+    assert len(dng.priors) == len(dng.calibrations) == 2
+    assert dng.priors[0] != dng.priors[1]
+    assert sum(dng.priors) < 1
+    alike = ds.calibrate_pipeline(pipe, two, negative_prompt="red|red", num_rollouts=20, num_inference_steps=4)
+    alone = ds.calibrate_pipeline(pipe, DNG, negative_prompt="red", num_rollouts=20, num_inference_steps=4)
+    assert alike.priors == pytest.approx((alone.priors[0] / 2,) * 2)  # the same pictures are not counted twice
     call = {"negative_prompt": "red|blue", "num_inference_steps": 4, "output_type": "latent"}
-    with ds.attach(pipe, ds.ClassifierFreeGuidance(2.0) + dng) as attached:
+    with ds.attach(pipe, CFG + dng) as attached:
         pipe("a circle", generator=torch.Generator().manual_seed(0), **call)
     assert attached.last is not None
     assert attached.last.trace["posterior:neg2"].isfinite().all()
@@ -68,8 +96,10 @@ def test_serves_any_prompt_under_its_kind_of_sampler() -> None:
     [
         ("red|blue", {}, "2 negative prompts for 1 contexts"),
         (" ", {}, "0 negative prompts"),
-        ("red", {"num_rollouts": 39}, "use at least 40"),
+        ("red", {"num_rollouts": 19}, "use at least 20"),
         ("red", {"batch_size": 0}, "batch_size"),
+        ("red", {"prompt": "a circle"}, "go together"),
+        ("red", {"beside": CFG}, "go together"),
     ],
 )
 def test_refuses(negative: str, keywords: dict[str, Any], message: str) -> None:

@@ -247,7 +247,8 @@ def test_callbacks_see_and_change_the_latents(pipe) -> None:
     assert torch.allclose(nudged[2], points[2] + 0.1, atol=1e-6)
 
 
-def test_some_rows_are_a_smaller_batch(pipe) -> None:
+@pytest.mark.parametrize(("batching", "expected"), [(0, [2, 1] * 4), (1, [2, 1] * 4), (2, [3] * 4)])
+def test_some_rows_are_a_smaller_batch(pipe, batching: float, expected: list[int]) -> None:
     sizes: list[int] = []
 
     class Second(ds.Guidance):
@@ -258,11 +259,41 @@ def test_some_rows_are_a_smaller_batch(pipe) -> None:
             return cond, state, {}
 
     hook = pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    with ds.attach(pipe, Second()) as handle:
+    with ds.attach(pipe, Second(), batching=batching) as handle:
         latents(pipe, ["a", "b"], negative_prompt="meat")
     hook.remove()
-    assert sizes == [2, 1] * 4
+    assert sizes == expected
     assert handle.last.nfe.tolist() == [4, 8]
+
+
+@pytest.mark.parametrize("prompt", ["a red house", ["a", "b"]])
+def test_branches_share_a_forward_as_in_the_pipelines_own_guidance(pipe, prompt) -> None:
+    both = CFG + ds.NegativePrompting(0.5)
+    batch = 1 if isinstance(prompt, str) else 2
+    sizes: list[int] = []
+    hook = pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    made, forwards = {}, {}
+    for batching in (0, 2, 3, "auto"):
+        sizes.clear()
+        with ds.attach(pipe, both, batching=batching) as handle:
+            made[batching] = latents(pipe, prompt, negative_prompt="meat")
+        forwards[batching] = list(sizes)
+        assert handle.last.record["batching"] == batching or batching == "auto"
+    again = handle.last.record["batching"]
+    assert again in (0, 1.5, 3)
+    with ds.attach(pipe, both, batching=again):
+        assert torch.equal(latents(pipe, prompt, negative_prompt="meat"), made["auto"])
+    assert forwards[0] == [batch] * 3 * 4
+    assert forwards[2] == [2 * batch, batch] * 4
+    assert forwards[3] == [3 * batch] * 4
+    assert max(error(made[batching], made[0]) for batching in made) < 1e-5
+    with ds.attach(pipe, CFG + ds.PerturbedAttentionGuidance(), batching=9):  # what is perturbed runs alone
+        sizes.clear()
+        latents(pipe, prompt)
+    hook.remove()
+    assert sizes == [2 * batch, batch] * 4
+    with pytest.raises(ParameterError, match="batching must be"):
+        ds.attach(pipe, both, batching=-1)
 
 
 def test_interruption_keeps_what_there_is(pipe) -> None:
@@ -487,7 +518,7 @@ def test_offload_hooks_stay_in_place() -> None:
     own = pipe.unet.__dict__["forward"]
     assert error(guided(pipe), native) < 1e-5
     assert pipe.unet.__dict__["forward"] is own
-    assert moves == ["in", "out"] * 8  # both branches of four steps
+    assert moves == ["in", "out"] * 4  # four steps, both branches at once
 
 
 def test_a_lora_is_heard() -> None:

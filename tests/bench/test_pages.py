@@ -11,7 +11,7 @@ from diffsteer.bench.pages import markdown, page, write_pages
 
 def test_every_method_has_a_page_without_leftovers_of_its_markup(tmp_path: Path) -> None:
     written = write_pages(tmp_path)
-    assert {path.stem for path in written} == {*ds.list_methods(), "README"}
+    assert {path.stem for path in written} == {*ds.list_methods(), *ds.list_optimizers(), "README"}
     for path in written:
         text = path.read_text(encoding="utf-8")
         for leftover in (".. math", ":class:", "\n----", "Parameters\n--"):

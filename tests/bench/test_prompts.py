@@ -20,6 +20,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from diffsteer.bench.judges import ClipJudge, ReaderJudge, Verdict
 from diffsteer.bench.prompt_report import summary
 from diffsteer.bench.prompt_runs import (
+    DYNAMIC,
     GRID,
     NAMES,
     SCALES,
@@ -51,9 +52,6 @@ class Bright:
     """A picture is forbidden where its red is above the median of all the pictures it was shown."""
 
     decides = True
-
-    def share(self, negative) -> float | None:
-        return {"red": 0.5}.get(negative)
 
     def __call__(self, pictures, prompt, negative) -> Verdict:
         red = pictures[..., 0].mean((1, 2))
@@ -194,23 +192,31 @@ def test_operating_points_are_safe_first_and_faithful_second() -> None:
     assert operating_points(scored, "ddim-50", ("np",)) == {"np": 2.0}
 
 
-def test_dng_is_calibrated_where_the_share_is_known(bench: Bench, pipe) -> None:
-    dng = bench.tracker("red", SAMPLER)
-    assert (dng.prior, dng.estimator, dng.calibrations[0].steps) == (0.5, "surrogate", 3)
+def test_dng_is_calibrated_on_the_prompt_or_for_any(bench: Bench, pipe) -> None:
+    dng = bench.tracker("a circle", "red", SAMPLER)
+    assert (dng.estimator, dng.calibrations[0].steps) == ("surrogate", 3)
     (kept,) = bench.store.glob("*.json")
     kept.write_text(kept.read_text().replace('"p_min": 1e-12', '"p_min": 1e-11'))
-    assert bench.tracker("red", SAMPLER) == replace(dng, p_min=1e-11)  # read back, not made again
-    assert bench.tracker("red", ("ddpm", 3)).estimator == "ito"
-    assert bench.tracker("blue", SAMPLER) == DynamicNegativeGuidance(prior=0.05)
-    plain = Bench(pipe, Bright(), PLAN.but(prior=0.1), bench.store)
-    assert plain.tracker("red", SAMPLER) == DynamicNegativeGuidance(prior=0.1)
+    assert bench.tracker("a circle", "red", SAMPLER) == replace(dng, p_min=1e-11)  # read back, not made again
+    assert bench.tracker("", "red", SAMPLER).calibration != dng.calibration
+    assert bench.tracker("", "red", ("ddpm", 3)).estimator == "ito"
+    uncalibrated = Bench(pipe, Bright(), PLAN.but(prior=0.1), bench.store)
+    assert uncalibrated.tracker("a circle", "red", SAMPLER) == DynamicNegativeGuidance(prior=0.1)
     assert not hasattr(type(pipe), "_diffsteer")
+
+
+def test_which_dng_asks_for_which_calibration(bench: Bench) -> None:
+    asked = []
+    bench.tracker = lambda *what: asked.append(what) or DNG
+    for method in DYNAMIC:
+        bench.run(GRID_OF_TWO[0], SAMPLER, method, 1.0)
+    assert asked == [("a circle", "red", SAMPLER), ("a circle", "red", SAMPLER), ("", "red", SAMPLER)]
 
 
 def test_methods_have_their_own_names_and_wrong_ones_are_refused() -> None:
     made = {name: method_for(name, 2.0, guidance_scale=1.5, dng=DNG, steps=25) for name in NAMES}
     assert made["sld"].warmup == 5
-    for name, baseline in {"dng": 0.0, "dng-baseline-0.5": 0.5, "dng-baseline-1": 1.0}.items():
+    for name, baseline in {"dng": 0.0, "dng-baseline": 0.5, "dng-any": 0.0}.items():
         assert made[name].methods[1] == replace(DNG, scale=2.0, baseline=baseline)
     with pytest.raises(UnknownNameError, match="magic"):
         method_for("magic", 1.0, guidance_scale=1.5, dng=DNG, steps=25)

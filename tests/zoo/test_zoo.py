@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
 import diffsteer as ds
-from diffsteer.errors import ParameterError, UnknownNameError, WeightsError
+from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,13 @@ def test_a_users_folder_loads_like_a_shipped_one(model, copy: Path) -> None:
     x = torch.zeros(2, 1, 8, 8)
     assert torch.equal(mine.judge(x), model.judge(x))
     assert mine.fingerprint == model.fingerprint
+
+
+def test_a_pipeline_has_no_classes_to_remove(tmp_path: Path) -> None:
+    for folder in ("shapes", tmp_path):
+        (tmp_path / "model_index.json").touch()
+        with pytest.raises(UnsupportedError, match=r"bench prompts .*\['digits'\]"):
+            ds.zoo.load_model(folder)
 
 
 def test_damaged_and_malicious_files_are_refused(copy: Path, tmp_path: Path) -> None:

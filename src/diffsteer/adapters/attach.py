@@ -22,7 +22,7 @@ from diffsteer.adapters.run import GuidedRun
 from diffsteer.adapters.specs import Spec, spec_of
 from diffsteer.adapters.steps import check_needs
 from diffsteer.core import Guidance
-from diffsteer.engine import every_kth
+from diffsteer.engine import Batching, check_batching, every_kth
 from diffsteer.errors import ParameterError, StateError, UnsupportedError, UnverifiedWarning
 from diffsteer.methods import Renorm
 from diffsteer.sampling import Result
@@ -35,6 +35,7 @@ def attach(
     contexts: Mapping[str, str | Mapping[str, Any]] | None = None,
     models: Mapping[str, torch.nn.Module] | None = None,
     trace: str = "full",
+    batching: Batching = 2,
 ) -> Attached:
     """Let a method guide a diffusers pipeline, and its negative prompt mean what the method makes of it.
 
@@ -51,6 +52,9 @@ def attach(
         Twins of the denoiser by name, for methods that ask for them.
     trace : {"full", "off", "every:k"}
         Which steps of the method's diagnostics are kept.
+    batching : float or "auto"
+        As in :func:`diffsteer.sample`; by default the denoiser is shown no more rows at once than by the pipeline's own
+        classifier-free guidance. 0 evaluates one branch after the other, which takes half of that memory.
 
     Returns
     -------
@@ -77,7 +81,7 @@ def attach(
     ...     image = pipe("a medieval feast", negative_prompt="meat", num_inference_steps=30).images[0]
     >>> guided.last.trace["posterior"]  # doctest: +SKIP
     """
-    return Attached(pipe, method, dict(contexts or {}), dict(models or {}), trace)
+    return Attached(pipe, method, dict(contexts or {}), dict(models or {}), trace, batching)
 
 
 class Attached:
@@ -98,6 +102,7 @@ class Attached:
         contexts: dict[str, str | Mapping[str, Any]],
         models: dict[str, torch.nn.Module],
         trace: str,
+        batching: Batching,
     ) -> None:
         if hasattr(type(pipe), "_diffsteer"):
             raise StateError(f"a method is attached to this {type(pipe).__name__} already; detach it first")
@@ -107,7 +112,8 @@ class Attached:
             raise ParameterError('"pos" is the prompt of the call; contexts= is for others')
         check_needs(method)
         every_kth(trace)
-        self.pipe, self.method, self.contexts, self.models, self.trace = pipe, method, contexts, models, trace
+        self.pipe, self.method, self.contexts, self.models = pipe, method, contexts, models
+        self.trace, self.batching = trace, check_batching(batching)
         self.last: Result | None = None
         self.run: GuidedRun | None = None
         self.spec = spec_of(pipe)
@@ -148,7 +154,7 @@ class Attached:
         if self.spec.renormalised and arguments.get(self.spec.renormalised, True):
             method = Renorm(method, 1 if self.spec.grid else -1)  # of tokens, or as Lumina 2 has it, of rows
         method = widen(method, list(negatives), set(self.contexts))
-        self.run = GuidedRun(self.pipe, self.spec, method, arguments, self.models, self.trace)
+        self.run = GuidedRun(self.pipe, self.spec, method, arguments, self.models, self.trace, self.batching)
         self.run.wanted = {"null": {}, **negatives, **self.contexts}
         try:
             with self.run.installed():

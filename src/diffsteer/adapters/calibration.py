@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from diffsteer.adapters.attach import attach
 from diffsteer.adapters.contexts import separate
-from diffsteer.calibration import read_off, watching
+from diffsteer.calibration import LikelihoodRatio, read_off, watching
+from diffsteer.core import Guidance
 from diffsteer.engine import stream
 from diffsteer.errors import ParameterError
-from diffsteer.methods import DynamicNegativeGuidance
-from diffsteer.sampling import advancing
+from diffsteer.methods import ClassifierFreeGuidance, DynamicNegativeGuidance
+from diffsteer.sampling import Result, advancing
 from diffsteer.schedulers import SchedulerView
+
+_PASSES = 3  # the rollouts, their likelihood ratio, and the tracker along with them
 
 
 def calibrate_pipeline(
@@ -23,28 +27,39 @@ def calibrate_pipeline(
     method: DynamicNegativeGuidance,
     *,
     negative_prompt: str,
+    prompt: str = "",
+    beside: Guidance | None = None,
     num_inference_steps: int = 50,
-    num_rollouts: int = 256,
+    num_rollouts: int = 128,
     batch_size: int = 16,
     seed: int = 0,
     progress: bool | Callable[[int], None] = False,
     **arguments: Any,
 ) -> DynamicNegativeGuidance:
-    """Fit how a method's tracked log-odds of a negative prompt are to be read on a text-to-image pipeline.
+    """Find how often a prompt's pictures show a negative, and how the tracked log-odds of it are to be read.
+
+    The pipeline is its own judge: a picture shows the negative where the denoiser explains the finished picture better
+    with it than without any prompt (:class:`diffsteer.calibration.LikelihoodRatio`). The share of such pictures is the
+    prior; every level's reading is fitted to them. The priors of several negatives add up to the share of pictures that
+    show any of them.
 
     Parameters
     ----------
     pipe : DiffusionPipeline
         With the scheduler that it will be used with.
     method : DynamicNegativeGuidance
-        Its prior says how large a share of the pictures of an empty prompt shows each negative: what is tracked is
-        the negative prompt against the empty one. The calibration therefore serves every positive prompt.
+        Its prior is replaced.
     negative_prompt : str
         One for each context of the method, separated by ``|``.
+    prompt : str
+        The prompt that the method will be used for. What a negative has to do differs a lot between prompts: "a circle"
+        is often red and never a triangle. By default the empty prompt, whose calibration serves any prompt, less well.
+    beside : Guidance
+        What guides towards the prompt, as it will in use: ``ClassifierFreeGuidance(7.5)``. None with the empty prompt.
     num_inference_steps : int
         Other step counts are interpolated with a warning.
     num_rollouts : int
-        Pictures of the empty prompt; at least 10 expected ones of each negative.
+        At least 20. The share that is found is between 1 / (2 ``num_rollouts``) and 1.
     batch_size, seed, progress
         As for :func:`diffsteer.sample`.
     **arguments
@@ -53,26 +68,35 @@ def calibrate_pipeline(
     Returns
     -------
     DynamicNegativeGuidance
-        As from :func:`diffsteer.calibrate`.
+        The method with prior and calibration, one per context, and "auto" resolved as by :func:`diffsteer.calibrate`.
 
     Raises
     ------
     ParameterError
-        Too few rollouts, another number of negatives than of contexts, or a callable estimator.
+        Too few rollouts, another number of negatives than of contexts, a prompt without ``beside``, or a callable
+        estimator.
 
     Notes
     -----
-    Costs 2 evaluations per rollout and step, and one more for each further negative; nothing is decoded.
+    For one negative about 5 evaluations per rollout and step, 7 with a prompt; nothing is decoded.
 
     Examples
     --------
-    >>> dng = DynamicNegativeGuidance(prior=0.3)  # doctest: +SKIP
-    >>> dng = calibrate_pipeline(pipe, dng, negative_prompt="red")  # doctest: +SKIP
-    >>> with attach(pipe, ClassifierFreeGuidance(1.5) + dng):  # doctest: +SKIP
+    >>> cfg = ClassifierFreeGuidance(1.5)  # doctest: +SKIP
+    >>> dng = DynamicNegativeGuidance(scale=5.0)  # doctest: +SKIP
+    >>> dng = calibrate_pipeline(pipe, dng, prompt="a circle", negative_prompt="red", beside=cfg)  # doctest: +SKIP
+    >>> with attach(pipe, cfg + dng):  # doctest: +SKIP
     ...     image = pipe("a circle", negative_prompt="red").images[0]
     """
     if batch_size < 1 or seed < 0:
         raise ParameterError("batch_size must be at least 1, seed at least 0")
+    if num_rollouts < 20:
+        raise ParameterError(f"{num_rollouts} rollouts say too little of a share; use at least 20")
+    if (prompt != "") != (beside is not None):
+        raise ParameterError(
+            "prompt= and beside= go together: what the prompt's pictures show depends on what guides towards it, such "
+            "as beside=ClassifierFreeGuidance(7.5)"
+        )
     number = len(separate(negative_prompt))
     if number != len(method.contexts):
         raise ParameterError(
@@ -80,21 +104,34 @@ def calibrate_pipeline(
             'contexts=("neg", "neg2") for two'
         )
     view = SchedulerView(pipe.scheduler, num_inference_steps, arguments.get("eta", 0.0))
-    watch = watching(method, view.stochastic, num_rollouts)
-    traces: list[dict[str, torch.Tensor]] = []
-    total = num_rollouts * num_inference_steps
-    with attach(pipe, watch) as attached, _quiet(pipe), advancing(progress, total) as advance:
-        for first in range(0, num_rollouts, batch_size):
-            numbers = range(first, min(first + batch_size, num_rollouts))
+    batches = [range(first, min(first + batch_size, num_rollouts)) for first in range(0, num_rollouts, batch_size)]
+
+    def along(guide: Guidance, numbers: range, **negative: str) -> Result:
+        """Some rollouts under a guidance."""
+        with attach(pipe, guide) as attached:
             pipe(
-                prompt=[""] * len(numbers), negative_prompt=negative_prompt, num_inference_steps=num_inference_steps,
-                generator=[stream(seed, i) for i in numbers], output_type="latent", **arguments,
+                prompt=[prompt] * len(numbers), num_inference_steps=num_inference_steps, output_type="latent",
+                generator=[stream(seed, i) for i in numbers], **negative, **arguments,
             )  # fmt: skip
-            assert attached.last is not None
-            traces.append(attached.last.trace)
-            advance(len(numbers) * num_inference_steps)
-    record = attached.last.record
-    return read_off(method, watch, {name: torch.cat([t[name] for t in traces], 1) for name in traces[0]}, record)
+        assert attached.last is not None
+        advance(len(numbers) * num_inference_steps)
+        return attached.last
+
+    method, unwanted = replace(method, calibration=None), {"negative_prompt": negative_prompt}
+    with _quiet(pipe), advancing(progress, _PASSES * num_rollouts * num_inference_steps) as advance:
+        idle = beside or ClassifierFreeGuidance(0.0)
+        ratios = []
+        for numbers in batches:
+            samples = along(idle, numbers).samples
+            ratios.append(along(LikelihoodRatio(samples, method.contexts), numbers, **unwanted).trace)
+        members = [torch.cat([r[f"log_ratio:{context}"][-1] for r in ratios]) > 0 for context in method.contexts]
+        shares = torch.stack([*members, torch.stack(members).any(0)]).double().sum(1).add(0.5) / (num_rollouts + 1)
+        priors = shares[:-1] * shares[-1] / shares[:-1].sum()  # together as many as show any: they may overlap
+        method = replace(method, prior=tuple(priors.tolist()) if number > 1 else float(priors))
+        watch = watching(method, view.stochastic)
+        tracked = [along(watch if beside is None else beside + watch, numbers, **unwanted) for numbers in batches]
+    trace = {name: torch.cat([t.trace[name] for t in tracked], 1) for name in tracked[0].trace}
+    return read_off(method, watch, trace, tracked[0].record, members)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffsteer.adapters.contexts import Bundle, place, select
 from diffsteer.adapters.specs import Spec
+from diffsteer.denoisers import join
 from diffsteer.errors import MissingContextError, UnsupportedError
 from diffsteer.paths import Level, Path
 from diffsteer.perturb import ContextNoise, perturbed
@@ -41,7 +42,7 @@ class Invocation:
     ) -> Invocation:
         """From what ``module`` was called with; ``forward`` is how to call it past our own patch."""
         # of the class: compiled and hooked modules hide it on the instance
-        signature = inspect.signature(type(getattr(module, "_orig_mod", module)).forward)
+        signature = _signature(type(getattr(module, "_orig_mod", module)))
         bound = signature.bind(module, *args, **keywords).arguments
         names = list(signature.parameters)
         bound.pop(names[0])
@@ -61,12 +62,17 @@ class Invocation:
         x: Tensor = self.arguments[self.sample]
         return x
 
-    def repeat(self, bundle: Bundle, x: Tensor, rows: Tensor | None, **more: Any) -> Any:
-        """Call again at ``x`` with a context's conditioning; ``x`` and ``more`` are for ``rows`` (None: all) alone."""
+    def at(self, bundle: Bundle, x: Tensor, rows: Tensor | None, **more: Any) -> dict[str, Any]:
+        """The arguments at ``x`` with a context's conditioning; ``x`` and ``more`` for ``rows`` (None: all)."""
         arguments = place(self.arguments, bundle)
         if rows is not None:
             arguments = select(arguments, rows, len(self.x), self.shared)
-        return self.forward(**{**arguments, **more, self.sample: x})
+        return {**arguments, **more, self.sample: x}
+
+
+@functools.cache
+def _signature(kind: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(kind.forward)
 
 
 class PipelineNet:
@@ -115,12 +121,49 @@ class PipelineNet:
 
     def predict(self, context: str, x: Tensor, level: Level, samples: Tensor, perturb: Any = None) -> Tensor:
         """Prediction in ``space`` at ``x``, (B, ...)."""
-        rows = None if torch.equal(samples.cpu(), torch.arange(len(self.x))) else samples
+        rows = self._rows(samples)
         bundle = self.contexts[context]
         if isinstance(perturb, ContextNoise):
             arguments = self._arguments(context)
             given = {name: _read(arguments, name) for name in self.conditioning}
             bundle = bundle | perturb.apply(given if rows is None else select(given, rows, len(self.x)))
+        inside, more = self._input(context, x, level, rows)
+        own = context == "pos" and inside is self.call.x and perturb is None and not torch.is_grad_enabled()
+        if self.ready is not None and own:
+            self.last = self.ready
+        elif perturb is None or isinstance(perturb, ContextNoise):
+            self.last = self.call.forward(**self.call.at(bundle, inside, rows, **more))
+        else:
+            plain = self._arguments(context)
+            with perturbed(perturb, self.call.module, plain, x.shape[2:], self._arguments) as seen:
+                changed = {name: value for name, value in seen.items() if value is not plain.get(name)}
+                self.last = self.call.forward(**self.call.at(bundle | changed, inside, rows, **more))
+        return self._prediction(x, level)
+
+    def predict_together(
+        self, contexts: Sequence[str], points: Sequence[Tensor], level: Level, samples: Sequence[Tensor]
+    ) -> list[Tensor] | None:
+        """See :class:`diffsteer.denoisers.Joining`."""
+        if self.ready is not None:
+            return None
+        calls = []
+        for context, x, numbers in zip(contexts, points, samples, strict=True):
+            rows = self._rows(numbers)
+            inside, more = self._input(context, x, level, rows)
+            calls.append(self.call.at(self.contexts[context], inside, rows, **more))
+        sizes = [len(x) for x in points]
+        arguments = join(calls, sizes, self.call.shared)
+        if arguments is None:
+            return None
+        self.last = self.call.forward(**arguments)
+        return list(self._prediction(torch.cat(list(points)), level).split(sizes))
+
+    def _rows(self, samples: Tensor) -> Tensor | None:
+        """Which of the pipeline's samples these are; None: all of them."""
+        return None if torch.equal(samples.cpu(), torch.arange(len(self.x))) else samples
+
+    def _input(self, context: str, x: Tensor, level: Level, rows: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
+        """What the network is shown at ``x``, for ``rows``, and the other arguments that depend on it."""
         inside, more = self.call.x, {}
         if level != self.level:
             inside, more["timestep"] = self._elsewhere(x, level, rows)
@@ -130,16 +173,10 @@ class PipelineNet:
             more |= self._residuals(self.control, context, inside, rows, **more)
         elif self.call.arguments.get("down_block_additional_residuals") is not None:
             self._require_own_point(x, level, rows)
-        own = context == "pos" and inside is self.call.x and perturb is None and not torch.is_grad_enabled()
-        if self.ready is not None and own:
-            self.last = self.ready
-        elif perturb is None or isinstance(perturb, ContextNoise):
-            self.last = self.call.repeat(bundle, inside, rows, **more)
-        else:
-            plain = self._arguments(context)
-            with perturbed(perturb, self.call.module, plain, x.shape[2:], self._arguments) as seen:
-                changed = {name: value for name, value in seen.items() if value is not plain.get(name)}
-                self.last = self.call.repeat(bundle | changed, inside, rows, **more)
+        return inside, more
+
+    def _prediction(self, x: Tensor, level: Level) -> Tensor:
+        """What the network returned last, for ``x``, as a prediction in ``space``; (B, ...)."""
         output = first(self.last)
         output = unpack(output, self.x.shape[2:]) if self.packed else output[:, : x.shape[1]]  # no learned variance
         if output.shape[1] < x.shape[1]:
@@ -223,7 +260,8 @@ class PipelineNet:
             added = {name: self.call.arguments[name] for name in names}
             return _zeros(added if rows is None else select(added, rows, len(self.x)))
         bundle = {k: v for k, v in self.contexts[context].items() if k.partition(".")[0] in control.arguments}
-        return dict(zip(names, control.repeat(bundle, inside[:, : control.x.shape[1]], rows, **more), strict=True))
+        answer = control.forward(**control.at(bundle, inside[:, : control.x.shape[1]], rows, **more))
+        return dict(zip(names, answer, strict=True))
 
 
 def _read(arguments: Mapping[str, Any], name: str) -> Any:

@@ -16,6 +16,7 @@ from diffsteer.adapters.network import Invocation, PipelineNet, on_grid, pack
 from diffsteer.adapters.specs import Spec
 from diffsteer.adapters.steps import GuidedSteps, entry, wide
 from diffsteer.core import Guidance
+from diffsteer.engine import Batching
 from diffsteer.errors import StateError
 from diffsteer.patching import patched
 from diffsteer.sampling import Result
@@ -34,6 +35,7 @@ class GuidedRun(GuidedSteps):
     models : mapping of str to nn.Module
         Twin networks.
     trace : str
+    batching : float or "auto"
         As in :func:`diffsteer.sample`.
     """
 
@@ -45,8 +47,10 @@ class GuidedRun(GuidedSteps):
         arguments: Mapping[str, Any],
         models: Mapping[str, nn.Module],
         trace: str,
+        batching: Batching,
     ) -> None:
-        super().__init__(method, models, arguments.get("generator"), float(arguments.get("eta") or 0.0), trace)
+        eta = float(arguments.get("eta") or 0.0)
+        super().__init__(method, models, arguments.get("generator"), eta, trace, batching)
         self.pipe, self.spec = pipe, spec
         self.wanted: Mapping[str, Any] = {"null": {}}  # contexts beside "pos", see contexts.encode
         self.bundles: dict[str, Bundle] = {"pos": {}}

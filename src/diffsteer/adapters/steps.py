@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from diffsteer.adapters.network import PipelineNet
 from diffsteer.core import Guidance, Info
-from diffsteer.engine import Engine, describe, every_kth, plain, stack_trace, stream
+from diffsteer.engine import Batching, Engine, describe, every_kth, plain, stack_trace, stream, versions
 from diffsteer.errors import UnsupportedError
 from diffsteer.paths import Level
 from diffsteer.sampling import Result
@@ -30,16 +29,23 @@ class GuidedSteps:
         The pipeline's.
     eta : float
     trace : str
+    batching : float or "auto"
         As in :func:`diffsteer.sample`.
     """
 
     reading: ScheduleReading  # from the first step on
 
     def __init__(
-        self, method: Guidance, models: Mapping[str, nn.Module], generator: Any, eta: float, trace: str
+        self,
+        method: Guidance,
+        models: Mapping[str, nn.Module],
+        generator: Any,
+        eta: float,
+        trace: str,
+        batching: Batching = 0,
     ) -> None:
         self.method, self.models, self.generator, self.eta = method, models, generator, eta
-        self.every = every_kth(trace)
+        self.every, self.batching = every_kth(trace), batching
         self.engine: Engine | None = None
         self.levels: list[Level] = []  # from the first step on
         self.index = 0  # of the evaluation
@@ -59,7 +65,8 @@ class GuidedSteps:
     def guide(self, nets: Mapping[str, PipelineNet], x: Tensor) -> Tensor:
         """The method's prediction at ``x``, (B, ...)."""
         if self.engine is None:
-            self.engine = Engine(nets, self.method, torch.arange(len(x)), _streams(self.generator, len(x)))
+            streams = _streams(self.generator, len(x))
+            self.engine = Engine(nets, self.method, torch.arange(len(x)), streams, self.batching)
             if self.engine.start(x, self.levels, self.reading.stochastic) is not x:
                 raise UnsupportedError("this method starts elsewhere than the pipeline; run it with diffsteer.sample()")
         self.engine.nets = nets
@@ -70,13 +77,15 @@ class GuidedSteps:
 
     def record(self, steps: int, contexts: list[str]) -> dict[str, Any]:
         """What ran, as plain data."""
+        assert self.engine is not None
         scheduler = self.reading.scheduler
         return {
             "method": describe(self.method),
             "scheduler": {"name": type(scheduler).__name__, "config": plain(dict(scheduler.config))},
             "steps": steps, "eta": self.eta, "stochastic": self.reading.stochastic, "contexts": contexts,
+            "batching": self.engine.batching,
             "log_snr": [round(level.log_snr, 6) for level in self.levels],
-            "versions": {p: importlib.metadata.version(p) for p in ("diffsteer", "torch", "diffusers")},
+            "versions": versions(),
         }  # fmt: skip
 
     def outcome(self, x: Tensor, record: dict[str, Any]) -> Result:

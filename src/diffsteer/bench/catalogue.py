@@ -129,7 +129,7 @@ def bench_methods(
     for wanted in only:
         if wanted not in TRIALS:
             raise UnknownNameError("trial", wanted, TRIALS)
-    model = zoo.load(name)
+    model = zoo.load_model(name)
     check_writable(out / "methods.json")
     plan = [(key, w) for key, trial in TRIALS.items() if not only or key in only for w in trial.scales]
     lines: list[Line] = []

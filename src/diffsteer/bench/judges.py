@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from diffsteer.errors import WeightsError
-from diffsteer.shapes import BACKGROUNDS, COLOURS, KINDS, Scene, holds, read, share
+from diffsteer.shapes import BACKGROUNDS, COLOURS, KINDS, Scene, holds, read
 from diffsteer.zoo import draws_shapes
 
 __all__ = ["ClipJudge", "Judge", "ReaderJudge", "Verdict", "judge_of"]
@@ -52,10 +52,6 @@ class Judge(Protocol):
 
     decides: bool  # true or false, so that pictures can be rejected
 
-    def share(self, negative: str) -> float | None:
-        """Share of what the pipeline was trained on that shows the negative; None: unknown."""
-        ...
-
     def __call__(self, pictures: NDArray[np.uint8], prompt: str, negative: str) -> Verdict:
         """Of pictures (N, H, W, 3)."""
         ...
@@ -73,10 +69,6 @@ class ReaderJudge:
     """Reads the pictures of the drawn world."""
 
     decides = True
-
-    def share(self, negative: str) -> float | None:
-        """In the drawn world."""
-        return share(negative)
 
     def __call__(self, pictures: NDArray[np.uint8], prompt: str, negative: str) -> Verdict:
         scenes = read(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1)
@@ -126,10 +118,6 @@ class ClipJudge:
             self.processor = CLIPProcessor.from_pretrained(name)
         except OSError as error:
             raise WeightsError(f"{name!r}, which is to score the pictures, cannot be loaded: {error}") from error
-
-    def share(self, negative: str) -> float | None:
-        """Unknown."""
-        return None
 
     @torch.inference_mode()
     def __call__(self, pictures: NDArray[np.uint8], prompt: str, negative: str) -> Verdict:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsteer.bench.report import check_writable, write_text
-from diffsteer.methods import entry, list_methods
+from diffsteer.methods import entry, list_methods, list_optimizers
 
 
 def write_pages(out: Path, results: Path | None = None) -> list[Path]:
@@ -27,14 +27,14 @@ def write_pages(out: Path, results: Path | None = None) -> list[Path]:
     if results is not None:
         measured = json.loads((results / "methods.json").read_text(encoding="utf-8"))
     written = []
-    for name in list_methods():
+    for name in (*list_methods(), *list_optimizers()):
         rows = [line for line in measured["lines"] if line["method"] == name]
         picture = results / f"samples-{name}.png" if results is not None and rows else None
         if picture is not None:
             shutil.copyfile(picture, out / f"{name}.png")
         written.append(write_text(out / f"{name}.md", page(name, rows, measured)))
     index = ["# Methods", "", "| name | method | class | evaluations / step |", "|---|---|---|---|"]
-    for name in list_methods():
+    for name in (*list_methods(), *list_optimizers()):
         found = entry(name)
         index.append(f"| [{name}]({name}.md) | {found.title} | `{found.cls.__name__}` | {found.nfe:g} |")
     text = "\n".join([*index, "", "Made by `diffsteer bench methods --pages docs/methods`.", ""])

@@ -59,18 +59,19 @@ NAMES = {
     "replace": "Negative prompting, in place of the empty prompt",
     "sld": "Safe latent diffusion",
     "dng": "DNG",
-    "dng-baseline-0.5": "DNG, baseline 0.5",
-    "dng-baseline-1": "DNG, baseline 1",
+    "dng-baseline": "DNG, baseline 0.5",
+    "dng-any": "DNG, calibrated for any prompt",
 }
 SCALES: Mapping[str, tuple[float, ...]] = {
     "np": (0.25, 0.5, 1.0, 2.0),
     "replace": (1.25, 1.5, 2.0, 3.0),  # the guidance scale, which is its only one
     "sld": (0.5, 2.0, 10.0, 1000.0),
-    "dng": (1.0, 2.0, 3.0, 5.0),
-    "dng-baseline-0.5": (2.5, 5.0, 10.0, 20.0),
-    "dng-baseline-1": (5.0, 10.0, 20.0, 40.0),
+    "dng": (2.5, 5.0, 7.5, 10.0),
+    "dng-baseline": (5.0, 10.0, 15.0, 20.0),
+    "dng-any": (1.0, 2.5, 5.0, 10.0),
 }
-BASELINES: Mapping[str, float] = {"dng": 0.0, "dng-baseline-0.5": 0.5, "dng-baseline-1": 1.0}
+DYNAMIC: Mapping[str, tuple[bool, float]] = {"dng": (True, 0.0), "dng-baseline": (True, 0.5), "dng-any": (False, 0.0)}
+"""Whether it is calibrated on the prompt, and its baseline."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,10 @@ class Plan:
     methods : tuple of str
         Of ``SCALES``.
     prior : float, optional
-        Of the negative prompt's posterior, the same for all pairs, and no calibration. By default each negative has
-        its share of the drawn world, and is calibrated; on other pipelines, of which no share is known, 0.05.
+        Of the negative prompt's posterior, the same for all pairs, and no calibration. By default prior and reading are
+        calibrated: on each prompt, or on the empty one.
     rollouts : int
-        Pictures of an empty prompt behind each calibration, under seeds of their own.
+        Pictures behind each calibration, under seeds of their own.
     batch_size, seed : int
     """
 
@@ -136,7 +137,7 @@ class Plan:
     guidance_scale: float = 1.5
     methods: tuple[str, ...] = tuple(SCALES)
     prior: float | None = None
-    rollouts: int = 256
+    rollouts: int = 128
     batch_size: int = 64
     seed: int = 0
 
@@ -189,7 +190,7 @@ def method_for(name: str, scale: float, *, guidance_scale: float, dng: DynamicNe
     scale : float
         What is swept: lambda of negative prompting, the guidance scale where the negative replaces the empty prompt,
         s_S of safe latent diffusion (its "medium" configuration otherwise), lambda_0 of DNG, with the baseline
-        that its name says.
+        of ``DYNAMIC``.
     guidance_scale : float
     dng : DynamicNegativeGuidance
         At any scale.
@@ -206,8 +207,8 @@ def method_for(name: str, scale: float, *, guidance_scale: float, dng: DynamicNe
     if name == "sld":
         medium = SafeLatentDiffusion.preset("medium", scale=guidance_scale)
         return replace(medium, safety_scale=scale, warmup=round(medium.warmup * steps / 50))
-    if name in BASELINES:
-        return cfg + replace(dng, scale=scale, baseline=BASELINES[name])
+    if name in DYNAMIC:
+        return cfg + replace(dng, scale=scale, baseline=DYNAMIC[name][1])
     raise UnknownNameError("method", name, NAMES)
 
 
@@ -253,7 +254,9 @@ class Bench:
     def run(self, pair: Pair, sampler: tuple[str, int], method: str, scale: float, *, target: bool = False) -> Run:
         """One method on one pair; ``target``: more pictures under other seeds."""
         plan, (kind, steps) = self.plan, sampler
-        dng = self.tracker(pair.negative, sampler) if method in BASELINES else DynamicNegativeGuidance()
+        dng = DynamicNegativeGuidance()
+        if method in DYNAMIC:
+            dng = self.tracker(pair.prompt if DYNAMIC[method][0] else "", pair.negative, sampler)
         guide = method_for(method, scale, guidance_scale=plan.guidance_scale, dng=dng, steps=steps)
         context = {
             "model": self.fingerprint, "prompt": pair.prompt, "negative": "" if method == "none" else pair.negative,
@@ -265,29 +268,31 @@ class Bench:
             self._read[path] = _open(path) if path.is_file() else self._make(guide, context, path)
         return self._read[path]
 
-    def tracker(self, negative: str, sampler: tuple[str, int]) -> DynamicNegativeGuidance:
-        """Dynamic negative guidance for a negative prompt, calibrated unless the plan says otherwise."""
-        plan, (kind, steps), share = self.plan, sampler, self.judge.share(negative)
-        if share is None or plan.prior is not None:
-            return DynamicNegativeGuidance(prior=plan.prior or 0.05)
-        method = DynamicNegativeGuidance(prior=share)
+    def tracker(self, prompt: str, negative: str, sampler: tuple[str, int]) -> DynamicNegativeGuidance:
+        """Dynamic negative guidance for a negative prompt, calibrated on a prompt unless the plan says otherwise."""
+        plan, (kind, steps), method = self.plan, sampler, DynamicNegativeGuidance()
+        if plan.prior is not None:
+            return replace(method, prior=plan.prior)
+        beside = ClassifierFreeGuidance(plan.guidance_scale) if prompt else None
         context = {
-            "model": self.fingerprint, "negative": negative, "sampler": [kind, steps], "method": describe(method),
-            "batch_size": plan.batch_size, "seed": plan.seed + 2, "rollouts": plan.rollouts,
+            "model": self.fingerprint, "prompt": prompt, "negative": negative, "sampler": [kind, steps],
+            "method": describe(method), "beside": beside and describe(beside), "batch_size": plan.batch_size,
+            "seed": plan.seed + 2, "rollouts": plan.rollouts,
         }  # fmt: skip
         path = self.store / f"{digest(context)}.json"
         if not path.is_file():
             with self._under(kind):
                 fitted = calibrate_pipeline(
-                    self.pipe, method, negative_prompt=negative, num_inference_steps=steps, num_rollouts=plan.rollouts,
-                    batch_size=plan.batch_size, seed=plan.seed + 2,
+                    self.pipe, method, prompt=prompt, beside=beside, negative_prompt=negative,
+                    num_inference_steps=steps, num_rollouts=plan.rollouts, batch_size=plan.batch_size,
+                    seed=plan.seed + 2,
                 )  # fmt: skip
             path.parent.mkdir(parents=True, exist_ok=True)
-            facts = {"estimator": fitted.estimator, "p_min": fitted.p_min, "calibration": fitted.calibrations[0]}
+            facts = {name: getattr(fitted, name) for name in ("prior", "estimator", "p_min")}
+            facts["calibration"] = fitted.calibrations[0]
             write_text(path, json.dumps({**context, "fitted": plain(facts)}, indent=1) + "\n")
         fitted = json.loads(path.read_text(encoding="utf-8"))["fitted"]
-        calibration = Calibration.from_plain(fitted["calibration"])
-        return replace(method, estimator=fitted["estimator"], p_min=fitted["p_min"], calibration=calibration)
+        return replace(method, **{**fitted, "calibration": Calibration.from_plain(fitted["calibration"])})
 
     @contextmanager
     def _under(self, kind: str) -> Iterator[None]:

@@ -70,7 +70,7 @@ def remove(
     UnknownNameError, ParameterError, OutputError
         Before any work.
     """
-    loaded = zoo.load(model, device=device)
+    loaded = zoo.load_model(model, device=device)
     schedule = SchedulerView(build(loaded, scheduler), steps)
     labels = tuple(loaded.label(c) for c in dict.fromkeys(concepts))
     if not 0 < len(labels) < len(loaded.classes):

@@ -147,7 +147,7 @@ def sweep(name: str, tier: Tier, *, out: Path, separate: bool = False, device: s
     separate : bool
         An unconditional network and one of each concept alone, where the model has them.
     """
-    model = zoo.load(name, device=device)
+    model = zoo.load_model(name, device=device)
     check_writable(out / "results.json")
     choose, report = halves(model)
     report = report[: tier.concepts]

@@ -61,12 +61,13 @@ def descent(values: Tensor, at: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(values, at, torch.ones_like(values), allow_unused=True)
     if gradient is None:
         raise UnsupportedError(no_path)
-    _finite("energy", values)
-    _finite("gradient of the energy", gradient)
+    finite("energy", values)
+    finite("gradient of the energy", gradient)
     return -gradient
 
 
-def _finite(name: str, found: Tensor) -> None:
+def finite(name: str, found: Tensor) -> None:
+    """Refuse NaN and infinity."""
     bad = ~torch.isfinite(found.reshape(len(found), -1)).all(1)
     if bool(bad.any()):
         raise NonFiniteError(

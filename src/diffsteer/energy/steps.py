@@ -15,8 +15,9 @@ alpha**2 + sigma**2 = 1. For a step from t to s with a = alpha_t / alpha_s and e
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -137,7 +138,14 @@ def renoise(step: Step, x_next: Tensor) -> Tensor:
     return ratio * x_next + (std * draw(step, x_next)).to(x_next.dtype)
 
 
-def draw(step: Step | Run, like: Tensor) -> Tensor:
+class Drawing(Protocol):
+    """What carries one random stream per sample: a step, a run or a chain."""
+
+    @property
+    def generators(self) -> Sequence[torch.Generator]: ...
+
+
+def draw(step: Drawing, like: Tensor) -> Tensor:
     """Standard normal noise of every sample's own stream; the shape and device of ``like``, double precision."""
     if len(step.generators) != len(like):
         raise UnsupportedError("this method draws noise: the step must carry one random stream per sample")

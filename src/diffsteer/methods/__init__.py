@@ -1,7 +1,7 @@
 """Every guidance method: one file per paper."""
 
 from diffsteer.methods._parse import parse_method
-from diffsteer.methods._registry import Entry, cite, entry, get_method, list_methods, register
+from diffsteer.methods._registry import Entry, cite, entry, get_method, list_methods, list_optimizers, register
 from diffsteer.methods.adaptive_guidance import AdaptiveGuidance
 from diffsteer.methods.adaptive_projected_guidance import AdaptiveProjectedGuidance
 from diffsteer.methods.autoguidance import Autoguidance
@@ -17,7 +17,9 @@ from diffsteer.methods.compose import Renorm, Rescale, Schedule, Switch, Window
 from diffsteer.methods.decoupled_guidance import DecoupledGuidance
 from diffsteer.methods.diffusion_driven_adaptation import DiffusionDrivenAdaptation, self_ensemble
 from diffsteer.methods.diffusion_posterior_sampling import DiffusionPosteriorSampling
+from diffsteer.methods.dig_in import DiGIN
 from diffsteer.methods.discriminator_guidance import DiscriminatorGuidance
+from diffsteer.methods.doodl import DOODL
 from diffsteer.methods.dreamguider import Dreamguider
 from diffsteer.methods.dynamic_negative_guidance import DynamicNegativeGuidance
 from diffsteer.methods.dynamic_thresholding import DynamicThresholding
@@ -68,6 +70,7 @@ from diffsteer.methods.universal_guidance import UniversalGuidance
 from diffsteer.methods.upsample_guidance import UpsampleGuidance
 
 __all__ = [
+    "DOODL",
     "SIMS",
     "SLCD",
     "AdaptiveGuidance",
@@ -82,6 +85,7 @@ __all__ = [
     "ComposableDiffusion",
     "ConditionAnnealedSampling",
     "DecoupledGuidance",
+    "DiGIN",
     "DiffusionDrivenAdaptation",
     "DiffusionPosteriorSampling",
     "DiscriminatorGuidance",
@@ -145,6 +149,7 @@ __all__ = [
     "get_method",
     "interpolate_weights",
     "list_methods",
+    "list_optimizers",
     "minority_score",
     "parse_method",
     "quantile_levels",

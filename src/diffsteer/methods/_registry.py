@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from diffsteer.core import Guidance
+from diffsteer.energy.chains import LatentOptimizer
 from diffsteer.errors import UnknownNameError
 
 
@@ -14,7 +15,7 @@ class Entry:
     """One published method."""
 
     name: str  # short, as in ``ds.get_method("dng")``
-    cls: type[Guidance]
+    cls: type[Guidance] | type[LatentOptimizer]
     title: str
     nfe: float  # evaluations per step with its defaults
     bibtex: str
@@ -36,7 +37,7 @@ def register(name: str, *, title: str, nfe: float, bibtex: str) -> Callable[[typ
 
 
 def list_methods() -> list[str]:
-    """Short names of all methods, sorted.
+    """Short names of all guidance methods, sorted.
 
     Examples
     --------
@@ -44,18 +45,30 @@ def list_methods() -> list[str]:
     >>> "dng" in ds.list_methods()
     True
     """
-    return sorted(_ENTRIES)
+    return sorted(name for name, found in _ENTRIES.items() if issubclass(found.cls, Guidance))
+
+
+def list_optimizers() -> list[str]:
+    """Short names of the methods that optimise the noise of whole runs, for :func:`diffsteer.optimize_latents`.
+
+    Examples
+    --------
+    >>> import diffsteer as ds
+    >>> ds.list_optimizers()
+    ['dig-in', 'doodl']
+    """
+    return sorted(_ENTRIES.keys() - list_methods())
 
 
 def entry(name: str) -> Entry:
-    """The registry entry of a method."""
+    """The registry entry of a method of either kind."""
     if name not in _ENTRIES:
-        raise UnknownNameError("method", name, list_methods())
+        raise UnknownNameError("method", name, sorted(_ENTRIES))
     return _ENTRIES[name]
 
 
 def get_method(name: str) -> type[Guidance]:
-    """The class of a method.
+    """The class of a guidance method.
 
     Examples
     --------
@@ -63,7 +76,10 @@ def get_method(name: str) -> type[Guidance]:
     >>> ds.get_method("dng").__name__
     'DynamicNegativeGuidance'
     """
-    return entry(name).cls
+    cls = entry(name).cls
+    if not issubclass(cls, Guidance):
+        raise UnknownNameError("guidance method", name, list_methods())
+    return cls
 
 
 def cite(*names: str) -> str:

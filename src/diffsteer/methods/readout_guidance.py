@@ -70,7 +70,8 @@ class ReadoutGuidance(Guidance):
     that compares with another picture holds that picture's features. The paper's sampler is DDIM, of 100 steps; x_t is
     moved in variance-preserving coordinates. Samplers that make each step from one evaluation. No guidance at pure
     noise. Defined on the noise: the step from x_t' is that from x_t with the same noise, and what is left is added to
-    x_s. Information, (B,): "energy", before the first move.
+    x_s. ``diffsteer.train.readouts`` trains heads and makes energies of them. Information, (B,): "energy", before the
+    first move.
     """
 
     space = "eps"

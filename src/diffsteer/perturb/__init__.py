@@ -10,7 +10,7 @@ from diffsteer.perturb.attention import (
     blur,
 )
 from diffsteer.perturb.blocks import Dropout, DroppedBlocks, ShuffledTokens, SkippedBlocks
-from diffsteer.perturb.contexts import ContextNoise
+from diffsteer.perturb.contexts import ContextNoise, ContextShift
 from diffsteer.perturb.draft_attention import draft_mask
 from diffsteer.perturb.embeddings import TimeNoise
 from diffsteer.perturb.features import FeatureRecord, Records
@@ -22,6 +22,7 @@ __all__ = [
     "AttentionRecord",
     "BlurredQueries",
     "ContextNoise",
+    "ContextShift",
     "Dropout",
     "DroppedBlocks",
     "FeatureRecord",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,6 @@ def seeded(seeds: Tensor) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
-def noise(like: Tensor, generators: list[torch.Generator]) -> Tensor:
+def noise(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Standard normal noise, (B, ...), row b from generator b."""
     return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like)

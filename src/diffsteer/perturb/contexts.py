@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,14 +41,8 @@ class ContextNoise:
         UnsupportedError
             If none of them is an embedding: a class label cannot be perturbed, only what it is embedded in.
         """
-        names = [k for k, v in context.items() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 1]
-        if not names:
-            raise UnsupportedError(
-                f"noise on a context needs embeddings, but {list(context)} holds none; let the network take the "
-                "embedding of a class label, a floating-point tensor (B, ...), in place of the label"
-            )
         generators = seeded(self.seeds)
-        return {**context, **{name: self._perturbed(context[name], generators) for name in names}}
+        return {**context, **{name: self._perturbed(y, generators) for name, y in _embeddings(context).items()}}
 
     def _perturbed(self, clean: Tensor, generators: list[torch.Generator]) -> Tensor:
         y = clean.to(torch.promote_types(clean.dtype, torch.float32))
@@ -57,6 +51,47 @@ class ContextNoise:
         # what has no spread, such as no signal without noise, cannot be brought back to one
         rescaled = torch.where(z_std > 0, (z - z_mean) / z_std * y_std + y_mean, z)
         return (self.restored * rescaled + (1 - self.restored) * z).to(clean.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class ContextShift:
+    """A shift of a context's embeddings, the same floating-point tensors as in :class:`ContextNoise`, to be optimised.
+
+    Attributes
+    ----------
+    offsets : dict of str to Tensor
+        What is added to each embedding, (B, ...); they come into being at the first evaluation, as zeros with a
+        gradient, in single precision at least.
+    """
+
+    offsets: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def apply(self, context: Mapping[str, Any]) -> dict[str, Any]:
+        """A context's keyword arguments, one row per evaluated sample, with their embeddings shifted.
+
+        Raises
+        ------
+        UnsupportedError
+            If none of them is an embedding.
+        """
+        return {**context, **{name: self._shifted(name, y) for name, y in _embeddings(context).items()}}
+
+    def _shifted(self, name: str, clean: Tensor) -> Tensor:
+        wide = torch.promote_types(clean.dtype, torch.float32)
+        if name not in self.offsets:
+            self.offsets[name] = torch.zeros_like(clean, dtype=wide, memory_format=torch.contiguous_format)
+            self.offsets[name].requires_grad_()
+        return (clean.to(wide) + self.offsets[name]).to(clean.dtype)
+
+
+def _embeddings(context: Mapping[str, Any]) -> dict[str, Tensor]:
+    found = {k: v for k, v in context.items() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 1}
+    if not found:
+        raise UnsupportedError(
+            f"to perturb a context takes embeddings, but {list(context)} holds none; let the network take the "
+            "embedding of a class label, a floating-point tensor (B, ...), in place of the label"
+        )
+    return found
 
 
 def _moments(y: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from diffsteer.errors import UnsupportedError
 from diffsteer.patching import patched
 from diffsteer.perturb.architectures import Layers, Network, Site
-from diffsteer.perturb.contexts import ContextNoise
+from diffsteer.perturb.contexts import ContextNoise, ContextShift
 
 Replacement = Callable[..., Any]  # (native forward, *its arguments)
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # query, key, value, mask: all (B, heads, ...)
@@ -62,7 +62,7 @@ def perturbed(
 
     Parameters
     ----------
-    perturbation : Perturbation, ContextNoise or None
+    perturbation : Perturbation, ContextNoise, ContextShift or None
     net : nn.Module
     keywords : mapping
         What conditions this evaluation.
@@ -86,7 +86,7 @@ def perturbed(
     if perturbation is None:
         yield keywords
         return
-    if isinstance(perturbation, ContextNoise):
+    if isinstance(perturbation, ContextNoise | ContextShift):
         yield perturbation.apply(keywords)
         return
     if not isinstance(perturbation, Perturbation):

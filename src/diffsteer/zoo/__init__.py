@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffsteer.denoisers import Denoiser, NetDenoiser, denoiser
-from diffsteer.errors import ParameterError, UnknownNameError, WeightsError
+from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
 from diffsteer.paths import Level, VPPath
 from diffsteer.posterior import Calibration
 from diffsteer.zoo.networks import build
@@ -31,7 +31,7 @@ from diffsteer.zoo.networks import build
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-__all__ = ["PIPELINES", "Model", "available", "draws_shapes", "load", "pipeline_folder", "read_pipeline"]
+__all__ = ["PIPELINES", "Model", "available", "draws_shapes", "load", "load_model", "pipeline_folder", "read_pipeline"]
 
 _ROOT = Path(__file__).parent
 PIPELINES = ("shapes",)
@@ -73,6 +73,23 @@ def load(name: str | Path, *, device: str | torch.device = "cpu") -> Model | Sta
     if name in PIPELINES:
         shipped: StableDiffusionPipeline = read_pipeline(name, torch.float32).to(device)
         return shipped
+    return load_model(name, device=device)
+
+
+def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> Model:
+    """:func:`load` where only a class-conditional model will do.
+
+    Raises
+    ------
+    UnsupportedError
+        It is a text-to-image pipeline.
+    """
+    if (Path(pipeline_folder(name)) / "model_index.json").is_file():
+        raise UnsupportedError(
+            f"{str(name)!r} is a text-to-image pipeline, without classes: see `diffsteer generate --pipeline {name}` "
+            f"and `diffsteer bench prompts {name}`; class-conditional models are {available()}, and what "
+            "`diffsteer train` makes of labelled images"
+        )
     folder = _ROOT / str(name)
     if str(name) not in available():
         folder = Path(name)

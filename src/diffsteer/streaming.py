@@ -1,0 +1,232 @@
+"""Runs of any length, on disk: ``sample_to()`` writes them in constant memory, ``StoredRun`` reads them.
+
+A run is a folder. ``run.json`` says what is sampled; every chunk of ``batch_size`` samples is a safetensors file, which
+gets its name when it is whole. Since sample i depends on (seed, i) alone, a run that was cut off goes on where it was,
+and several processes may share one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffsteer.core import Guidance
+from diffsteer.denoisers import Denoiser
+from diffsteer.engine import describe, plain
+from diffsteer.errors import ParameterError, StateError
+from diffsteer.sampling import Result, Unguided, advancing, sample
+
+
+def sample_to(
+    folder: str | Path,
+    denoiser: Denoiser,
+    method: Guidance | None = None,
+    *,
+    num_samples: int,
+    batch_size: int = 256,
+    progress: bool | Callable[[int], None] = False,
+    **keywords: Any,
+) -> StoredRun:
+    """Like :func:`diffsteer.sample`, but into a folder: one chunk at a time is in memory.
+
+    Called again after an interruption it goes on: finished chunks are kept, one that is not whole is made again. Under
+    ``torchrun`` the processes share the chunks.
+
+    Parameters
+    ----------
+    folder : path
+        Made if it does not exist.
+    denoiser, method, num_samples
+        As in :func:`diffsteer.sample`.
+    batch_size : int
+        Samples per chunk.
+    progress : bool or callable
+        True shows a progress bar; a callable is called with the number of samples that were finished.
+    **keywords
+        As in :func:`diffsteer.sample`; ``x_T`` and ``first`` are this function's own.
+
+    Returns
+    -------
+    StoredRun
+        The samples are bitwise those of ``sample()`` with the same arguments.
+
+    Raises
+    ------
+    ParameterError
+        The folder holds a run of something else: another method, network, seed, ...
+
+    Examples
+    --------
+    >>> run = sample_to("run", den, method, scheduler=ddpm, num_samples=100_000, steps=50)  # doctest: +SKIP
+    >>> for part in run:  # doctest: +SKIP
+    ...     judge(part.samples), part.trace["posterior"]
+    """
+    if own := {"x_T", "first"} & keywords.keys():
+        raise ParameterError(
+            f"sample_to() takes no {', '.join(sorted(own))}: chunks start from the noise of their seed"
+        )
+    method = method if method is not None else Unguided()
+    asked = {**keywords, "num_samples": num_samples, "batch_size": batch_size}
+    run = _opened(Path(folder), _configuration(denoiser, method, asked))
+    missing = run.missing()
+    found = next((k for k in range(len(run)) if k not in missing), None)
+    if keywords.get("batching") == "auto" and found is not None:
+        keywords["batching"] = run[found].record["batching"]  # as it was measured then
+    rank, processes = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    with advancing(progress, sum(map(run.size, missing))) as advance:
+        for k in missing:
+            if k % processes == rank:
+                size = run.size(k)
+                part = sample(
+                    denoiser, method, num_samples=size, batch_size=batch_size, first=k * batch_size, **keywords
+                )
+                run.write(k, part)
+                keywords["batching"] = part.record["batching"]
+                advance(size)
+    return run
+
+
+class StoredRun(Sequence[Result]):
+    """A run on disk, as a sequence of :class:`Result`, one per chunk, each read when it is asked for.
+
+    Parameters
+    ----------
+    folder : path
+        That :func:`sample_to` was given.
+
+    Raises
+    ------
+    ParameterError
+        The folder holds no run.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "run.json"
+        if not path.is_file():
+            raise ParameterError(f"{self.folder} holds no run; sample_to() makes one")
+        self.configuration: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+
+    def __len__(self) -> int:
+        """The number of chunks."""
+        return math.ceil(self.configuration["num_samples"] / self.configuration["batch_size"])
+
+    @overload
+    def __getitem__(self, index: int) -> Result: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Result]: ...
+    def __getitem__(self, index: int | slice) -> Result | list[Result]:
+        """A chunk: its samples, trace, evaluations and record."""
+        chunks = range(len(self))[index]
+        return [self._read(k) for k in chunks] if isinstance(chunks, range) else self._read(chunks)
+
+    def _read(self, k: int) -> Result:
+        if not self._path(k).is_file():
+            raise StateError(f"chunk {k} of {self.folder} is missing; call sample_to() again to make it")
+        with safe_open(self._path(k), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            record = json.loads(file.metadata()["record"])
+        samples, nfe = tensors.pop("samples"), tensors.pop("nfe")
+        return Result(samples, {name.removeprefix("trace."): t for name, t in tensors.items()}, nfe, record)
+
+    def size(self, k: int) -> int:
+        """The number of samples of a chunk."""
+        batch: int = self.configuration["batch_size"]
+        return min(batch, self.configuration["num_samples"] - k * batch)
+
+    def missing(self) -> list[int]:
+        """The chunks that are not there, or not whole."""
+        return [k for k in range(len(self)) if not _readable(self._path(k))]
+
+    def write(self, k: int, part: Result) -> None:
+        """Keep a chunk."""
+        tensors = {"samples": part.samples, "nfe": part.nfe}
+        tensors |= {f"trace.{name}": value for name, value in part.trace.items()}
+        with _whole(self._path(k)) as path:
+            whole = {name: value.contiguous() for name, value in tensors.items()}
+            save_file(whole, path, {"record": json.dumps(part.record)})
+
+    def _path(self, k: int) -> Path:
+        return self.folder / f"chunk-{k:06d}.safetensors"
+
+
+def _opened(folder: Path, configuration: Mapping[str, Any]) -> StoredRun:
+    """The run of a folder, begun if there is none; refused if it is of something else."""
+    if not (folder / "run.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with _whole(folder / "run.json") as part:
+            part.write_text(json.dumps(configuration, indent=1), encoding="utf-8")
+    run = StoredRun(folder)
+    differing = [k for k, value in configuration.items() if run.configuration.get(k) != value]
+    if differing:
+        told = "; ".join(f"{k} was {run.configuration.get(k)}, is {configuration[k]}" for k in differing)
+        raise ParameterError(f"{folder} holds another run ({told}); take another folder, or delete this one")
+    return run
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Where to write a file, which gets its name only when it is written."""
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _readable(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt"):  # compares the length with the header's
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _configuration(denoiser: Denoiser, method: Guidance, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the samples depend on, as plain data; networks and tensors by a hash of their values."""
+    bound = inspect.signature(sample).bind(denoiser, method, **asked)
+    bound.apply_defaults()
+    values = {k: v for k, v in bound.arguments.items() if k not in ("callback", "progress", "x_T", "first")}
+    scheduler = values["scheduler"]
+    values |= {"method": describe(method), "dtype": str(values["dtype"]), "device": str(values["device"])}
+    values["scheduler"] = {"name": type(scheduler).__name__, "config": plain(dict(scheduler.config))}
+    for name in ("denoiser", "models"):
+        digest = hashlib.blake2b(digest_size=16)
+        _feed(digest, values[name])
+        values[name] = digest.hexdigest()
+    stored: dict[str, Any] = json.loads(json.dumps({k: plain(v) for k, v in values.items()}))
+    return stored
+
+
+def _feed(digest: Any, value: Any) -> None:
+    """Everything that a denoiser computes with, into a hash."""
+    digest.update(type(value).__qualname__.encode())
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, nn.Module):
+        _feed(digest, dict(value.state_dict()))
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            digest.update(str(name).encode())
+            _feed(digest, part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _feed(digest, part)
+    elif hasattr(value, "__dict__") and not callable(value):
+        _feed(digest, vars(value))
+    else:
+        digest.update(str(plain(value)).encode())

@@ -1,0 +1,159 @@
+"""Heads that read a network's features: what they are trained on, what they read, and what guidance does with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from torch import Tensor
+
+import diffsteer as ds
+from diffsteer.errors import ParameterError
+from diffsteer.train import readouts
+from diffsteer.train.readouts import ReadoutEnergy, ReadoutHead, train_readout
+
+SCHEDULER = DDIMScheduler(clip_sample=False)
+LAYERS = ("up_blocks.*.resnets.*",)
+
+
+def network() -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    ).eval().requires_grad_(False)  # fmt: skip
+
+
+def blobs(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images of one bright square each, and where it is, at half the resolution."""
+    places = torch.randint(0, 6, (count, 2), generator=torch.Generator().manual_seed(seed))
+    images = -torch.ones(count, 1, 8, 8)
+    for image, (i, j) in zip(images, places.tolist(), strict=True):
+        image[:, i : i + 3, j : j + 3] = 1
+    return images, torch.nn.functional.avg_pool2d((images + 1) / 2, 2)
+
+
+@pytest.fixture(scope="module")
+def den() -> Any:
+    return ds.denoiser(network())
+
+
+@pytest.fixture(scope="module")
+def head(den: Any) -> ReadoutHead:
+    images, masks = blobs(100, 1)
+    return train_readout(den, images, masks, LAYERS, scheduler=SCHEDULER, width=16, iterations=250, batch_size=16)
+
+
+def read(head: ReadoutHead, den: Any, images: Tensor, level: ds.Level) -> Tensor:
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(5))
+    net = den.with_path(ds.schedulers.SchedulerView(SCHEDULER, 10).path)
+    x = level.alpha * images + level.sigma * noise
+    return head(readouts._features(net, x, level, "null", LAYERS), level)
+
+
+def test_it_reads_pictures_that_it_has_not_seen(head: ReadoutHead, den: Any) -> None:
+    images, masks = blobs(100, 2)
+    spread = float((masks - masks.mean(0)).square().mean())
+    left = {}
+    for rho in (0.2, 50.0):
+        level = ds.Level(1 / (1 + rho**2) ** 0.5, rho / (1 + rho**2) ** 0.5)
+        left[rho] = float((read(head, den, images, level) - masks).square().mean())
+    assert left[0.2] < 0.3 * spread
+    assert left[50.0] > 0.6 * spread  # noise says nothing, and the head knows: the mean map is the best guess
+    assert left[50.0] < 1.5 * spread
+
+
+def test_training_noises_pictures_to_the_schedulers_levels(monkeypatch: pytest.MonkeyPatch, den: Any) -> None:
+    seen: list[tuple[Tensor, ds.Level]] = []
+    record = readouts._features
+
+    def watched(net: Any, x: Tensor, level: ds.Level, *more: Any) -> dict[str, Tensor]:
+        seen.append((x, level))
+        return record(net, x, level, *more)
+
+    monkeypatch.setattr(readouts, "_features", watched)
+    flat = torch.full((4, 1, 8, 8), 0.7)
+    train_readout(den, flat, flat, LAYERS, scheduler=SCHEDULER, width=4, iterations=30, batch_size=8)
+    kept = torch.cumprod(1 - SCHEDULER.betas.double(), 0)
+    for x, level in seen[1:]:
+        assert float((kept - level.alpha**2).abs().min()) < 1e-9
+        assert level.alpha**2 + level.sigma**2 == pytest.approx(1)
+        left = (x - 0.7 * level.alpha) / level.sigma
+        assert abs(float(left.mean())) < 0.25
+        assert float(left.std()) == pytest.approx(1, abs=0.2)
+    assert len({level.alpha for _, level in seen}) > 20
+
+
+def test_repeats_itself_and_leaves_the_network_alone(den: Any) -> None:
+    images, masks = blobs(10, 1)
+    before = [p.clone() for p in den.net.parameters()]
+    one, two, other = (
+        train_readout(den, images, masks, LAYERS, scheduler=SCHEDULER, width=4, iterations=3, seed=seed).state_dict()
+        for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert not torch.equal(one["out.weight"], other["out.weight"])
+    assert all(torch.equal(a, b) for a, b in zip(before, den.net.parameters(), strict=True))
+
+
+def test_the_map_is_the_weighted_sum_over_layers() -> None:
+    """By hand: each bottleneck on its own, the softmax in NumPy."""
+    torch.manual_seed(1)
+    head = ReadoutHead({"a": 3, "b": 5}, 2, (8, 6), width=8).double()
+    features = {"a": torch.randn(2, 3, 8, 6).double(), "b": torch.randn(2, 5, 4, 3).double()}
+    level = ds.Level(0.8, 0.6)
+    with torch.no_grad():
+        head.logits.copy_(torch.tensor([0.3, -1.1]))
+        angles = 2 * np.log(0.8 / 0.6) / 2.0 ** np.arange(6)
+        embedding = head.embed(torch.tensor(np.concatenate([np.sin(angles), np.cos(angles)])))
+        parts = [b(features[name], embedding) for name, b in zip("ab", head.bottlenecks, strict=True)]
+        fine = torch.nn.functional.interpolate(parts[1], (8, 6), mode="bilinear")
+        share = np.exp(0.3) / (np.exp(0.3) + np.exp(-1.1))
+        expected = head.out(torch.nn.functional.silu(share * parts[0] + (1 - share) * fine))
+        torch.testing.assert_close(head(features, level), expected)
+        assert float((head(features, ds.Level(0.6, 0.8)) - expected).abs().max()) > 1e-3
+        assert bool(torch.isfinite(head(features, ds.Level(0.0, 1.0))).all())
+
+
+def test_the_energy_is_the_mean_square_with_an_exact_gradient() -> None:
+    torch.manual_seed(1)
+    head = ReadoutHead({"a": 3}, 1, (4, 4), width=4).double().requires_grad_(False)
+    target, level = torch.randn(1, 4, 4).double(), ds.Level(0.8, 0.6)
+    psi = torch.randn(2, 3, 4, 4).double().requires_grad_()
+    energy = ReadoutEnergy(head, target)
+    found = head({"a": psi}, level).detach().numpy()
+    np.testing.assert_allclose(
+        energy({"a": psi}, level).detach(), [((f - target.numpy()) ** 2).mean() for f in found], rtol=1e-12
+    )
+    assert torch.autograd.gradcheck(lambda x: energy({"a": x}, level), psi)
+    (gradient,) = torch.autograd.grad(energy({"a": psi}, level)[0], psi)
+    assert float(gradient[1].abs().max()) == 0  # samples are their own
+
+
+def test_guidance_moves_what_is_read_to_what_is_wanted(head: ReadoutHead, den: Any) -> None:
+    target = blobs(1, 3)[1][0]
+    energies = []
+    for lr in (1e-9, 0.02, 0.05):
+        method = ds.ReadoutGuidance(
+            ReadoutEnergy(head, target), LAYERS, lr, window=(0.0, 1.0), contexts=("null",), base="null"
+        )
+        out = ds.sample(den, method, scheduler=SCHEDULER, num_samples=3, steps=6)
+        energies.append(out.trace["energy"][-1])
+    assert bool((energies[1] < energies[0]).all() and (energies[2] < energies[1]).all())
+
+
+def test_refuses(head: ReadoutHead, den: Any) -> None:
+    images, masks = blobs(4, 1)
+    with pytest.raises(ParameterError, match="as many images as targets"):
+        train_readout(den, images, masks[:2], LAYERS, scheduler=SCHEDULER)
+    with pytest.raises(ParameterError, match="multiple of 4"):
+        ReadoutHead({"a": 3}, 1, (4, 4), width=6)
+    with pytest.raises(ParameterError, match="of its own network"):
+        head({"up_blocks.0.resnets.0": torch.zeros(1, 8, 8, 8)}, ds.Level(0.8, 0.6))
+    method = ds.ReadoutGuidance(ReadoutEnergy(head, masks[0, :, :2]), LAYERS, contexts=("null",), base="null")
+    with pytest.raises(ParameterError, match="does not fit the map"):
+        ds.sample(den, method, scheduler=SCHEDULER, num_samples=1, steps=2)
