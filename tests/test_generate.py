@@ -170,7 +170,7 @@ def test_calibrates_before_it_generates(folder: str, tmp_path: Path) -> None:
 
 def test_shapes_without_what_was_not_wanted(tmp_path: Path) -> None:
     results = generate("a circle", pipeline="shapes", negative="red", steps=3, num=1, calibrate=40, out=tmp_path)
-    assert list(results) == ["cfg:1.5+dng:15,baseline=0.5", "negative prompt", "no negative"]
-    assert results["cfg:1.5+dng:15,baseline=0.5"].record["method"]["methods"][1]["calibration"] is not None
+    assert list(results) == ["cfg:1.5+dng:7.5", "negative prompt", "no negative"]
+    assert results["cfg:1.5+dng:7.5"].record["method"]["methods"][1]["calibration"] is not None
     with pytest.raises(ParameterError, match="cat"):
         generate("a circle", pipeline="shapes", negative="cat", out=tmp_path)

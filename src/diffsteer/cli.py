@@ -346,7 +346,7 @@ def generate(
         What not to draw; several separated by |.
     method
         Terms joined by +: a name of `diffsteer methods`, then : and values, such as cfg:7.5+dng:2,prior=0.01; by
-        default cfg:7.5+dng:1,prior=0.01; on shapes cfg:1.5+dng:15,baseline=0.5.
+        default cfg:7.5+dng:1,prior=0.01; on shapes cfg:1.5+dng:7.5.
     steps
         Inference steps of the pipeline's own scheduler.
     seed

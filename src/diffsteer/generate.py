@@ -28,7 +28,7 @@ from diffsteer.methods import ClassifierFreeGuidance, DynamicNegativeGuidance, N
 from diffsteer.sampling import Result
 from diffsteer.shapes import share
 
-_OF_SHAPES = "cfg:1.5+dng:15,baseline=0.5"
+_OF_SHAPES = "cfg:1.5+dng:7.5"
 
 
 def generate(
@@ -56,8 +56,7 @@ def generate(
     pipeline : str
         "shapes", the folder of a diffusers pipeline, or its name on the Hugging Face hub. Safetensors only.
     method : str, optional
-        See :func:`diffsteer.methods.parse_method`; default: "cfg:7.5+dng:1,prior=0.01", on "shapes"
-        "cfg:1.5+dng:15,baseline=0.5".
+        See :func:`diffsteer.methods.parse_method`; default: "cfg:7.5+dng:1,prior=0.01", on "shapes" "cfg:1.5+dng:7.5".
     steps, seed, num, batch_size
         Picture i depends on (seed, i) alone, not on ``num``.
     size : (int, int), optional
