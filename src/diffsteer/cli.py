@@ -382,6 +382,7 @@ def calibrate(
     steps: int = 50,
     rollouts: int = 1000,
     seed: int = 10,
+    separate: bool = False,
     device: str = "cpu",
 ) -> None:
     """Fit how DNG's posterior is to be read on a model, for all its classes, and keep it in the model's folder.
@@ -399,6 +400,8 @@ def calibrate(
         Unguided samples.
     seed
         Of the rollouts.
+    separate
+        The unconditional network and the separate ones of one class each, instead of the conditional network.
     device
         Where the networks run, as PyTorch names it.
     """
@@ -406,7 +409,8 @@ def calibrate(
     from diffsteer.bench.removal import calibrate_model
 
     loaded = zoo.load_model(model, device=device)
-    print(calibrate_model(loaded, scheduler, steps=steps, rollouts=rollouts, seed=seed, progress=True))
+    settings = {"steps": steps, "rollouts": rollouts, "seed": seed, "separate": separate}
+    print(calibrate_model(loaded, scheduler, **settings, progress=True))
 
 
 @app.command

@@ -300,6 +300,11 @@ def describe(method: Guidance) -> dict[str, Any]:
     return {"name": type(method).__name__, **{f.name: plain(getattr(method, f.name)) for f in fields}}
 
 
+def describe_scheduler(scheduler: Any) -> dict[str, Any]:
+    """A diffusers scheduler's class and configuration as plain data, for records."""
+    return {"name": type(scheduler).__name__, "config": plain(dict(scheduler.config))}
+
+
 def plain(value: Any) -> Any:
     """The same as numbers, strings, lists and dictionaries."""
     if isinstance(value, Guidance):

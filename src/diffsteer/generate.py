@@ -145,7 +145,7 @@ def _calibrated(
     if not negatives or not _tracks(method):
         raise ParameterError("calibration wants DNG in the method and a negative; give both, or leave calibrate out")
     others = tuple(term for term in _terms(method) if not isinstance(term, DynamicNegativeGuidance))
-    beside = others[0] if len(others) == 1 else Sum(others) if others else None  # without it the prompt does not act
+    beside = _sum(others) if others else None  # without it the prompt does not act
     terms = [
         calibrate_pipeline(
             pipe, replace(term, contexts=numbered(len(negatives))), negative_prompt="|".join(negatives),
@@ -156,6 +156,10 @@ def _calibrated(
         else term
         for term in _terms(method)
     ]  # fmt: skip
+    return _sum(terms)
+
+
+def _sum(terms: Sequence[Guidance]) -> Guidance:
     return terms[0] if len(terms) == 1 else Sum(tuple(terms))
 
 

@@ -14,10 +14,10 @@ from diffsteer.core import Call, Guidance, Plan, Run, State, Step, guide_in
 from diffsteer.denoisers import Denoiser
 from diffsteer.energy.chains import Chain, LatentOptimizer, Shifts
 from diffsteer.energy.forces import check
-from diffsteer.engine import Engine, describe, plain, stream, versions
-from diffsteer.errors import ParameterError, UnsupportedError
+from diffsteer.engine import Engine, describe, describe_scheduler, stream, versions
+from diffsteer.errors import UnsupportedError
 from diffsteer.paths import convert
-from diffsteer.sampling import Result, Unguided, advancing
+from diffsteer.sampling import Result, Unguided, advancing, checked_shape, on_path
 from diffsteer.schedulers import SchedulerView
 
 
@@ -87,13 +87,7 @@ def optimize_latents(
     >>> bool(out.trace["energy"][-1].mean() < out.trace["energy"][0].mean() / 2)
     True
     """
-    shape = tuple(shape if shape is not None else denoiser.shape or ())
-    if not shape:
-        raise ParameterError("the denoiser does not know the shape of a sample; pass shape=")
-    if num_samples < 1 or (batch_size is not None and batch_size < 1) or seed < 0:
-        raise ParameterError("num_samples and batch_size must be at least 1, seed at least 0")
-    if x_T is not None and tuple(x_T.shape) != (num_samples, *shape):
-        raise ParameterError(f"x_T must be {(num_samples, *shape)}, got {tuple(x_T.shape)}")
+    shape = checked_shape(denoiser, shape, num_samples, batch_size, seed, x_T)
     batch, started = batch_size or min(num_samples, 256), time.perf_counter()
     view = SchedulerView(scheduler, steps, device=device)
     view.require(method.needs)
@@ -102,11 +96,7 @@ def optimize_latents(
             f"{view.name} adds noise at every step, through which there is no way back to x_T: use DDIMScheduler, "
             "EulerDiscreteScheduler or FlowMatchEulerDiscreteScheduler"
         )
-    noise_only = view.levels[0].alpha == 0
-    nets = {
-        name: net.with_path(view.path, "x0" if noise_only and net.space == "eps" else None)
-        for name, net in {"main": denoiser, **(models or {})}.items()
-    }
+    nets = on_path(denoiser, models, view)
     samples, noises, energies, nfe = [], [], [], []
     with advancing(progress, num_samples * (method.num_optimization_steps + 1)) as advance:
         for first in range(0, num_samples, batch):
@@ -132,7 +122,7 @@ def optimize_latents(
             nfe.append(engine.nfe[:keep].cpu())
     record = {
         "method": describe(method),
-        "scheduler": {"name": type(scheduler).__name__, "config": plain(dict(scheduler.config))},
+        "scheduler": describe_scheduler(scheduler),
         "steps": steps, "seed": seed, "num_samples": num_samples, "batch_size": batch,
         "dtype": str(dtype), "device": str(device),
         "log_snr": [round(level.log_snr, 6) for level in view.levels],

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffsteer.core import Call, Guidance, Info, Plan, Repeat, State, Step
 from diffsteer.denoisers import Denoiser
-from diffsteer.engine import Batching, Engine, describe, every_kth, plain, stack_trace, stream, versions
+from diffsteer.engine import Batching, Engine, describe, describe_scheduler, every_kth, stack_trace, stream, versions
 from diffsteer.errors import ParameterError, StateError
 from diffsteer.schedulers import SchedulerView
 
@@ -117,23 +117,14 @@ def sample(
     MissingContextError, ParameterError, UnsupportedError, NonFiniteError
     """
     method = method if method is not None else Unguided()
-    shape = tuple(shape if shape is not None else denoiser.shape or ())
-    if not shape:
-        raise ParameterError("the denoiser does not know the shape of a sample; pass shape=")
-    if num_samples < 1 or (batch_size is not None and batch_size < 1) or seed < 0 or first < 0:
-        raise ParameterError("num_samples and batch_size must be at least 1, seed and first at least 0")
-    if x_T is not None and tuple(x_T.shape) != (num_samples, *shape):
-        raise ParameterError(f"x_T must be {(num_samples, *shape)}, got {tuple(x_T.shape)}")
+    if first < 0:
+        raise ParameterError(f"samples are numbered from 0: first at least 0, got {first}")
+    shape = checked_shape(denoiser, shape, num_samples, batch_size, seed, x_T)
     every = every_kth(trace)
     batch = batch_size or min(num_samples, 256)
     view = SchedulerView(scheduler, steps, eta, device)
     view.require(method.needs)
-    # eps says nothing of x0 at pure noise, where flow schedulers start: there a network converts on its own path
-    noise_only = view.levels[0].alpha == 0
-    nets = {
-        name: net.with_path(view.path, "x0" if noise_only and net.space == "eps" else None)
-        for name, net in {"main": denoiser, **(models or {})}.items()
-    }
+    nets = on_path(denoiser, models, view)
     started, samples, nfe = time.perf_counter(), [], []
     traces: list[dict[str, Tensor]] = []
     with advancing(progress, num_samples * len(view.timesteps)) as advance:
@@ -159,7 +150,7 @@ def sample(
     merged = {name: torch.cat([t[name] for t in traces], 1) for name in traces[0]}
     record = {
         "method": describe(method),
-        "scheduler": {"name": type(scheduler).__name__, "config": plain(dict(scheduler.config))},
+        "scheduler": describe_scheduler(scheduler),
         "steps": steps, "eta": eta, "stochastic": view.stochastic,
         "seed": seed, "first": first, "num_samples": num_samples, "batch_size": batch, "batching": batching,
         "dtype": str(dtype), "device": str(device),
@@ -168,6 +159,35 @@ def sample(
         "versions": versions(),
     }  # fmt: skip
     return Result(torch.cat(samples), merged, torch.cat(nfe), record)
+
+
+def checked_shape(
+    denoiser: Denoiser,
+    shape: Sequence[int] | None,
+    num_samples: int,
+    batch_size: int | None,
+    seed: int,
+    x_T: Tensor | None,
+) -> tuple[int, ...]:
+    """The shape of one sample, if all that is asked for goes with it."""
+    shape = tuple(shape if shape is not None else denoiser.shape or ())
+    if not shape:
+        raise ParameterError("the denoiser does not know the shape of a sample; pass shape=")
+    if num_samples < 1 or (batch_size is not None and batch_size < 1) or seed < 0:
+        raise ParameterError("num_samples and batch_size must be at least 1, seed at least 0")
+    if x_T is not None and tuple(x_T.shape) != (num_samples, *shape):
+        raise ParameterError(f"x_T must be {(num_samples, *shape)}, got {tuple(x_T.shape)}")
+    return shape
+
+
+def on_path(denoiser: Denoiser, models: Mapping[str, Denoiser] | None, view: SchedulerView) -> dict[str, Denoiser]:
+    """The networks by name, as they answer on a scheduler's path; the denoiser is "main"."""
+    # eps says nothing of x0 at pure noise, where flow schedulers start: there a network converts on its own path
+    noise_only = view.levels[0].alpha == 0
+    return {
+        name: net.with_path(view.path, "x0" if noise_only and net.space == "eps" else None)
+        for name, net in {"main": denoiser, **(models or {})}.items()
+    }
 
 
 class _Chunk:

@@ -12,8 +12,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,8 +23,9 @@ from torch import Tensor, nn
 
 from diffsteer.core import Guidance
 from diffsteer.denoisers import Denoiser
-from diffsteer.engine import describe, plain
+from diffsteer.engine import describe, describe_scheduler, plain
 from diffsteer.errors import ParameterError, StateError
+from diffsteer.files import whole
 from diffsteer.sampling import Result, Unguided, advancing, sample
 
 
@@ -154,9 +154,9 @@ class StoredRun(Sequence[Result]):
         """Keep a chunk."""
         tensors = {"samples": part.samples, "nfe": part.nfe}
         tensors |= {f"trace.{name}": value for name, value in part.trace.items()}
-        with _whole(self._path(k)) as path:
-            whole = {name: value.contiguous() for name, value in tensors.items()}
-            save_file(whole, path, {"record": json.dumps(part.record)})
+        with whole(self._path(k)) as path:
+            contiguous = {name: value.contiguous() for name, value in tensors.items()}
+            save_file(contiguous, path, {"record": json.dumps(part.record)})
 
     def _path(self, k: int) -> Path:
         return self.folder / f"chunk-{k:06d}.safetensors"
@@ -166,7 +166,7 @@ def _opened(folder: Path, configuration: Mapping[str, Any]) -> StoredRun:
     """The run of a folder, begun if there is none; refused if it is of something else."""
     if not (folder / "run.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        with _whole(folder / "run.json") as part:
+        with whole(folder / "run.json") as part:
             part.write_text(json.dumps(configuration, indent=1), encoding="utf-8")
     run = StoredRun(folder)
     differing = [k for k, value in configuration.items() if run.configuration.get(k) != value]
@@ -174,17 +174,6 @@ def _opened(folder: Path, configuration: Mapping[str, Any]) -> StoredRun:
         told = "; ".join(f"{k} was {run.configuration.get(k)}, is {configuration[k]}" for k in differing)
         raise ParameterError(f"{folder} holds another run ({told}); take another folder, or delete this one")
     return run
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """Where to write a file, which gets its name only when it is written."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _readable(path: Path) -> bool:
@@ -200,9 +189,8 @@ def _configuration(denoiser: Denoiser, method: Guidance, asked: Mapping[str, Any
     bound = inspect.signature(sample).bind(denoiser, method, **asked)
     bound.apply_defaults()
     values = {k: v for k, v in bound.arguments.items() if k not in ("callback", "progress", "x_T", "first")}
-    scheduler = values["scheduler"]
     values |= {"method": describe(method), "dtype": str(values["dtype"]), "device": str(values["device"])}
-    values["scheduler"] = {"name": type(scheduler).__name__, "config": plain(dict(scheduler.config))}
+    values["scheduler"] = describe_scheduler(values["scheduler"])
     for name in ("denoiser", "models"):
         digest = hashlib.blake2b(digest_size=16)
         _feed(digest, values[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import diffsteer as ds
-from diffsteer.errors import ParameterError, UnknownNameError
+from diffsteer.bench.removal import Setting, calibrate_model, method_for
+from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
 from diffsteer.train import export, run, train
 from diffsteer.train.data import digits
 from diffsteer.train.loop import read_checkpoint
@@ -113,6 +115,23 @@ def test_separate_networks_are_contexts_of_the_unconditional_one(tmp_path: Path,
         model.denoiser(neg=4, separate=True)
     with pytest.raises(ParameterError, match="no wanted class"):
         model.denoiser(pos=1, neg=3, separate=True)
+    assert model.alone == (3,)
+    with pytest.raises(UnsupportedError, match="no separate networks"):
+        ds.zoo.load("digits").alone  # noqa: B018
+
+
+def test_separate_networks_have_calibrations_of_their_own(tmp_path: Path, monkeypatch) -> None:
+    network = {**RECIPES["digits"]["denoiser"].network, "num_class_embeds": 1, "block_out_channels": [16, 16]}
+    parts = ("denoiser", "unconditional", "only_3")
+    rows = {part: Recipe(part, network, steps=1, batch_size=4, lr=1e-3) for part in parts[1:]}
+    monkeypatch.setitem(run.RECIPES, "digits", {**RECIPES["digits"], **rows})
+    train("digits", tmp_path, parts=parts, steps=1, batch_size=4, num_samples=0)
+    model, setting = ds.zoo.load(tmp_path), Setting((3,), "ddpm", 2)
+    calibrate_model(model, "ddpm", steps=2, rollouts=200, separate=True)
+    assert method_for(model, "dng", setting).calibrations == (None,)
+    (own,) = method_for(model, "dng", replace(setting, separate=True)).calibrations
+    assert own == model.calibration(3, "sde/separate") is not None
+    assert model.calibration(4, "sde/separate") is None
 
 
 def test_a_network_on_patches_is_measured_like_any(tmp_path: Path, monkeypatch) -> None:

@@ -153,8 +153,8 @@ def _replace(value: Any, negatives: tuple[str, ...]) -> Any:
 
 def encode(
     spec: Spec, native: Any, arguments: dict[str, Any], wanted: Mapping[str, str | Mapping[str, Any]]
-) -> dict[str, Bundle]:
-    """Encode every context as the pipeline encodes its own negative prompt.
+) -> tuple[Any, dict[str, Bundle]]:
+    """Encode the prompt, and every context as the pipeline encodes its own negative prompt.
 
     Parameters
     ----------
@@ -166,9 +166,16 @@ def encode(
     wanted : mapping of str to str or mapping
         The prompt of each context; or the arguments that describe it, be it to ``encode_prompt`` or already to the
         denoiser; none of them: the pipeline's own unconditional prompt.
+
+    Returns
+    -------
+    answer : tuple
+        What ``native(**arguments)`` returns, made beside the first context if that encodes both.
+    bundles : dict of str to Bundle
     """
     prompt = arguments.get("prompt")
     batch = _number_of_prompts(arguments)
+    answer: Any = None
     bundles: dict[str, Bundle] = {}
     for name, given in wanted.items():
         own = {"negative_prompt": given} if isinstance(given, str) else given
@@ -180,12 +187,15 @@ def encode(
             blank = {k: None for k in arguments if "prompt" in k and "num" not in k}
             own = {k.replace("negative_", ""): v for k, v in own.items()}
             own = own or {"prompt": like_prompt(str(spec.null), prompt, batch)}
-            answer = native(**{**arguments, **blank, **own})
-            bundles[name] = {k: answer[slot] for k, (slot, _) in spec.conditioning.items()}
+            alone = native(**{**arguments, **blank, **own})
+            bundles[name] = {k: alone[slot] for k, (slot, _) in spec.conditioning.items()}
         else:
-            answer = native(**{**arguments, "do_classifier_free_guidance": True, **own})
-            bundles[name] = {k: answer[slot] for k, (_, slot) in spec.conditioning.items() if slot is not None}
-    return bundles
+            both = native(**{**arguments, "do_classifier_free_guidance": True, **own})
+            negative = {k: slot for k, (_, slot) in spec.conditioning.items() if slot is not None}
+            bundles[name] = {k: both[slot] for k, slot in negative.items()}
+            if answer is None:
+                answer = tuple(None if i in negative.values() else value for i, value in enumerate(both))
+    return native(**arguments) if answer is None else answer, bundles
 
 
 def like_prompt(text: Any, prompt: Any, batch: int) -> Any:

@@ -88,9 +88,10 @@ class GuidedRun(GuidedSteps):
 
     def encode(self, native: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """The pipeline's own encoding of its prompt; beside it that of every other context."""
-        answer = native(**arguments)
-        if len(self.bundles) == 1:
-            self.bundles |= encode(self.spec, native, arguments, self.wanted)
+        if len(self.bundles) > 1:
+            return native(**arguments)
+        answer, bundles = encode(self.spec, native, arguments, self.wanted)
+        self.bundles |= bundles
         return answer
 
     def time_ids(self, answer: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffsteer.adapters.network import PipelineNet
 from diffsteer.core import Guidance, Info
-from diffsteer.engine import Batching, Engine, describe, every_kth, plain, stack_trace, stream, versions
+from diffsteer.engine import Batching, Engine, describe, describe_scheduler, every_kth, stack_trace, stream, versions
 from diffsteer.errors import UnsupportedError
 from diffsteer.paths import Level
 from diffsteer.sampling import Result
@@ -78,10 +78,9 @@ class GuidedSteps:
     def record(self, steps: int, contexts: list[str]) -> dict[str, Any]:
         """What ran, as plain data."""
         assert self.engine is not None
-        scheduler = self.reading.scheduler
         return {
             "method": describe(self.method),
-            "scheduler": {"name": type(scheduler).__name__, "config": plain(dict(scheduler.config))},
+            "scheduler": describe_scheduler(self.reading.scheduler),
             "steps": steps, "eta": self.eta, "stochastic": self.reading.stochastic, "contexts": contexts,
             "batching": self.engine.batching,
             "log_snr": [round(level.log_snr, 6) for level in self.levels],

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from diffsteer.bench.report import write_text
 from diffsteer.core import Guidance
 from diffsteer.engine import describe, plain, stream
 from diffsteer.errors import ParameterError, UnknownNameError
+from diffsteer.files import whole
 from diffsteer.methods import (
     ClassifierFreeGuidance,
     DynamicNegativeGuidance,
@@ -344,9 +344,9 @@ def _save(path: Path, run: Run, context: Mapping[str, Any]) -> None:
     facts.add_text(
         "run", json.dumps({"shape": shape, "nfe": run.nfe, "seconds": run.seconds, "context": dict(context)})
     )
-    part = path.with_suffix(f".{os.getpid()}.partial")
-    Image.fromarray(run.pictures.transpose(1, 0, 2, 3).reshape(shape[1], -1, 3)).save(part, "PNG", pnginfo=facts)
-    os.replace(part, path)
+    side_by_side = Image.fromarray(run.pictures.transpose(1, 0, 2, 3).reshape(shape[1], -1, 3))
+    with whole(path) as part:
+        side_by_side.save(part, "PNG", pnginfo=facts)
 
 
 def _open(path: Path) -> Run:

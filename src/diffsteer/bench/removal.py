@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from diffsteer.bench.report import MethodRow, write_text
 from diffsteer.calibration import calibrate
 from diffsteer.core import Guidance
 from diffsteer.errors import UnknownNameError, UnsupportedError
+from diffsteer.files import whole
 from diffsteer.methods import DynamicNegativeGuidance, NegativePrompting, SafeLatentDiffusion
 from diffsteer.sampling import Result, Unguided, describe, sample
 from diffsteer.zoo import Model
@@ -121,7 +121,7 @@ def method_for(model: Model, name: str, setting: Setting, scale: float | None = 
     method = DynamicNegativeGuidance(prior=tuple(map(model.share, setting.concepts)), contexts=negatives, **values)
     if name == "ceiling":
         return method
-    stored = [model.calibration(c, kind) for c in setting.concepts]
+    stored = [model.calibration(c, _calibrated_as(setting)) for c in setting.concepts]
     if any(c is None for c in stored):
         return method
     return replace(method, calibration=tuple(c for c in stored if c is not None))
@@ -134,29 +134,40 @@ def calibrate_model(
     steps: int = 50,
     rollouts: int = 1000,
     seed: int = 10,
+    separate: bool = False,
     progress: bool | Callable[[int], None] = False,
 ) -> Path:
     """Calibrate every class of a model for one kind of sampler and keep it in the model's folder.
 
+    Parameters
+    ----------
+    separate : bool
+        The unconditional network and those of one class alone, of the classes that have one.
+
     Returns
     -------
     Path
-        ``calibration.json``, in which the other kind's entries are left as they are.
+        ``calibration.json``, in which all other entries are left as they are.
     """
-    every = tuple(range(len(model.classes)))
-    setting = Setting(every, scheduler_name, steps)
+    every = model.alone if separate else tuple(range(len(model.classes)))
+    setting = Setting(every, scheduler_name, steps, separate=separate)
     method = replace(method_for(model, "dng", setting, scale=0.0), calibration=None)
     assert isinstance(method, DynamicNegativeGuidance)
     fitted = calibrate(
-        model.denoiser(neg=every), method, scheduler=scheduler(model, scheduler_name), steps=steps,
+        model.denoiser(neg=every, separate=separate), method, scheduler=scheduler(model, scheduler_name), steps=steps,
         num_rollouts=rollouts, seed=seed, device=model.device, progress=progress,
     )  # fmt: skip
     path = model.folder / "calibration.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    named = zip(model.classes, fitted.calibrations, strict=True)
-    stored[kind_of(scheduler_name)] = {name: asdict(c) for name, c in named if c is not None}
+    named = zip(every, fitted.calibrations, strict=True)
+    stored[_calibrated_as(setting)] = {model.classes[label]: asdict(c) for label, c in named if c is not None}
     write_text(path, json.dumps(stored) + "\n")
     return path
+
+
+def _calibrated_as(setting: Setting) -> str:
+    """Under which name a calibration is kept: of these networks, for this kind of sampler."""
+    return kind_of(setting.scheduler) + ("/separate" if setting.separate else "")
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -299,14 +310,10 @@ def write_outcome(store: Path, context: dict[str, Any], outcome: Outcome) -> Non
     """Keep a run under everything that it depends on; a reader sees the whole file or none."""
     path = _file(store, context)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     facts = {"nfe": outcome.nfe, "seconds": outcome.seconds, "record": outcome.record}
     tensors = {"labels": outcome.labels, "features": outcome.features, "images": outcome.images}
-    try:
-        save_file({k: v for k, v in tensors.items() if v is not None}, partial, metadata={"facts": json.dumps(facts)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as part:
+        save_file({k: v for k, v in tensors.items() if v is not None}, part, metadata={"facts": json.dumps(facts)})
 
 
 def read_outcome(store: Path, context: dict[str, Any]) -> Outcome | None:

@@ -152,7 +152,7 @@ def sweep(name: str, tier: Tier, *, out: Path, separate: bool = False, device: s
     choose, report = halves(model)
     report = report[: tier.concepts]
     if separate:
-        report = [c for c in report + choose if f"only_{c}" in model.config["networks"]]
+        report = list(model.alone)
     choosing = choose if tier.choose and not separate else []
     plan = [
         _Job(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from diffsteer.denoisers import denoiser
 from diffsteer.errors import ParameterError
+from diffsteer.files import whole
 from diffsteer.sampling import Unguided, sample
 from diffsteer.train import data as datasets
 from diffsteer.train.card import card
@@ -111,9 +111,8 @@ def _half(value: Tensor) -> Tensor:
 
 
 def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def _metrics(nets: Mapping[str, Any], data: datasets.Dataset, num_samples: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from diffsteer.errors import ParameterError, UnsupportedError
+from diffsteer.files import whole
 from diffsteer.train.recipes import Recipe
 from diffsteer.train.tasks import Task
 
@@ -82,10 +83,9 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 def write_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file; a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    temporary.write_bytes(save(ready, dict(metadata or {})))  # save_file makes files that only their owner may read
-    os.replace(temporary, path)
+    with whole(path) as part:
+        part.write_bytes(save(ready, dict(metadata or {})))  # save_file makes files that only their owner may read
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

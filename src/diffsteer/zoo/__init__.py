@@ -331,8 +331,32 @@ class Model:
         """Share of a class in the training data: the prior of its posterior."""
         return float(self.config["class_shares"][self.label(concept)])
 
+    @property
+    def alone(self) -> tuple[int, ...]:
+        """Labels of the classes that have a network of their own; see ``separate`` in :meth:`denoiser`.
+
+        Raises
+        ------
+        UnsupportedError
+            There are none.
+        """
+        labels = tuple(k for k in range(len(self.classes)) if f"only_{k}" in self.config["networks"])
+        if not labels or "unconditional" not in self.config["networks"]:
+            raise UnsupportedError(
+                f"{self.name} has no separate networks: train them (--part unconditional --part only_0 ...), or leave "
+                "separate out"
+            )
+        return labels
+
     def calibration(self, concept: int | str, kind: str) -> Calibration | None:
-        """The stored calibration of one class for a kind of sampler, "sde" or "ode", if there is one."""
+        """The stored calibration of one class, if there is one.
+
+        Parameters
+        ----------
+        kind : str
+            "sde" for stochastic samplers, "ode" for deterministic ones; "sde/separate" and "ode/separate" for the
+            networks of one class alone.
+        """
         path = self.folder / "calibration.json"
         if not path.is_file():
             return None
