@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from diffsteer import zoo
-from diffsteer.bench import metrics
+from diffsteer.bench import balance, metrics
 from diffsteer.bench.removal import Setting, method_for, run, unguided
 from diffsteer.bench.sweep import halves
 
@@ -53,9 +53,9 @@ def main() -> None:
             reference.setdefault(concept, out.labels)
             keep = [c for c in range(whole) if c != concept]
             mask = target.kept((concept,))
-            shares = metrics.class_counts(target.labels[mask], whole)[keep]
+            shares = balance.class_counts(target.labels[mask], whole)[keep]
             excess = float((out.labels == concept).double().mean()) - model.floor([concept])
-            kl = metrics.kl_shares(shares, metrics.class_counts(out.labels, whole), keep)
+            kl = balance.kl_shares(shares, balance.class_counts(out.labels, whole), keep)
             distance = metrics.frechet_distance(out.features, target.features[mask])
             same = float((out.labels == reference[concept]).double().mean())
             rows.append((out.nfe / options.steps, excess, kl, distance, same))

@@ -1,27 +1,21 @@
-"""What the library costs beside the bare loop: `python benchmarks/overhead.py`.
-
-The same network, scheduler, seeds and number of evaluations, once through ``ds.sample`` and once written out by hand
-(classifier-free guidance and negative prompting), alternating in one process. Prints the median ratio of paired runs
-with its quartiles, and writes JSON with --out.
-"""
+"""What `ds.sample` costs beside the same loop written out by hand: same network, scheduler, seeds and evaluations."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+import functools
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from measuring import Rows, paired
 
 import diffsteer as ds
 from diffsteer.sampling import stream
 
 
-def by_hand(net: torch.nn.Module, labels: tuple[int, int], scale: float, shape: tuple[int, ...], n: int, steps: int):
+def by_hand(
+    net: Any, labels: tuple[int, int], scale: float, shape: tuple[int, ...], n: int, steps: int
+) -> torch.Tensor:
     """Guided DDPM as one would write it for one experiment, with the same per-sample streams."""
     scheduler = DDPMScheduler(clip_sample=False)
     scheduler.set_timesteps(steps)
@@ -47,52 +41,29 @@ def unet32() -> UNet2DModel:
     ).eval()  # fmt: skip
 
 
-def compare(name: str, net: torch.nn.Module, shape: tuple[int, ...], n: int, steps: int, repeats: int) -> dict:
-    contexts = {"pos": {"class_labels": 3}, "null": {"class_labels": 10}, "neg": {"class_labels": 3}}
-    den = ds.denoiser(net, contexts=contexts, shape=shape)
-    scheduler = DDPMScheduler(clip_sample=False)
-
-    def ours(method: ds.Guidance) -> Callable[[], torch.Tensor]:
-        return lambda: ds.sample(den, method, scheduler=scheduler, num_samples=n, steps=steps, batch_size=n).samples
-
-    rows = {}
-    for label, method, scale in (
-        ("classifier-free guidance", ds.ClassifierFreeGuidance(2.0), 2.0),
-        ("negative prompting", ds.NegativePrompting(0.3), -0.3),
-        ("DNG (beside negative prompting by hand)", ds.DynamicNegativeGuidance(lazy=False), -0.3),
-    ):
-        run, hand = ours(method), lambda s=scale: by_hand(net, (3, 10), s, shape, n, steps)
-        same = float((run() - hand()).abs().max()) if "DNG" not in label else float("nan")
-        ratios = []
-        for i in range(repeats):
-            pair = {}
-            for which, job in (("ours", run), ("hand", hand)) if i % 2 else (("hand", hand), ("ours", run)):
-                started = time.perf_counter()
-                job()
-                pair[which] = time.perf_counter() - started
-            ratios.append(pair["ours"] / pair["hand"])
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        rows[label] = {"ratio": middle, "quartiles": [low, high], "largest difference": same, "pairs": repeats}
-        print(f"{name:14s} {label:40s} ratio {middle:.3f} (quartiles {low:.3f} to {high:.3f}), differs by {same:.1e}")
-    return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+def overhead(repeats: int) -> Rows:
+    """Classifier-free guidance, negative prompting, and DNG beside negative prompting by hand."""
     digits = ds.zoo.load("digits").network
-    results = {
-        "digits": compare("digits 8x8", digits, (1, 8, 8), 128, 10, options.repeats),
-        "unet32": compare("U-Net 32x32", unet32(), (3, 32, 32), 8, 5, options.repeats),
-    }
-    if options.out:
-        options.out.write_text(json.dumps({"torch": torch.__version__, **results}, indent=1), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    rows: Rows = []
+    for name, net, shape, n, steps in (
+        ("digits 8x8, batch 128", digits, (1, 8, 8), 128, 10),
+        ("U-Net 32x32, batch 8", unet32(), (3, 32, 32), 8, 5),
+    ):
+        contexts = {"pos": {"class_labels": 3}, "null": {"class_labels": 10}, "neg": {"class_labels": 3}}
+        den = ds.denoiser(net, contexts=contexts, shape=shape)
+        run = {"scheduler": DDPMScheduler(clip_sample=False), "num_samples": n, "steps": steps, "batch_size": n}
+        for method, scale in (
+            (ds.ClassifierFreeGuidance(2.0), 2.0),
+            (ds.NegativePrompting(0.3), -0.3),
+            (ds.DynamicNegativeGuidance(lazy=False), -0.3),
+        ):
+            jobs = {
+                "hand": functools.partial(by_hand, net, (3, 10), scale, shape, n, steps),
+                "ours": functools.partial(ds.sample, den, method, **run),
+            }
+            timings = paired(jobs, "hand", repeats)
+            hand, ours = timings["hand"].pop("result"), timings["ours"].pop("result").samples
+            label = type(method).__name__
+            differs = "(another method)" if "Dynamic" in label else f"{float((ours - hand).abs().max()):.0e}"
+            rows.append({"network": name, "method": label, **timings["ours"], "differs by": differs})
+    return rows

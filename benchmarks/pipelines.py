@@ -1,22 +1,14 @@
-"""What `ds.attach` costs beside a pipeline's own guidance: `python benchmarks/pipelines.py [--pixels 64] [--steps 50]`.
-
-Classifier-free guidance, attached and the pipeline's own, on the tiny pipelines of the tests (random weights), in turn
-in one process. Prints the median ratio of the CPU times of paired runs with its quartiles (one thread, so that other
-work on the machine counts little) and how far the latents differ; writes JSON with --out.
-"""
+"""What `ds.attach` costs beside a pipeline's own classifier-free guidance, on the tiny pipelines of the tests."""
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from cost import paired, table
+from measuring import Rows, paired
 
 import diffsteer as ds
 
@@ -26,7 +18,7 @@ SCALE = 5.0
 
 
 def tiny_pipelines(pixels: int, steps: int) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
-    """Each pipeline, the arguments of its call, and those that switch its own guidance on."""
+    """Each pipeline (random weights), the arguments of its call, and those that switch its own guidance on."""
     import tiny
 
     call = {
@@ -52,7 +44,8 @@ def attached(pipe: Any, call: dict[str, Any]) -> torch.Tensor:
         return latents(pipe, call)
 
 
-def compare(pixels: int, steps: int, repeats: int) -> list[dict[str, Any]]:
+def pipelines(pixels: int, steps: int, repeats: int) -> Rows:
+    """Attached over own, and how far the latents differ."""
     rows = []
     for name, (pipe, call, guided) in tiny_pipelines(pixels, steps).items():
         jobs = {
@@ -62,24 +55,5 @@ def compare(pixels: int, steps: int, repeats: int) -> list[dict[str, Any]]:
         timings = paired(jobs, "own", repeats)
         own, ours = (timings[which].pop("result") for which in ("own", "attached"))
         difference = float((own - ours).norm() / own.norm())
-        rows.append({"pipeline": name, **timings["attached"], "relative difference": f"{difference:.0e}"})
+        rows.append({"pipeline": f"{name}, {pixels} pixels", **timings["attached"], "differs by": f"{difference:.0e}"})
     return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pixels", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    rows = compare(options.pixels, options.steps, options.repeats)
-    print(table(rows))
-    if options.out:
-        options.out.write_text(json.dumps({"torch": torch.__version__, "pipelines": rows}, indent=1), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

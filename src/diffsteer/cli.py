@@ -185,9 +185,9 @@ def bench_methods(
     method: Annotated[list[str] | None, Parameter(negative="")] = None,
     pages: Path | None = None,
 ) -> None:
-    """Generate all classes under every guidance method, and compare accuracy, distance, diversity and cost.
+    """Let every guidance method do what its paper claims on a small model: generate all classes, or leave some out.
 
-    About twenty minutes for the digits on 2 cores. Interrupt it at will: finished runs are kept and read back.
+    About an hour for the digits on 2 cores. Interrupt it at will: finished runs are kept and read back.
 
     Parameters
     ----------
@@ -196,7 +196,7 @@ def bench_methods(
     out
         Folder for runs, table and pictures.
     samples, steps
-        Per method and scale.
+        Per method and scale; half as many samples in twice the steps where a class is left out.
     method
         Only these, by their short names.
     pages

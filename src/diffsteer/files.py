@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from diffsteer.errors import OutputError
 
 
 @contextmanager
@@ -17,3 +20,47 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a text file completely or not at all, in UTF-8; folders that are missing are made.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written. An older file at that path is left as it was.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return path
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a path that cannot be written, before any work is done. Leaves nothing behind.
+
+    Raises
+    ------
+    OutputError
+        The path is a folder, or the nearest existing folder above it cannot hold a file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; give the path of a file in it, e.g. {path / 'report.html'}.")
+    parent = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    reason = error.strerror or type(error).__name__
+    return OutputError(f"Cannot write {path}: {reason}. Choose a folder that you may write to, with space left.")

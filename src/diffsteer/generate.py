@@ -24,6 +24,7 @@ from diffsteer.adapters.contexts import numbered, separate
 from diffsteer.core import Guidance, Sum
 from diffsteer.engine import stream
 from diffsteer.errors import ParameterError, UnsupportedError, WeightsError
+from diffsteer.files import write_text
 from diffsteer.methods import ClassifierFreeGuidance, DynamicNegativeGuidance, NegativePrompting, parse_method
 from diffsteer.sampling import Result
 from diffsteer.shapes import share
@@ -125,7 +126,7 @@ def generate(
         "prompt": prompt, "negative": negative, "pipeline": pipeline, "seed": seed, "num": num,
         "rows": {label: _strict(result.record) for label, result in results.items()},
     }  # fmt: skip
-    (out / "record.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(out / "record.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
     Console().print(f"{num} pictures in [bold]{out}[/bold]; the sheet is {out / 'sheet.png'}", soft_wrap=True)
     return results
 

@@ -25,7 +25,7 @@ from diffsteer.core import Guidance
 from diffsteer.denoisers import Denoiser
 from diffsteer.engine import describe, describe_scheduler, plain
 from diffsteer.errors import ParameterError, StateError
-from diffsteer.files import whole
+from diffsteer.files import whole, write_text
 from diffsteer.sampling import Result, Unguided, advancing, sample
 
 
@@ -165,9 +165,7 @@ class StoredRun(Sequence[Result]):
 def _opened(folder: Path, configuration: Mapping[str, Any]) -> StoredRun:
     """The run of a folder, begun if there is none; refused if it is of something else."""
     if not (folder / "run.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / "run.json") as part:
-            part.write_text(json.dumps(configuration, indent=1), encoding="utf-8")
+        write_text(folder / "run.json", json.dumps(configuration, indent=1))
     run = StoredRun(folder)
     differing = [k for k, value in configuration.items() if run.configuration.get(k) != value]
     if differing:

@@ -20,7 +20,7 @@ def test_every_method_has_a_page_without_leftovers_of_its_markup(tmp_path: Path)
 
 
 def test_a_page_has_defaults_formula_parameters_and_paper() -> None:
-    text = page("cfg", [], {})
+    text = page("cfg", {"lines": []})
     assert "ds.ClassifierFreeGuidance(scale=7.5)" in text
     assert "```math\ne = e(\\emptyset)" in text
     assert "- `scale` (float): w >= 0." in text
@@ -28,22 +28,36 @@ def test_a_page_has_defaults_formula_parameters_and_paper() -> None:
 
 
 def test_what_was_measured_is_shown(tmp_path: Path) -> None:
-    line = {
-        "method": "cfg",
-        "scale": 3.0,
-        "accuracy": 0.987,
-        "distance": 1.25,
-        "recall": 0.5,
-        "saturation": 0.1,
-        "nfe": 50,
-    }
-    facts = {"model": "digits", "samples": 10, "steps": 5, "lines": [line]}
+    figures = {"accuracy": 0.987, "accuracy_low": 0.98, "accuracy_high": 0.99, "distance": 1.25, "precision": 0.9}
+    figures |= {"recall": 0.5, "saturation": 0.1, "contrast": 0.75, "nfe": 50, "seconds": 4}
+    removed = {"without": "5", "forbidden_share": 0.1, "kl_rejection": 0.2, "fd_rejection": 3, "untouched": 1}
+    lines = [
+        {"trial": "cfg", "task": "classes", "scale": 3.0, **figures},
+        {"trial": "composable", "task": "classes", "scale": 1.5, **figures},
+        {"trial": "composable NOT", "task": "removal", "scale": 0.3, **removed, "nfe": 50, "seconds": 4},
+        {"trial": "sld", "task": "removal", "scale": 0.3, **removed, "nfe": 50, "seconds": 4},
+        {"trial": "sld max", "task": "removal", "scale": 0.5, **removed, "nfe": 50, "seconds": 4},
+    ]
+    facts = {
+        "model": "digits", "tasks": {"classes": "of all classes", "removal": "without one"}, "lines": lines,
+        "findings": {line["trial"]: f"What {line['trial']} did." for line in lines},
+    }  # fmt: skip
     (tmp_path / "methods.json").write_text(json.dumps(facts))
-    (tmp_path / "samples-cfg.png").write_bytes(b"picture")
+    for name in ("cfg", "composable", "composable-removal", "sld-removal"):
+        (tmp_path / f"samples-{name}.png").write_bytes(name.encode())
     write_pages(tmp_path / "pages", tmp_path)
-    assert "| 3 | 98.7% | 1.25 | 0.50 | 10.00% | 50 |" in (tmp_path / "pages" / "cfg.md").read_text()
-    assert (tmp_path / "pages" / "cfg.png").read_bytes() == b"picture"
-    assert "Measured" not in (tmp_path / "pages" / "np.md").read_text()
+    pages = {path.stem: path.read_text() for path in (tmp_path / "pages").glob("*.md")}
+    assert "| 3 | 98.7% (98.0% to 99.0%) | 1.25 | 0.90 | 0.50 | 10.00% | 0.750 | 50 | 4 |" in pages["cfg"]
+    assert "On the digits model, of all classes: `diffsteer bench methods`." in pages["cfg"]
+    assert "\nWhat cfg did.\n" in pages["cfg"]
+    for picture in ("cfg", "composable", "composable-removal"):
+        assert (tmp_path / "pages" / f"{picture}.png").read_bytes() == picture.encode()
+    assert "![samples](composable-removal.png)" in pages["composable"]
+    assert "![samples](composable.png)" in pages["composable"]
+    assert "| sld max | 0.5 | 5 | 10.0% | 0.200 | 3.00 | 100% | 50 | 4 |" in pages["sld"]
+    assert "\n`sld max`: What sld max did.\n" in pages["sld"]
+    assert "Measured" not in pages["np"]
+    assert "Not on the digits: it acts where a network reads its text" in pages["nag"]
 
 
 def test_aligned_formulas_tables_and_examples_are_fenced() -> None:

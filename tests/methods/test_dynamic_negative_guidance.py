@@ -26,6 +26,11 @@ def told(x: Tensor, level: ds.Level) -> Tensor:
     return torch.sigmoid(2 * x.flatten(1).mean(1) - level.rho)
 
 
+def witness(x0: Tensor, level: ds.Level) -> Tensor:
+    """Evidence from a classifier of clean samples; (B,) log-odds."""
+    return 3 * x0.flatten(1).mean(1) + level.alpha
+
+
 # The points of a script are far from any sampler's trajectory, so that every term is large: a low temperature
 # keeps the posterior between its clamps. Rows that end in "clamped" let it reach them.
 _CALM: dict[str, Any] = {
@@ -46,7 +51,7 @@ def oracle(method: Any, scene: Script) -> list[Row]:
     kind = method.estimator
     if kind == "auto":
         kind = "ode" if scene.stochastic == 0 else "odds" if scene.stochastic == 1 else "ito"
-    lazy = method.lazy and method.temperature == 1 and method.offset == 0 and not callable(kind)
+    lazy = method.lazy and method.temperature == 1 and method.offset == 0 and not callable(kind) and not method.evidence
     size = len(scene.points[0])
     priors = dict(zip(method.contexts, np.broadcast_to(method.prior, len(method.contexts)), strict=True))
     ps = {c: np.full(size, prior) for c, prior in priors.items()}
@@ -79,9 +84,14 @@ def oracle(method: Any, scene: Script) -> list[Row]:
                 released[c] |= due & (ps[c] < min(method.negligible, priors[c] / 20))
             if not frozen:
                 seen[c] = np.where(due, i, seen[c])
-        posterior = np.minimum(sum(ps.values()), method.p_max)
+        believed = ps
+        if method.evidence:
+            clean = (x - level.sigma * null) / level.alpha
+            ratio = np.exp(method.evidence(torch.from_numpy(clean), level).numpy())
+            believed = {c: p * ratio / (1 - p + p * ratio) for c, p in ps.items()}
+        posterior = np.minimum(sum(believed.values()), method.p_max)
         idle = {c: method.baseline * prior / (1 - sum(priors.values())) for c, prior in priors.items()}
-        weights = {c: method.scale * np.maximum(p / (1 - posterior) - idle[c], 0) for c, p in ps.items()}
+        weights = {c: method.scale * np.maximum(p / (1 - posterior) - idle[c], 0) for c, p in believed.items()}
         prediction = null - sum(wide(weights[c], null) * away[c] for c in method.contexts)
         rows.append({"prediction": prediction, "posterior": posterior, "scale": sum(weights.values())})
     return rows
@@ -220,6 +230,8 @@ CASE = Case(
     (_LAZY | {"estimator": "surrogate"}, {"stochastic": 0.0, "seed": 32}),
     # told from outside, clamped
     ({"estimator": told, "p_min": 0.05, "p_max": 0.4, "scale": 2.0}, {"stochastic": 0.0, "seed": 23}),
+    (_CALM | {"estimator": "ito", "evidence": witness}, {"coordinates": "vp", "seed": 33}),
+    (_LAZY | {"estimator": "ito", "evidence": witness, "scale": 0.6}, {"coordinates": "flow", "seed": 34}),
 ],
     contract=[
     (ds.DynamicNegativeGuidance(prior=0.2, lazy=False), 1.0),
@@ -231,7 +243,7 @@ CASE = Case(
     (ds.DynamicNegativeGuidance(prior=0.1, contexts=("neg", "neg2")), 1.0),
 ],
     formulas=[
-        ("methods.dynamic_negative_guidance", ("guide", "_baselines", "_due", "_visit", "_expected")),
+        ("methods.dynamic_negative_guidance", ("guide", "_baselines", "_witnessed", "_due", "_visit", "_expected")),
         (
             "posterior",
             ("kernel_increment", "ito_increment", "against_complement", "gain", "_increment", "_follow", "_add",
@@ -344,6 +356,22 @@ def test_scale_zero_only_watches():
         np.testing.assert_allclose(a.prediction, branch(scene, "null", i), rtol=1e-14)
         np.testing.assert_array_equal(a.info["posterior"], b.info["posterior"])
     assert float(acting[-1].info["posterior"].std()) > 1e-3
+
+
+def test_all_that_a_second_witness_says_is_added_to_the_prior():
+    """A tracker that learns nothing, told the ratio by a witness, is one that was told the posterior."""
+    scene = script()
+
+    def said(x: Tensor, level: ds.Level) -> Tensor:
+        return torch.full((len(x),), 3 * level.alpha - 1, dtype=x.dtype)
+
+    def posterior(x: Tensor, level: ds.Level) -> Tensor:
+        return torch.sigmoid(said(x, level) + math.log(0.2 / 0.8))
+
+    told_ratio = play(DNG(prior=0.2, temperature=0, evidence=said), scene)
+    for ours, exact in zip(told_ratio, play(DNG(prior=0.2, estimator=posterior), scene), strict=True):
+        np.testing.assert_allclose(ours.prediction, exact.prediction, rtol=1e-12)
+        np.testing.assert_allclose(ours.info["posterior"], exact.info["posterior"], rtol=1e-12)
 
 
 def steps_of(method, scene):
@@ -583,7 +611,7 @@ class TestLaziness:
         assert float(out.nfe.double().mean()) < 1.9 * 50
 
     def test_is_off_where_nothing_is_a_posterior(self):
-        for options in ({"temperature": 0.5}, {"offset": 1e-3}, {"estimator": told}):
+        for options in ({"temperature": 0.5}, {"offset": 1e-3}, {"estimator": told}, {"evidence": witness}):
             assert {p.calls for p in play(DNG(**options), script())} == {2}
 
     def test_unwanted_contexts_are_spared_one_by_one(self):
@@ -649,6 +677,14 @@ def test_state_belongs_to_its_batch():
     step = ds.Step(torch.as_tensor(scene.points[0]), scene.levels[0], scene.levels[1], 0, 12, "eps", stochastic=1.0)
     with pytest.raises(StateError, match="batch"):
         ds.core.drive(DNG(), step, DNG().start(run), lambda calls: [step.x] * len(calls))
+
+
+@pytest.mark.parametrize("broken", [lambda x0, level: x0, lambda x0, level: x0.flatten(1).sum(1) * math.nan])
+def test_refuses_evidence_that_is_no_number_per_sample(broken):
+    with pytest.raises(NonFiniteError, match="evidence"):
+        play(DNG(evidence=broken), script())
+    with pytest.raises(ParameterError, match="one at a time"):
+        DNG(evidence=witness, contexts=("neg", "neg2"))
 
 
 @pytest.mark.parametrize("missing", ["null", "neg"])

@@ -61,8 +61,8 @@ def test_the_reference_needs_no_data_set(folder: Path) -> None:
     with torch.inference_mode():
         features, judged = nets["features"].features(data.images), nets["judge"](data.heldout_images).argmax(1)
     torch.testing.assert_close(reference["features"].float(), features, rtol=2e-3, atol=1e-3)
-    assert torch.equal(reference["heldout_judged"], judged)
-    assert torch.equal(reference["labels"], data.labels)
+    assert torch.equal(reference["heldout_judged"].long(), judged)
+    assert torch.equal(reference["labels"].long(), data.labels)
     assert torch.equal(reference["heldout_labels"], data.heldout_labels)
 
 

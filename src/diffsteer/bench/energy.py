@@ -24,14 +24,14 @@ from torch import Tensor
 
 import diffsteer as ds
 from diffsteer import zoo
-from diffsteer.bench import metrics
+from diffsteer.bench import intervals, metrics
 from diffsteer.bench.energy_report import Line, Picture, write
 from diffsteer.bench.removal import Outcome, read_outcome, scheduler, write_outcome
-from diffsteer.bench.report import check_writable
 from diffsteer.bench.sweep import bars, halves
 from diffsteer.core import Guidance
 from diffsteer.energy.losses import ClassEnergy, Residual
 from diffsteer.errors import NonFiniteError, ParameterError, UnknownNameError
+from diffsteer.files import check_writable
 from diffsteer.perturb.attention import blur
 from diffsteer.sampling import describe, sample, stream
 from diffsteer.zoo import Model
@@ -218,8 +218,8 @@ def psnr(images: Tensor, truth: Tensor) -> Tensor:
     return 10 * torch.log10(4 / (images - truth).flatten(1).square().mean(1))
 
 
-def _interval(values: Tensor) -> metrics.Interval:
-    return metrics.bootstrap(_mean, [values], RESAMPLES)
+def _interval(values: Tensor) -> intervals.Interval:
+    return intervals.bootstrap(_mean, [values], RESAMPLES)
 
 
 def _mean(values: NDArray[Any]) -> float:
@@ -407,7 +407,7 @@ def _measure(task: Labels | Inverse, key: str, scale: float, reported: bool, out
     right, n = int((outcome.labels == task.wanted).sum()), task.size
     return Line(
         task=task.name, method=key, scale=scale, reported=reported, n=n, accuracy=right / n,
-        accuracy_interval=metrics.share_interval(right, n), nfe=outcome.nfe, seconds=outcome.seconds,
+        accuracy_interval=intervals.share_interval(right, n), nfe=outcome.nfe, seconds=outcome.seconds,
         **task.measure(outcome),
     )  # fmt: skip
 

@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from diffsteer.bench.metrics import Interval
-from diffsteer.bench.report import write_text
+from diffsteer.bench.intervals import Interval
+from diffsteer.files import write_text
 from diffsteer.zoo import Model
 
 COLUMNS = 20  # pictures in a row

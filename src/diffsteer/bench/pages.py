@@ -10,7 +10,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from diffsteer.bench.report import check_writable, write_text
+from diffsteer.bench.catalogue import suffix, table
+from diffsteer.bench.trials import NOT_HERE, method_of
+from diffsteer.files import check_writable, write_text
 from diffsteer.methods import entry, list_methods, list_optimizers
 
 
@@ -20,7 +22,7 @@ def write_pages(out: Path, results: Path | None = None) -> list[Path]:
     Parameters
     ----------
     results : Path, optional
-        A folder that :func:`diffsteer.bench.catalogue.bench_methods` wrote: its rows and pictures are shown.
+        A folder that :func:`diffsteer.bench.catalogue.bench_methods` wrote: its lines and pictures are shown.
     """
     check_writable(out / "README.md")
     measured: dict[str, Any] = {"lines": []}
@@ -28,11 +30,10 @@ def write_pages(out: Path, results: Path | None = None) -> list[Path]:
         measured = json.loads((results / "methods.json").read_text(encoding="utf-8"))
     written = []
     for name in (*list_methods(), *list_optimizers()):
-        rows = [line for line in measured["lines"] if line["method"] == name]
-        picture = results / f"samples-{name}.png" if results is not None and rows else None
-        if picture is not None:
-            shutil.copyfile(picture, out / f"{name}.png")
-        written.append(write_text(out / f"{name}.md", page(name, rows, measured)))
+        for task in {line["task"] for line in measured["lines"] if method_of(line["trial"]) == name}:
+            assert results is not None
+            shutil.copyfile(results / f"samples-{name}{suffix(task)}.png", out / f"{name}{suffix(task)}.png")
+        written.append(write_text(out / f"{name}.md", page(name, measured)))
     index = ["# Methods", "", "| name | method | class | evaluations / step |", "|---|---|---|---|"]
     for name in (*list_methods(), *list_optimizers()):
         found = entry(name)
@@ -42,8 +43,8 @@ def write_pages(out: Path, results: Path | None = None) -> list[Path]:
     return written
 
 
-def page(name: str, rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
-    """The page of one method."""
+def page(name: str, measured: dict[str, Any]) -> str:
+    """The page of one method, with its lines of ``methods.json``."""
     found = entry(name)
     values = [f"{f.name}={_default(f)}" for f in dataclasses.fields(found.cls)]  # type: ignore[arg-type]
     lines = [
@@ -58,22 +59,22 @@ def page(name: str, rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         markdown(inspect.getdoc(found.cls) or ""),
         "",
     ]
-    if rows:
-        lines += [
-            "## Measured",
-            "",
-            f"On the {facts['model']} model, {facts['samples']} samples of all classes, {facts['steps']} steps, the "
-            "same seeds for all: `diffsteer bench methods`.",
-            "",
-            "| scale | accuracy | distance to data | recall | saturated | evaluations |",
-            "|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {r['scale']:g} | {r['accuracy']:.1%} | {r['distance']:.2f} | {r['recall']:.2f} | "
-            f"{r['saturation']:.2%} | {r['nfe']:g} |"
-            for r in rows
-        ]
-        lines += ["", f"![samples]({name}.png)", ""]
+    own = [line for line in measured["lines"] if method_of(line["trial"]) == name]
+    if own or name in NOT_HERE:
+        lines += ["## Measured", ""]
+    if name in NOT_HERE:
+        lines += [f"Not on the digits: {NOT_HERE[name]}.", ""]
+    for task in dict.fromkeys(line["task"] for line in own):
+        rows = [line for line in own if line["task"] == task]
+        trials = list(dict.fromkeys(line["trial"] for line in rows))
+        lines += [f"On the {measured['model']} model, {measured['tasks'][task]}: `diffsteer bench methods`.", ""]
+        lines += [*table(rows, named=len(trials) > 1), ""]
+        for trial in trials:
+            lines += [
+                f"`{trial}`: {measured['findings'][trial]}" if len(trials) > 1 else measured["findings"][trial],
+                "",
+            ]
+        lines += [f"![samples]({name}{suffix(task)}.png)", ""]
     return "\n".join([*lines, "## Paper", "", "```bibtex", found.bibtex, "```", ""])
 
 

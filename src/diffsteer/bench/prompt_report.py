@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffsteer.bench.metrics import Interval
+from diffsteer.bench.intervals import Interval
 from diffsteer.bench.plots import draw_rows
 from diffsteer.bench.prompt_runs import NAMES, Bench, Line, Pair, sampler_name
-from diffsteer.bench.report import template, write_text
+from diffsteer.bench.report_html import template
 from diffsteer.engine import plain
+from diffsteer.files import write_text
 
 SHOWN = 12  # pictures in a row
 _TITLES = {

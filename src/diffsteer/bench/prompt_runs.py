@@ -21,14 +21,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffsteer.adapters import attach, calibrate_pipeline
-from diffsteer.bench import metrics
+from diffsteer.bench import balance, intervals
 from diffsteer.bench.judges import Judge, Verdict
 from diffsteer.bench.removal import digest
-from diffsteer.bench.report import write_text
 from diffsteer.core import Guidance
 from diffsteer.engine import describe, plain, stream
 from diffsteer.errors import ParameterError, UnknownNameError
-from diffsteer.files import whole
+from diffsteer.files import whole, write_text
 from diffsteer.methods import (
     ClassifierFreeGuidance,
     DynamicNegativeGuidance,
@@ -169,13 +168,13 @@ class Line:
     scale: float
     n: int  # pictures
     forbidden: float  # share, or the CLIP score of the negative prompt
-    forbidden_interval: metrics.Interval
+    forbidden_interval: intervals.Interval
     faithful: float  # share, or the CLIP score of the prompt
     undecided: float | None
     kl: float | None  # of what must stay, in nats
-    kl_interval: metrics.Interval | None
+    kl_interval: intervals.Interval | None
     distance: float | None  # root mean square pixel difference to the picture without a negative prompt, in [0, 2]
-    distance_interval: metrics.Interval | None
+    distance_interval: intervals.Interval | None
     nfe: float
     seconds: float  # per picture
 
@@ -401,14 +400,14 @@ def measure(
     )  # fmt: skip
 
 
-def _mean(parts: Sequence[tuple[Callable[..., Any], NDArray[np.float64]]]) -> tuple[float, metrics.Interval]:
+def _mean(parts: Sequence[tuple[Callable[..., Any], NDArray[np.float64]]]) -> tuple[float, intervals.Interval]:
     """The mean of one statistic per pair, with its interval; equal seeds are resampled together."""
 
     def statistic(*arrays: NDArray[np.float64]) -> float:
         return float(np.mean([fn(array) for (fn, _), array in zip(parts, arrays, strict=True)]))
 
     arrays = [array for _, array in parts]
-    return statistic(*arrays), metrics.bootstrap(statistic, arrays, n=200)
+    return statistic(*arrays), intervals.bootstrap(statistic, arrays, n=200)
 
 
 def _kl_to(target: Verdict) -> Callable[[NDArray[np.float64]], float]:
@@ -425,7 +424,7 @@ def _kl_to(target: Verdict) -> Callable[[NDArray[np.float64]], float]:
         for start, stop in groups:
             kept = [i for i in range(stop - start) if shares[start + i] > 0]
             if kept:
-                total += metrics.kl_shares(shares[start:stop][kept], counts[start:stop], kept)
+                total += balance.kl_shares(shares[start:stop][kept], counts[start:stop], kept)
         return total
 
     return kl

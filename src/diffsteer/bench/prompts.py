@@ -15,8 +15,8 @@ from rich.console import Console
 from diffsteer.bench.judges import judge_of
 from diffsteer.bench.prompt_report import write
 from diffsteer.bench.prompt_runs import SCALES, Bench, Line, Pair, Plan, measure, sampler_name
-from diffsteer.bench.report import check_writable
 from diffsteer.bench.sweep import bars
+from diffsteer.files import check_writable
 from diffsteer.generate import load_pipeline
 
 __all__ = ["bench_prompts", "operating_points"]

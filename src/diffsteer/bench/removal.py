@@ -19,12 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffsteer.bench import metrics
-from diffsteer.bench.report import MethodRow, write_text
+from diffsteer.bench import balance, intervals, metrics
+from diffsteer.bench.report import MethodRow
 from diffsteer.calibration import calibrate
 from diffsteer.core import Guidance
 from diffsteer.errors import UnknownNameError, UnsupportedError
-from diffsteer.files import whole
+from diffsteer.files import whole, write_text
 from diffsteer.methods import DynamicNegativeGuidance, NegativePrompting, SafeLatentDiffusion
 from diffsteer.sampling import Result, Unguided, describe, sample
 from diffsteer.zoo import Model
@@ -246,15 +246,15 @@ def measure(
     keep = [c for c in range(len(model.classes)) if c not in forbidden]
     mask = target.kept(setting.concepts)
     rejection = target.features[mask]
-    shares = metrics.class_counts(target.labels[mask], len(model.classes))[keep]
-    counts = metrics.class_counts(outcome.labels, len(model.classes))
+    shares = balance.class_counts(target.labels[mask], len(model.classes))[keep]
+    counts = balance.class_counts(outcome.labels, len(model.classes))
     bad, n = int((~outcome.kept(setting.concepts)).sum()), len(outcome.labels)
     reference = model.reference
     data = reference["features"][~torch.isin(reference["labels"], torch.tensor(list(forbidden)))].float()
 
-    def distance(other: Tensor) -> tuple[float, metrics.Interval]:
+    def distance(other: Tensor) -> tuple[float, intervals.Interval]:
         fn = metrics.frechet_distance
-        return fn(outcome.features, other), metrics.bootstrap(fn, [outcome.features, other], n=60)
+        return fn(outcome.features, other), intervals.bootstrap(fn, [outcome.features, other], n=60)
 
     fd_rejection, fd_rejection_interval = distance(rejection)
     fd_data, fd_data_interval = distance(data)
@@ -271,11 +271,11 @@ def measure(
         forbidden=bad,
         n=n,
         forbidden_share=bad / n,
-        forbidden_interval=metrics.share_interval(bad, n),
-        kl_rejection=metrics.kl_shares(shares, counts, keep),
-        kl_rejection_interval=metrics.kl_interval(shares, counts, keep, target_samples=size),
-        kl_uniform=metrics.kl_uniform(counts, keep),
-        kl_uniform_interval=metrics.kl_interval([1] * len(keep), counts, keep),
+        forbidden_interval=intervals.share_interval(bad, n),
+        kl_rejection=balance.kl_shares(shares, counts, keep),
+        kl_rejection_interval=balance.kl_interval(shares, counts, keep, target_samples=size),
+        kl_uniform=balance.kl_uniform(counts, keep),
+        kl_uniform_interval=balance.kl_interval([1] * len(keep), counts, keep),
         fd_rejection=fd_rejection,
         fd_rejection_interval=fd_rejection_interval,
         fd_data=fd_data,

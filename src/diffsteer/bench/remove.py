@@ -11,22 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from diffsteer import zoo
-from diffsteer.bench import metrics
+from diffsteer.bench import balance
 from diffsteer.bench.plots import draw_samples
 from diffsteer.bench.removal import Outcome, Setting, measure, method_for, reject, run, unguided
 from diffsteer.bench.removal import scheduler as build
-from diffsteer.bench.report import (
-    MethodPanel,
-    RemovalReport,
-    check_writable,
-    rich_table,
-    rows_to_csv,
-    rows_to_json,
-    write_report,
-    write_text,
-)
+from diffsteer.bench.report import MethodPanel, RemovalReport
+from diffsteer.bench.report_html import write_report
+from diffsteer.bench.report_tables import rich_table, rows_to_csv, rows_to_json
 from diffsteer.calibration import calibrate
 from diffsteer.errors import ParameterError
+from diffsteer.files import check_writable, write_text
 from diffsteer.methods import DynamicNegativeGuidance
 from diffsteer.schedulers import SchedulerView
 
@@ -117,7 +111,7 @@ def remove(
                 label=NAMES[name],
                 images=outcome.result.samples,
                 forbidden=~outcome.kept(labels),
-                class_shares=metrics.class_shares(outcome.labels, len(loaded.classes)),
+                class_shares=balance.class_shares(outcome.labels, len(loaded.classes)),
                 posterior=outcome.result.trace.get("posterior"),
                 scale=outcome.result.trace.get("scale"),
             )
@@ -158,4 +152,4 @@ def remove(
 
 def _shares(model: zoo.Model, target: Outcome, labels: Sequence[int]) -> list[float]:
     """Class shares of the rejection set, 0 for what is removed."""
-    return metrics.class_shares(target.labels[target.kept(labels)], len(model.classes)).tolist()
+    return balance.class_shares(target.labels[target.kept(labels)], len(model.classes)).tolist()

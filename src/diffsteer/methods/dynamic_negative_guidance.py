@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import Call, Guidance, Plan, Run, Step, gather, like, on_rows, scatter
-from diffsteer.errors import ParameterError, UnknownNameError
+from diffsteer.errors import NonFiniteError, ParameterError, UnknownNameError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
-from diffsteer.paths import convert
+from diffsteer.paths import Level, convert
 from diffsteer.posterior import Calibration, Estimator, PosteriorTracker, Tracked
 
 
@@ -86,12 +86,16 @@ class DynamicNegativeGuidance(Guidance):
         asks for a larger ``scale`` later.
     calibration : Calibration or tuple of Calibration, one per context, optional
         Reads the tracked log-odds through a map fitted on rollouts, see :func:`diffsteer.calibrate`.
+    evidence : callable, optional
+        A second witness, such as a safety model or a classifier of clean images: maps what "null" takes the clean
+        samples for, (B, ...), and the level to log-odds, (B,), that are added to the tracked ones at this step. A
+        probability q is evidence of logit(q) - logit(prior), times a trust below 1 where both witnesses may err alike.
     contexts : tuple of str
         One or more unwanted contexts; each has its own posterior, and weight scale * p_i / (1 - sum p).
     lazy : bool
         Evaluate an unwanted context only for the samples that need it. A sample is released for good once its
         posterior is below ``negligible``; until then it waits while little is to be learnt. Has no effect on what is
-        no posterior: with a temperature other than 1, an offset, or a callable estimator.
+        no posterior: with a temperature other than 1, an offset, a callable estimator, or evidence.
     negligible : float
         In [0, 1). Along the reverse chain the posterior is a martingale: a sample released at p ends in the unwanted
         concept with probability p. This is therefore the share that laziness can leave behind, at most. A twentieth
@@ -124,6 +128,7 @@ class DynamicNegativeGuidance(Guidance):
     softening: float = 0.1
     baseline: float = 0.0
     calibration: Calibration | tuple[Calibration, ...] | None = None
+    evidence: Callable[[Tensor, Level], Tensor] | None = None
     contexts: tuple[str, ...] = ("neg",)
     lazy: bool = True
     negligible: float = 5e-3
@@ -142,8 +147,8 @@ class DynamicNegativeGuidance(Guidance):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != len(self.contexts):
                 raise ParameterError(f"{len(value)} values of {name} for {len(self.contexts)} contexts; give one each")
-        if callable(self.estimator) and len(self.contexts) > 1:
-            raise ParameterError("a callable estimator knows one posterior; remove one context at a time with it")
+        if (callable(self.estimator) or self.evidence) and len(self.contexts) > 1:
+            raise ParameterError("a callable estimator or evidence is of one context; remove one at a time with it")
         self._trackers  # noqa: B018  checks the other parameters
         if not 0 <= self.baseline <= 1:
             raise ParameterError(f"baseline is a share of the prior's odds in [0, 1], got {self.baseline}")
@@ -219,7 +224,7 @@ class DynamicNegativeGuidance(Guidance):
             rows = (~known).nonzero()[:, 0]
             (ref,) = yield [Call("null", rows=rows)]
             null = null.index_copy(0, rows, ref)
-        posteriors = torch.stack([f.odds for f in followed]).sigmoid()
+        posteriors = (torch.stack([f.odds for f in followed]) + self._witnessed(step, null)).sigmoid()
         total = posteriors.sum(0).clamp(max=self.p_max)
         weights = self.scale * (posteriors / (1 - total) - self._baselines.to(total)).clamp(min=0)
         prediction = null
@@ -240,7 +245,20 @@ class DynamicNegativeGuidance(Guidance):
     @property
     def _patient(self) -> bool:
         """Whether what is tracked is a posterior, on which laziness rests."""
-        return self.lazy and self.temperature == 1 and self.offset == 0 and not callable(self.estimator)
+        told = callable(self.estimator) or self.evidence is not None
+        return self.lazy and self.temperature == 1 and self.offset == 0 and not told
+
+    def _witnessed(self, step: Step, null: Tensor) -> Tensor | float:
+        """Log-odds that the second witness adds, (B,); none at pure noise, which shows nothing."""
+        if self.evidence is None or step.level.alpha == 0:
+            return 0.0
+        told = self.evidence(convert(null, step.x, step.level, step.space, "x0"), step.level)
+        if told.shape != step.x.shape[:1] or not bool(torch.isfinite(told).all()):
+            raise NonFiniteError(
+                f"the evidence at step {step.index} is {tuple(told.shape)} values, or not all are finite; it must be "
+                f"{tuple(step.x.shape[:1])} log-odds: clamp probabilities away from 0 and 1"
+            )
+        return told
 
     def _due(self, step: Step, tracker: PosteriorTracker, f: Followed) -> Tensor:
         """The samples that an unwanted context is evaluated for."""

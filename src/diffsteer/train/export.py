@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from diffsteer.denoisers import denoiser
 from diffsteer.errors import ParameterError
-from diffsteer.files import whole
+from diffsteer.files import write_text
 from diffsteer.sampling import Unguided, sample
 from diffsteer.train import data as datasets
 from diffsteer.train.card import card
@@ -90,14 +90,15 @@ def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str
     if "features" in nets and "judge" in nets:
         rows = torch.linspace(0, len(data.labels) - 1, min(REFERENCES, len(data.labels))).round().long()
         reference = {
-            "features": _in_parts(nets["features"].features, data.images[rows]).half(),
+            "features": _in_parts(nets["features"].features, data.images[rows]),
             "labels": data.labels[rows],
             "heldout_labels": data.heldout_labels,
             "heldout_judged": _in_parts(nets["judge"], data.heldout_images).argmax(1),
         }
-        write_atomically(out_dir / "reference.safetensors", reference)
-    _write_text(out_dir / "README.md", card(config, len(data.labels), len(data.heldout_labels)))
-    _write_text(out_dir / "config.json", json.dumps(config, indent=1) + "\n")
+        small = {k: v.half() if v.is_floating_point() else v.short() for k, v in reference.items()}
+        write_atomically(out_dir / "reference.safetensors", small)
+    write_text(out_dir / "README.md", card(config, len(data.labels), len(data.heldout_labels)))
+    write_text(out_dir / "config.json", json.dumps(config, indent=1) + "\n")
     return config
 
 
@@ -108,11 +109,6 @@ def _in_parts(net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 def _half(value: Tensor) -> Tensor:
     return value.half() if value.is_floating_point() else value
-
-
-def _write_text(path: Path, text: str) -> None:
-    with whole(path) as part:
-        part.write_text(text, encoding="utf-8")
 
 
 def _metrics(nets: Mapping[str, Any], data: datasets.Dataset, num_samples: int) -> dict[str, Any]:

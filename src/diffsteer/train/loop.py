@@ -162,7 +162,8 @@ def fit(
     began = time.perf_counter()
     devices = [acc.device] if acc.device.type == "cuda" else []
     with _signals() as stopped, torch.random.fork_rng(devices), _progress(acc.is_main_process) as progress:
-        bar = progress.add_task(recipe.part, total=recipe.steps, completed=step, loss=math.nan, speed=0.0)
+        begins = "is trained" if step == recipe.steps else ""
+        bar = progress.add_task(recipe.part, total=recipe.steps, completed=step, state=begins)
         mark, mark_step = began, step
         while step < recipe.steps:
             generator = generator_of_step(seed, step)
@@ -180,7 +181,7 @@ def fit(
             if step % _REPORT_EVERY == 0 or step == recipe.steps:
                 now = time.perf_counter()
                 speed = (step - mark_step) * recipe.batch_size / (now - mark)
-                progress.update(bar, completed=step, loss=loss.item(), speed=speed)
+                progress.update(bar, completed=step, state=f"loss {loss.item():.4f}  {speed:.0f} images/s")
                 mark, mark_step = now, step
             stop = _any_process(acc, bool(stopped))
             if stop or step == recipe.steps or step % recipe.checkpoint_every == 0:
@@ -243,5 +244,5 @@ def _signals() -> Iterator[list[int]]:
 
 def _progress(enabled: bool) -> Progress:
     columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn())
-    numbers = TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} images/s")
+    numbers = TextColumn("{task.fields[state]}")
     return Progress(*columns, numbers, TimeRemainingColumn(), disable=not enabled)

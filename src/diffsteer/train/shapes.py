@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffsteer.files import write_text
 from diffsteer.shapes import VOCABULARY, caption, draw, scene
 from diffsteer.shapes.world import Scene
-from diffsteer.train.export import _write_text
 from diffsteer.train.loop import accelerator, fit, read_checkpoint
 from diffsteer.train.recipes import SCHEDULE, Recipe
 
@@ -199,7 +199,7 @@ def train_shapes(
     if accelerator().is_main_process:
         trained = _averaged(TextToImage(recipes["denoiser"].network, words), checkpoints / "denoiser.safetensors")
         export(out, vae, trained)
-        _write_text(out / "README.md", card(checkpoints))
+        write_text(out / "README.md", card(checkpoints))
 
 
 def _stream(seed: int, part: str) -> int:

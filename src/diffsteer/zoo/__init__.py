@@ -319,7 +319,8 @@ class Model:
     @cached_property
     def reference(self) -> dict[str, Tensor]:
         """ "features" (M, d) and "labels" (M,) of real training images, "heldout_labels" and "heldout_judged"."""
-        return _read(self.folder / "reference.safetensors")
+        stored = _read(self.folder / "reference.safetensors")
+        return {name: value if value.is_floating_point() else value.long() for name, value in stored.items()}
 
     def floor(self, concepts: Sequence[int | str]) -> float:
         """Share of real held-out images of kept classes that the judge calls forbidden."""

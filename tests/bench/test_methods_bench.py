@@ -1,0 +1,194 @@
+"""Every method is tried on the small model or has a reason, and what is found follows from the figures."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffsteer as ds
+from diffsteer.bench.catalogue import bench_methods
+from diffsteer.bench.findings import finding
+from diffsteer.bench.removal import scheduler
+from diffsteer.bench.tasks import CLASSES, EMBEDDED, ONE, TUNED, TWICE, TWO, Bench, Classes, Column
+from diffsteer.bench.trials import NOT_HERE, TRIALS, Trial, method_of
+from diffsteer.errors import UnknownNameError, UnsupportedError
+from diffsteer.methods import entry
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(ds.zoo.load_model("digits"), 20, 3, tmp_path)
+
+
+def of_energy(name: str) -> bool:
+    """Those are in `diffsteer bench energy` or in their own tests."""
+    module = inspect.getmodule(entry(name).cls)
+    assert module is not None
+    return "from diffsteer.energy" in inspect.getsource(module)
+
+
+def test_every_method_is_tried_or_has_a_reason() -> None:
+    tried = {method_of(key) for key in TRIALS} - {"unguided"}
+    assert tried | set(NOT_HERE) == {name for name in ds.list_methods() if not of_energy(name)}
+    assert not tried & set(NOT_HERE)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ds.NormalizedAttentionGuidance(context="next"),
+        ds.NegativeAwaySteerAttention(context="next"),
+        ds.SemanticAwareCFG(),
+    ],
+)
+def test_what_is_said_not_to_run_does_not(bench: Bench, method: ds.Guidance) -> None:
+    with pytest.raises(UnsupportedError):
+        CLASSES.outcome(bench, method)
+
+
+@pytest.mark.parametrize("key", TRIALS)
+def test_a_claim_is_of_columns_and_against_another_trial_of_the_same_task(key: str) -> None:
+    trial = TRIALS[key]
+    columns = {column.name for column in trial.task.columns}
+    assert trial.expect.keys() <= columns
+    assert trial.match in {"scale", *columns}
+    if trial.expect:
+        assert trial.versus in TRIALS
+        assert trial.versus != key
+        assert TRIALS[trial.versus].task.name == trial.task.name
+
+
+def lines(**columns: list[float]) -> list[dict[str, float]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("recall", "verdict"),
+    [
+        ([0.8, 0.9], "higher at 2 of 2 (0.90 against 0.60 at 6). **It shows.**"),
+        ([0.71, 0.9], "higher at 1, the same at 1 of 2 (0.90 against 0.60 at 6). **It shows.**"),
+        ([0.5, 0.9], "higher at 1, lower at 1 of 2 (0.90 against 0.60 at 6). **It shows in part.**"),
+        ([0.71, 0.6], "higher at 0, the same at 2 of 2 (0.71 against 0.70 at 3). **It does not show here.**"),
+        (
+            [0.7, 0.1],
+            "higher at 0, lower at 1, the same at 1 of 2 (0.10 against 0.60 at 6). **It does not show here.**",
+        ),
+    ],
+)
+def test_a_finding_counts_scales_and_shows_the_largest_difference(recall: list[float], verdict: str) -> None:
+    trial = Trial(lambda bench, w: ds.Unguided(), (3.0, 6.0), "more diverse", {"recall": ">"})
+    others = lines(scale=[1.5, 3.0, 5.0], recall=[0.99, 0.7, 0.6])
+    found = finding(trial, lines(scale=[3.0, 6.0], recall=recall), others)
+    assert found == f"Claim: more diverse. Against `cfg` at the nearest scale: recall {verdict}"
+
+
+def test_a_finding_of_several_columns_needs_all_of_them() -> None:
+    trial = Trial(
+        lambda bench, w: ds.Unguided(), (1.0,), "the same, cheaper", {"recall": "=", "nfe": "<"}, match="recall"
+    )
+    others = lines(scale=[1.0, 2.0], recall=[0.9, 0.5], nfe=[50, 80])
+    assert finding(trial, lines(scale=[2.0], recall=[0.9], nfe=[25]), others) == (
+        "Claim: the same, cheaper. Against `cfg` at the nearest recall: recall the same (0.90 against 0.90); "
+        "evaluations lower (25 against 50). **It shows.**"
+    )
+    assert "**It does not show here.**" in finding(trial, lines(scale=[2.0], recall=[0.9], nfe=[50]), others)
+    assert "**It shows in part.**" in finding(trial, lines(scale=[2.0], recall=[0.6], nfe=[25]), others)
+    assert finding(trial, lines(scale=[2.0], recall=[0.9], nfe=[25]), []) == "Claim: the same, cheaper."
+    assert finding(replace(trial, expect={}), others, others) == "Claim: the same, cheaper."
+
+
+def test_a_difference_counts_beyond_the_slack_or_the_share() -> None:
+    column = Column("x", "x", ".2f", slack=0.05, relative=0.1)
+    assert column.same(0.1, 0.149)
+    assert not column.same(0.1, 0.16)
+    assert column.same(2.0, 2.19)
+    assert not column.same(2.0, 2.3)
+
+
+def test_a_method_for_each_class_makes_the_same_samples_as_one_for_all(bench: Bench) -> None:
+    method = ds.ClassifierFreeGuidance(3.0)
+    one, each = (CLASSES._sampled(bench, methods) for methods in (method, (method,) * 10))
+    torch.testing.assert_close(one[0], each[0], atol=1e-4, rtol=0)
+    assert torch.equal(one[1], each[1])
+    den = bench.model.denoiser(pos=torch.arange(10))
+    plain = ds.sample(den, method, scheduler=scheduler(bench.model, "ddim"), num_samples=20, steps=3)
+    assert torch.equal(one[0], plain.samples)
+
+
+def test_what_the_tasks_sample(bench: Bench) -> None:
+    method = ds.ClassifierFreeGuidance(3.0)
+    plain, embedded = (task._sampled(bench, method)[0] for task in (CLASSES, EMBEDDED))
+    torch.testing.assert_close(plain, embedded)
+    alone = ds.Unguided("pos")
+    strong = ds.ReinforcementLearningGuidance(1.0, cfg_scale=1.0)
+    torch.testing.assert_close(TUNED._sampled(bench, strong)[0], CLASSES._sampled(bench, alone)[0], atol=1e-4, rtol=0)
+    weak = ds.sample(
+        bench.model.denoiser(pos=torch.arange(10), part="weak"), alone, scheduler=scheduler(bench.model, "ddim"),
+        num_samples=20, steps=3,
+    )  # fmt: skip
+    assert torch.equal(TUNED._sampled(bench, alone)[0], weak.samples)
+    assert TWICE._sampled(bench, alone)[0].shape == (20, 1, 16, 16)
+    assert TWICE.values(bench, TWICE.outcome(bench, alone)).keys() >= {c.name for c in TWICE.columns}
+
+
+def test_tasks_do_not_share_runs(bench: Bench) -> None:
+    method = ds.ClassifierFreeGuidance(3.0)
+    for task in (CLASSES, EMBEDDED, TWICE, ONE):
+        task.outcome(bench, method if isinstance(task, Classes) else ds.Unguided())
+    assert len(list(bench.store.glob("*.safetensors"))) == 4
+
+
+def test_removal_is_of_the_classes_that_are_reported(bench: Bench) -> None:
+    assert ONE.setting(bench).concepts == (5,)
+    assert TWO.setting(bench).concepts == (5, 6)
+    assert (ONE.setting(bench).samples, ONE.setting(bench).steps) == (10, 6)
+    values = ONE.values(bench, ONE.outcome(bench, ds.NegativePrompting(0.3)))
+    assert values.keys() >= {column.name for column in ONE.columns}
+    assert values["untouched"] < 1
+    assert ONE.values(bench, ONE.outcome(bench, ds.Unguided()))["untouched"] == 1
+
+
+def test_the_command_resumes_and_writes_every_task(tmp_path: Path) -> None:
+    only = ("cfg", "np", "composable", "unguided removal")
+    first = bench_methods(out=tmp_path, samples=20, steps=3, only=only)
+    made = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
+    second = bench_methods(out=tmp_path, samples=20, steps=3, only=only)
+    assert made == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
+    assert first == second
+    assert {line["trial"] for line in first} == {
+        "cfg",
+        "np",
+        "np two",
+        "composable",
+        "composable NOT",
+        "unguided removal",
+    }
+    written = json.loads((tmp_path / "methods.json").read_text())
+    assert written["lines"] == first
+    assert "Against `np` at the nearest scale: forbidden" in written["findings"]["composable NOT"]
+    with (tmp_path / "methods-removal.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["trial"] for row in rows] == [line["trial"] for line in first if line["task"] == "removal"]
+    text = (tmp_path / "methods.md").read_text()
+    assert "### Classes: 20 samples of all classes, 3 DDIM steps" in text
+    assert "### Removal: 10 unconditional samples, 6 DDPM steps" in text
+    for picture in ("methods", "methods-removal", "samples-cfg", "samples-composable", "samples-composable-removal"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 5000
+
+
+def test_an_unknown_trial_is_an_error_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="known: "):
+        bench_methods(out=tmp_path, only=("magic",))
+
+
+def test_a_claim_that_holds_at_few_scales_shows_in_part() -> None:
+    trial = Trial(lambda bench, w: ds.Unguided(), (1.0, 2.0, 3.0), "more diverse", {"recall": ">"})
+    others = lines(scale=[1.0, 2.0, 3.0], recall=[0.7, 0.7, 0.7])
+    found = finding(trial, lines(scale=[1.0, 2.0, 3.0], recall=[0.7, 0.7, 0.9]), others)
+    assert found.endswith("higher at 1, the same at 2 of 3 (0.90 against 0.70 at 3). **It shows in part.**")
