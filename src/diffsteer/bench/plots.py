@@ -32,7 +32,7 @@ def draw_samples(
 ) -> None:
     """The first samples of every method side by side, forbidden ones framed in red, and their share in the titles."""
     with mpl.rc_context({"font.size": 8}):
-        figure = Figure(figsize=(2.6 * len(panels), 1.55), layout="constrained")
+        figure = Figure(figsize=(2.6 * len(panels), 1.75), layout="constrained")
         for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             images = np.asarray(panel.images)[: rows * columns].transpose(0, 2, 3, 1)
             forbidden = np.asarray(panel.forbidden)
