@@ -409,8 +409,10 @@ def calibrate(
     from diffsteer.bench.removal import calibrate_model
 
     loaded = zoo.load_model(model, device=device)
-    settings = {"steps": steps, "rollouts": rollouts, "seed": seed, "separate": separate}
-    print(calibrate_model(loaded, scheduler, **settings, progress=True))
+    path = calibrate_model(
+        loaded, scheduler, steps=steps, rollouts=rollouts, seed=seed, separate=separate, progress=True
+    )
+    print(path)
 
 
 @app.command

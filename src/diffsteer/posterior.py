@@ -60,6 +60,16 @@ def ito_increment(dx: Tensor, alt: Tensor, ref: Tensor, dv: float) -> Tensor:
     return dot(alt - ref, dx - dv / 2 * (alt + ref))
 
 
+def one_each(told: Tensor, step: Step, source: str, wanted: str) -> Tensor:
+    """What was told of the step's samples from outside, (B,), if it is one finite number of each."""
+    if told.shape != step.x.shape[:1] or not bool(torch.isfinite(told).all()):
+        raise NonFiniteError(
+            f"{source} gave {tuple(told.shape)} values at step {step.index}, or not all are finite; it must give "
+            f"{tuple(step.x.shape[:1])} {wanted}"
+        )
+    return told
+
+
 @dataclass(frozen=True)
 class Point:
     """Where a trajectory was last seen, in VE coordinates."""
@@ -299,12 +309,8 @@ class PosteriorTracker:
 
     def _ask(self, step: Step, state: Tracked) -> Tensor:
         """Log-odds from the callable estimator."""
-        p = self.estimator(step.x, step.level)  # type: ignore[operator]
-        if p.shape != state.log_odds.shape or not bool(torch.isfinite(p).all()):
-            raise NonFiniteError(
-                f"the estimator returned {tuple(p.shape)} values at step {step.index}, or NaN among them; it must "
-                f"return {tuple(state.log_odds.shape)} probabilities"
-            )
+        told = self.estimator(step.x, step.level)  # type: ignore[operator]
+        p = one_each(told, step, "the estimator", "probabilities")
         return torch.logit(p.to(state.log_odds).clamp(self.p_min, self.p_max))
 
     def _rows_in_doubt(self, step: Step, state: Tracked) -> Tensor:

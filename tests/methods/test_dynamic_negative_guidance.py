@@ -680,9 +680,11 @@ def test_state_belongs_to_its_batch():
 
 
 @pytest.mark.parametrize("broken", [lambda x0, level: x0, lambda x0, level: x0.flatten(1).sum(1) * math.nan])
-def test_refuses_evidence_that_is_no_number_per_sample(broken):
+def test_refuses_to_be_told_what_is_no_number_per_sample(broken):
     with pytest.raises(NonFiniteError, match="evidence"):
         play(DNG(evidence=broken), script())
+    with pytest.raises(NonFiniteError, match="estimator"):
+        play(DNG(estimator=broken), script())
     with pytest.raises(ParameterError, match="one at a time"):
         DNG(evidence=witness, contexts=("neg", "neg2"))
 

@@ -96,14 +96,20 @@ def test_networks_of_one_class_see_that_class_alone() -> None:
         assert labels.tolist() == [0] * 64
 
 
-def test_separate_networks_are_contexts_of_the_unconditional_one(tmp_path: Path, monkeypatch) -> None:
+@pytest.fixture
+def separate(tmp_path: Path, monkeypatch) -> ds.zoo.Model:
+    """A model with an unconditional network and one of the 3 alone."""
     network = {**RECIPES["digits"]["denoiser"].network, "num_class_embeds": 1, "block_out_channels": [16, 16]}
     rows = dict(RECIPES["digits"])
     for part in ("unconditional", "only_3"):
         rows[part] = Recipe(part, network, steps=2, batch_size=4, lr=1e-3)
     monkeypatch.setitem(run.RECIPES, "digits", rows)
     train("digits", tmp_path, parts=["denoiser", "unconditional", "only_3"], steps=2, batch_size=4, num_samples=0)
-    model = ds.zoo.load(tmp_path)
+    return ds.zoo.load(tmp_path)
+
+
+def test_separate_networks_are_contexts_of_the_unconditional_one(separate: ds.zoo.Model) -> None:
+    model = separate
     den = model.denoiser(neg=3, separate=True)
     x, level = torch.randn(2, 1, 8, 8), ds.Level(0.6, 0.8)
     answers = [den.predict(c, x, level, torch.arange(2)) for c in ("null", "neg")]
@@ -120,13 +126,8 @@ def test_separate_networks_are_contexts_of_the_unconditional_one(tmp_path: Path,
         ds.zoo.load("digits").alone  # noqa: B018
 
 
-def test_separate_networks_have_calibrations_of_their_own(tmp_path: Path, monkeypatch) -> None:
-    network = {**RECIPES["digits"]["denoiser"].network, "num_class_embeds": 1, "block_out_channels": [16, 16]}
-    parts = ("denoiser", "unconditional", "only_3")
-    rows = {part: Recipe(part, network, steps=1, batch_size=4, lr=1e-3) for part in parts[1:]}
-    monkeypatch.setitem(run.RECIPES, "digits", {**RECIPES["digits"], **rows})
-    train("digits", tmp_path, parts=parts, steps=1, batch_size=4, num_samples=0)
-    model, setting = ds.zoo.load(tmp_path), Setting((3,), "ddpm", 2)
+def test_separate_networks_have_calibrations_of_their_own(separate: ds.zoo.Model) -> None:
+    model, setting = separate, Setting((3,), "ddpm", 2)
     calibrate_model(model, "ddpm", steps=2, rollouts=200, separate=True)
     assert method_for(model, "dng", setting).calibrations == (None,)
     (own,) = method_for(model, "dng", replace(setting, separate=True)).calibrations

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import Call, Guidance, Plan, Run, Step, gather, like, on_rows, scatter
-from diffsteer.errors import NonFiniteError, ParameterError, UnknownNameError
+from diffsteer.errors import ParameterError, UnknownNameError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
 from diffsteer.paths import Level, convert
-from diffsteer.posterior import Calibration, Estimator, PosteriorTracker, Tracked
+from diffsteer.posterior import Calibration, Estimator, PosteriorTracker, Tracked, one_each
 
 
 @dataclass(frozen=True)
@@ -253,12 +253,7 @@ class DynamicNegativeGuidance(Guidance):
         if self.evidence is None or step.level.alpha == 0:
             return 0.0
         told = self.evidence(convert(null, step.x, step.level, step.space, "x0"), step.level)
-        if told.shape != step.x.shape[:1] or not bool(torch.isfinite(told).all()):
-            raise NonFiniteError(
-                f"the evidence at step {step.index} is {tuple(told.shape)} values, or not all are finite; it must be "
-                f"{tuple(step.x.shape[:1])} log-odds: clamp probabilities away from 0 and 1"
-            )
-        return told
+        return one_each(told, step, "the evidence", "log-odds: clamp probabilities away from 0 and 1")
 
     def _due(self, step: Step, tracker: PosteriorTracker, f: Followed) -> Tensor:
         """The samples that an unwanted context is evaluated for."""
