@@ -16,7 +16,9 @@ from diffsteer.bench.removal import (
     SCHEDULERS,
     Outcome,
     Setting,
+    asked_otherwise,
     calibrate_model,
+    conditional,
     measure,
     method_for,
     reject,
@@ -43,6 +45,22 @@ def test_rejection_pays_for_what_it_throws_away() -> None:
     kept = reject(outcome([3] * 20 + [1] * 60), (3,))
     assert kept.labels.tolist() == [1] * 60
     assert kept.nfe == pytest.approx(50 / 0.75)
+
+
+def test_asking_for_the_other_classes_leaves_out_what_was_asked_for_not_what_was_drawn(model) -> None:
+    """Sample 3 was asked for as a 3, whatever it became; sample 4 is kept although it became one."""
+    labels = [0, 1, 2, 7, 3, 5, 6, 7, 8, 9] * 2
+    kept = asked_otherwise(model, outcome(labels), (3,))
+    assert kept.labels.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9] * 2
+    assert kept.features.shape == (18, 64)
+
+
+def test_every_class_is_asked_for_in_turn(model, tmp_path: Path) -> None:
+    made = conditional(model, SETTING, store=tmp_path)
+    den = model.denoiser(pos=torch.arange(10))
+    plain = ds.sample(den, ds.Unguided("pos"), scheduler=scheduler(model, "ddpm"), num_samples=16, steps=4)
+    assert torch.equal(made.images, ((plain.samples.clamp(-1, 1) + 1) * 127.5).round().byte())
+    assert conditional(model, replace(SETTING, concepts=(5,)), store=tmp_path).result is None, "one run for all"
 
 
 def test_measure_counts_what_the_judge_says(model) -> None:

@@ -197,8 +197,9 @@ def run(
     found = read_outcome(store, context) if store else None
     if found is not None:
         return found
+    asked = torch.arange(len(model.classes)) if method == Unguided("pos") else None
     result = sample(
-        model.denoiser(neg=setting.concepts or None, separate=setting.separate),
+        model.denoiser(pos=asked, neg=setting.concepts or None, separate=setting.separate),
         method,
         scheduler=scheduler(model, setting.scheduler),
         num_samples=setting.samples,
@@ -222,6 +223,11 @@ def run(
 def unguided(model: Model, setting: Setting, **keywords: Any) -> Outcome:
     """Unguided samples of a setting; the concepts do not matter, so all of them share one run."""
     return run(model, replace(setting, concepts=()), Unguided(), **keywords)
+
+
+def conditional(model: Model, setting: Setting, **keywords: Any) -> Outcome:
+    """Every class asked for in turn: sample i is of class i modulo their number; one run for all concepts."""
+    return run(model, replace(setting, concepts=()), Unguided("pos"), **keywords)
 
 
 def measure(
@@ -295,6 +301,16 @@ def reject(outcome: Outcome, concepts: Sequence[int]) -> Outcome:
         outcome, labels=outcome.labels[mask], features=outcome.features[mask], nfe=outcome.nfe * price,
         images=None, result=None,
     )  # fmt: skip
+
+
+def asked_otherwise(model: Model, outcome: Outcome, concepts: Sequence[int]) -> Outcome:
+    """Conditional samples without those for which a concept was asked: what is left of it is the network's own error.
+
+    A perfect posterior would leave as much.
+    """
+    asked = torch.arange(len(outcome.labels)) % len(model.classes)
+    mask = ~torch.isin(asked, torch.tensor(list(concepts)))
+    return replace(outcome, labels=outcome.labels[mask], features=outcome.features[mask], images=None, result=None)
 
 
 def digest(context: Mapping[str, Any]) -> str:

@@ -23,7 +23,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffsteer import zoo
 from diffsteer.bench import balance, fronts, intervals, metrics
 from diffsteer.bench.plots import draw_fronts, draw_samples
-from diffsteer.bench.removal import Outcome, Setting, kind_of, measure, method_for, reject, run, unguided
+from diffsteer.bench.removal import (
+    Outcome,
+    Setting,
+    asked_otherwise,
+    conditional,
+    kind_of,
+    measure,
+    method_for,
+    reject,
+    run,
+    unguided,
+)
 from diffsteer.bench.remove import NAMES
 from diffsteer.bench.report import MethodPanel, MethodRow
 from diffsteer.bench.report_tables import rows_to_csv
@@ -252,6 +263,11 @@ class _Bases:
         """Under other seeds: its kept samples are the rejection set."""
         return self._unguided(setting, TARGET_FACTOR * self.samples, setting.seed + 1)
 
+    def conditional(self, setting: Setting) -> Outcome:
+        """Every class asked for in turn, as many as in the target."""
+        plain = Setting((), setting.scheduler, setting.steps, TARGET_FACTOR * self.samples, setting.seed)
+        return conditional(self.model, plain, store=self.store)
+
 
 def _rank() -> tuple[int, int]:
     """This process's number and how many there are."""
@@ -265,6 +281,8 @@ def _share_out(model: Model, plan: Sequence[_Job], bases: _Bases, store: Path, c
     work: list[tuple[str, Callable[[], Any]]] = []
     for setting in settings:
         work += [(f"{sampler_name(setting)} unguided", partial(f, setting)) for f in (bases.base, bases.target)]
+        if not setting.separate:
+            work.append((f"{sampler_name(setting)} conditional", partial(bases.conditional, setting)))
     for job in plan:
         (concept,) = job.setting.concepts
         label = f"{job.sampler} {model.classes[concept]} {job.method} {job.scale:g}"
@@ -289,15 +307,17 @@ def _entry(
     model: Model, setting: Setting, method: str, scale: float, outcome: Outcome, bases: _Bases, reported: bool
 ) -> Entry:
     text = f"{scale:g}" if scale else ""
-    base = None if method == "rejection" else bases.base(setting)
+    base = None if method in ("rejection", "conditional") else bases.base(setting)
     row = measure(model, setting, outcome, bases.target(setting), NAMES[method], text, base)
     return Entry(sampler_name(setting), model.classes[setting.concepts[0]], method, scale, reported, row)
 
 
 def _references(model: Model, setting: Setting, bases: _Bases, reported: bool) -> list[Entry]:
-    """The rows that need no method: unguided, and unguided with the forbidden ones thrown away."""
+    """The rows that need no method: unguided, the same with the forbidden thrown away, and the other classes alone."""
     base = bases.base(setting)
     named = {"unguided": base, "rejection": reject(base, setting.concepts)}
+    if not setting.separate:
+        named["conditional"] = asked_otherwise(model, bases.conditional(setting), setting.concepts)
     return [_entry(model, setting, method, 0.0, outcome, bases, reported) for method, outcome in named.items()]
 
 
