@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 STYLES = {
     "unguided": ("Unguided", "0.45", "x"),
     "rejection": ("Rejection", "black", "*"),
-    "conditional": ("The other classes, asked for", "0.3", "+"),
+    "conditional": ("The other classes asked for", "0.3", "+"),
     "np": ("Negative prompting", "#c0504d", "o"),
     "sld": ("Safe latent diffusion", "#d99a2b", "s"),
     "sld-medium": ("Safe latent diffusion, medium", "#8c6d1f", "v"),

@@ -27,7 +27,7 @@ from diffsteer.schedulers import SchedulerView
 NAMES = {
     "unguided": "Unguided",
     "rejection": "Rejection",
-    "conditional": "The other classes, asked for",
+    "conditional": "The other classes asked for",
     "np": "Negative prompting",
     "sld": "Safe latent diffusion",
     "sld-medium": "Safe latent diffusion, medium",
