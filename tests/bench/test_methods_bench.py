@@ -14,6 +14,7 @@ import torch
 import diffsteer as ds
 from diffsteer.bench.catalogue import bench_methods
 from diffsteer.bench.findings import finding
+from diffsteer.bench.prompted import PROMPTS
 from diffsteer.bench.removal import scheduler
 from diffsteer.bench.tasks import CLASSES, EMBEDDED, ONE, TUNED, TWICE, TWO, Bench, Classes, Column
 from diffsteer.bench.trials import NOT_HERE, TRIALS, Trial, method_of
@@ -39,17 +40,10 @@ def test_every_method_is_tried_or_has_a_reason() -> None:
     assert not tried & set(NOT_HERE)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        ds.NormalizedAttentionGuidance(context="next"),
-        ds.NegativeAwaySteerAttention(context="next"),
-        ds.SemanticAwareCFG(),
-    ],
-)
-def test_what_is_said_not_to_run_does_not(bench: Bench, method: ds.Guidance) -> None:
+@pytest.mark.parametrize("task", [CLASSES, PROMPTS], ids=lambda task: task.name)
+def test_what_is_said_not_to_run_does_not(bench: Bench, task) -> None:
     with pytest.raises(UnsupportedError):
-        CLASSES.outcome(bench, method)
+        task.outcome(bench, ds.SemanticAwareCFG())
 
 
 @pytest.mark.parametrize("key", TRIALS)
@@ -155,7 +149,7 @@ def test_removal_is_of_the_classes_that_are_reported(bench: Bench) -> None:
 
 
 def test_the_command_resumes_and_writes_every_task(tmp_path: Path) -> None:
-    only = ("cfg", "np", "composable", "unguided removal")
+    only = ("cfg", "np", "composable", "unguided removal")  # methods with all their trials, and a trial
     first = bench_methods(out=tmp_path, samples=20, steps=3, only=only)
     made = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
     second = bench_methods(out=tmp_path, samples=20, steps=3, only=only)
@@ -163,8 +157,11 @@ def test_the_command_resumes_and_writes_every_task(tmp_path: Path) -> None:
     assert first == second
     assert {line["trial"] for line in first} == {
         "cfg",
+        "cfg prompts",
+        "cfg negatives",
         "np",
         "np two",
+        "np prompts",
         "composable",
         "composable NOT",
         "unguided removal",

@@ -39,7 +39,8 @@ def test_what_was_measured_is_shown(tmp_path: Path) -> None:
         {"trial": "sld max", "task": "removal", "scale": 0.5, **removed, "nfe": 50, "seconds": 4},
     ]
     facts = {
-        "model": "digits", "tasks": {"classes": "of all classes", "removal": "without one"}, "lines": lines,
+        "model": "digits", "tasks": {"classes": "of all classes", "removal": "without one"},
+        "subjects": {"classes": "the digits model", "removal": "the digits model"}, "lines": lines,
         "findings": {line["trial"]: f"What {line['trial']} did." for line in lines},
     }  # fmt: skip
     (tmp_path / "methods.json").write_text(json.dumps(facts))
@@ -57,7 +58,7 @@ def test_what_was_measured_is_shown(tmp_path: Path) -> None:
     assert "| sld max | 0.5 | 5 | 10.0% | 0.200 | 3.00 | 100% | 50 | 4 |" in pages["sld"]
     assert "\n`sld max`: What sld max did.\n" in pages["sld"]
     assert "Measured" not in pages["np"]
-    assert "Not on the digits: it acts where a network reads its text" in pages["nag"]
+    assert "Not tried: it finds its regions in the attention to a text" in pages["s-cfg"]
 
 
 def test_aligned_formulas_tables_and_examples_are_fenced() -> None:

@@ -104,9 +104,10 @@ def _write(out: Path, bench: Bench, lines: Sequence[Line]) -> None:
     of = {key: [line for line in lines if line["trial"] == key] for key in TRIALS}
     findings = {key: finding(TRIALS[key], own, of.get(TRIALS[key].versus, [])) for key, own in of.items() if own}
     tasks = {TRIALS[key].task.name: TRIALS[key].task.about(bench) for key in findings}
+    subjects = {TRIALS[key].task.name: TRIALS[key].task.subject(bench) for key in findings}
     record = {
         "model": bench.model.name, "fingerprint": bench.model.fingerprint, "samples": bench.samples,
-        "steps": bench.steps, "tasks": tasks, "lines": lines, "findings": findings,
+        "steps": bench.steps, "tasks": tasks, "subjects": subjects, "lines": lines, "findings": findings,
     }  # fmt: skip
     write_text(out / "methods.json", json.dumps(record, indent=1) + "\n")
     text = []
@@ -134,7 +135,7 @@ def _draw_samples(out: Path, model: Model, lines: Sequence[Line], shown: Sequenc
                 label=f"{line['trial']} {line['scale']:g}",
                 images=outcome.images.float() / 127.5 - 1,
                 forbidden=TRIALS[line["trial"]].task.framed(model, outcome),
-                class_shares=balance.class_shares(outcome.labels, len(model.classes)),
+                class_shares=balance.class_shares(outcome.labels, int(outcome.labels.max()) + 1),
             )
             for line, outcome in [*nearest, *own]
             if outcome.images is not None
@@ -146,8 +147,10 @@ def _draw_samples(out: Path, model: Model, lines: Sequence[Line], shown: Sequenc
 _AXES: Mapping[str, Sequence[tuple[str, str]]] = {
     "classes": (("recall", "distance"), ("saturation", "distance")),
     "removal": (("forbidden_share", "kl_rejection"), ("forbidden_share", "fd_rejection")),
+    "prompts": (("faithful", "kl"), ("faithful", "undecided")),
+    "negatives": (("forbidden_share", "kl"), ("forbidden_share", "undecided")),
 }  # of each task's picture, across and up
-_BLACK = ("cfg", "np", "np two")  # what the others are compared with
+_BLACK = ("cfg", "np", "np two", "cfg prompts", "np prompts")  # what the others are compared with
 
 
 def _draw(path: Path, lines: Sequence[Line]) -> None:
@@ -182,7 +185,7 @@ def _draw(path: Path, lines: Sequence[Line]) -> None:
 def _seen(line: Line, name: str) -> float:
     """A figure, as far as so many samples can tell it from nothing."""
     value: float = line[name]
-    return max(value, 0.5 / line["n"]) if name in ("forbidden_share", "kl_rejection") else value
+    return max(value, 0.5 / line["n"]) if name in ("forbidden_share", "kl_rejection", "undecided") else value
 
 
 __all__ = ["bench_methods", "suffix", "table"]

@@ -63,11 +63,11 @@ def page(name: str, measured: dict[str, Any]) -> str:
     if own or name in NOT_HERE:
         lines += ["## Measured", ""]
     if name in NOT_HERE:
-        lines += [f"Not on the digits: {NOT_HERE[name]}.", ""]
+        lines += [f"Not tried: {NOT_HERE[name]}.", ""]
     for task in dict.fromkeys(line["task"] for line in own):
         rows = [line for line in own if line["task"] == task]
         trials = list(dict.fromkeys(line["trial"] for line in rows))
-        lines += [f"On the {measured['model']} model, {measured['tasks'][task]}: `diffsteer bench methods`.", ""]
+        lines += [f"On {measured['subjects'][task]}, {measured['tasks'][task]}: `diffsteer bench methods`.", ""]
         lines += [*table(rows, named=len(trials) > 1), ""]
         for trial in trials:
             lines += [

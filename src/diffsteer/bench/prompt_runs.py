@@ -45,9 +45,12 @@ __all__ = [
     "Line",
     "Pair",
     "Plan",
+    "fingerprint",
+    "kl_to",
     "measure",
     "method_for",
     "sampler_name",
+    "scheduler",
 ]
 
 SAMPLERS = (("ddpm", 250), ("euler-a", 30), ("ddim", 50), ("dpm++", 25))
@@ -382,7 +385,7 @@ def measure(
     if bench.judge.decides:
         targets = [bench.verdict(pair, sampler, "rejection", 0.0, target=True) for pair in among]
         if all((~v.undecided).any() for v in (*verdicts, *targets)):  # else there is nothing to compare
-            kl, kl_interval = _mean([(_kl_to(t), v.attributes) for v, t in zip(verdicts, targets, strict=True)])
+            kl, kl_interval = _mean([(kl_to(t), v.attributes) for v, t in zip(verdicts, targets, strict=True)])
         undecided = float(np.mean([v.undecided.mean() for v in verdicts]))
     if method not in ("none", "rejection"):
         moved = [bench.moved(pair, sampler, method, scale) for pair in among]
@@ -410,7 +413,7 @@ def _mean(parts: Sequence[tuple[Callable[..., Any], NDArray[np.float64]]]) -> tu
     return statistic(*arrays), intervals.bootstrap(statistic, arrays, n=200)
 
 
-def _kl_to(target: Verdict) -> Callable[[NDArray[np.float64]], float]:
+def kl_to(target: Verdict) -> Callable[[NDArray[np.float64]], float]:
     """KL of every attribute's shares to those of the rejection set, added up; each column of pictures' attributes
     belongs to one attribute.
 

@@ -79,6 +79,10 @@ class Task(Protocol):
     columns: tuple[Column, ...]
     wrong: str  # what framed samples are, in the pictures
 
+    def subject(self, bench: Bench) -> str:
+        """What is guided: "the digits model"."""
+        ...
+
     def about(self, bench: Bench) -> str:
         """What is done, in a few words."""
         ...
@@ -96,14 +100,15 @@ class Task(Protocol):
         ...
 
 
-Networks = Callable[[Model, Tensor], dict[str, Denoiser]]
+Networks = Callable[[Bench, Tensor], dict[str, Denoiser]]
 
 
-def labelled(model: Model, labels: Tensor) -> dict[str, Denoiser]:
+def labelled(bench: Bench, labels: Tensor) -> dict[str, Denoiser]:
     """The model's network, its weak twin beside it.
 
     Contexts: "pos", sample i's class i modulo their number; "next", the class after that; and each "class:<label>".
     """
+    model = bench.model
     net = model.denoiser(pos=labels)
     every = {f"class:{k}": {"class_labels": k} for k in range(len(model.classes))}
     contexts = {**net.contexts, **every, "next": {"class_labels": (labels + 1) % len(model.classes)}}
@@ -111,14 +116,15 @@ def labelled(model: Model, labels: Tensor) -> dict[str, Denoiser]:
     return {"main": main, "weak": model.denoiser(pos=labels, part="weak")}
 
 
-def tuned(model: Model, labels: Tensor) -> dict[str, Denoiser]:
+def tuned(bench: Bench, labels: Tensor) -> dict[str, Denoiser]:
     """The weak network as the one that the model's was made from."""
-    nets = labelled(model, labels)
+    nets = labelled(bench, labels)
     return {"main": nets["weak"], "tuned": nets["main"]}
 
 
-def embedded(model: Model, labels: Tensor) -> dict[str, Denoiser]:
+def embedded(bench: Bench, labels: Tensor) -> dict[str, Denoiser]:
     """The model's network, told a class by its embedding, which can be perturbed."""
+    model = bench.model
     net: Any = copy.deepcopy(model.network)
     table, net.class_embedding = net.class_embedding.weight.detach(), torch.nn.Identity()
     null = model.config["null_label"]
@@ -154,6 +160,9 @@ class Classes:
         Column("nfe", "evaluations", ".4g", 0.0, 0.02),
         Column("seconds", "s", ".0f"),
     )
+
+    def subject(self, bench: Bench) -> str:
+        return f"the {bench.model.name} model"
 
     def about(self, bench: Bench) -> str:
         return f"{bench.samples} samples of all classes, {bench.steps} DDIM steps, the same seeds for all"
@@ -199,7 +208,7 @@ class Classes:
             parts = [(own, every[k : k + 1], slice(k, None, len(every))) for k, own in enumerate(method)]
         seconds, record = 0.0, {}
         for own, labels, rows in parts:
-            nets = self.networks(model, labels)
+            nets = self.networks(bench, labels)
             result = sample(
                 nets.pop("main"), own, scheduler=scheduler(model, "ddim"), num_samples=len(noise[rows]),
                 steps=bench.steps, shape=shape, x_T=noise[rows], models=nets, trace="off", device=model.device,
@@ -247,6 +256,9 @@ class Removal:
         Column("nfe", "evaluations", ".4g", 0.0, 0.02),
         Column("seconds", "s", ".0f"),
     )
+
+    def subject(self, bench: Bench) -> str:
+        return f"the {bench.model.name} model"
 
     def about(self, bench: Bench) -> str:
         setting = self.setting(bench)

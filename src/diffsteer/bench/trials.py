@@ -15,8 +15,23 @@ from torch import Tensor
 
 import diffsteer as ds
 from diffsteer.bench.energy import real_images
+from diffsteer.bench.prompted import NEGATIVES, PROMPTS
 from diffsteer.bench.removal import method_for, scheduler
-from diffsteer.bench.tasks import CLASSES, EMBEDDED, ONE, TUNED, TWICE, TWO, Bench, Methods, Removal, Task, labelled
+from diffsteer.bench.self_consumed import self_consumed
+from diffsteer.bench.tasks import (
+    CLASSES,
+    EMBEDDED,
+    ONE,
+    TUNED,
+    TWICE,
+    TWO,
+    Bench,
+    Classes,
+    Methods,
+    Removal,
+    Task,
+    labelled,
+)
 from diffsteer.core import Guidance
 from diffsteer.methods.linear_cfg import GaussianFit
 from diffsteer.paths import Level
@@ -69,6 +84,10 @@ def without(name: str, task: Removal) -> Build:
     return lambda bench, w: method_for(bench.model, name, task.setting(bench), w)
 
 
+def _beside_cfg(method: Callable[..., Guidance]) -> Build:
+    return lambda bench, w: ds.ClassifierFreeGuidance(1.5) + method(w)
+
+
 def _safe(preset: str) -> Build:
     return lambda bench, w: ds.SafeLatentDiffusion.preset(preset, scale=w, positive="null", context="neg")
 
@@ -79,7 +98,7 @@ def _random_class(bench: Bench, w: float) -> Guidance:
 
 def _regressed(bench: Bench, w: float) -> Guidance:
     model = bench.model
-    main = labelled(model, torch.arange(len(model.classes)))["main"]
+    main = labelled(bench, torch.arange(len(model.classes)))["main"]
     return ds.LinearAdaptiveGuidance.fit(
         lambda cfg: sample(main, cfg, scheduler=scheduler(model, "ddim"), num_samples=100, steps=bench.steps, seed=1),
         scale=w,
@@ -116,6 +135,13 @@ _LESS_HARM: Mapping[str, Any] = {
     "claim": "less harm than negative prompting where as much is removed",
     "expect": {"kl_rejection": "<", "fd_rejection": "<", "untouched": ">"},
     "match": "forbidden_share",
+}
+_CLEAR_SCALES = (2.0, 4.0)
+_CLEAR: Mapping[str, Any] = {
+    "claim": "clearer pictures than the network alone, without any other network or prompt",
+    "expect": {"undecided": "<", "faithful": ">"},
+    "versus": "unguided prompts",
+    "task": PROMPTS,
 }
 TRIALS: Mapping[str, Trial] = {
     "unguided": Trial(lambda bench, w: ds.Unguided("pos"), (1.0,), "the network alone", {}),
@@ -195,6 +221,10 @@ TRIALS: Mapping[str, Trial] = {
         scaled(ds.Autoguidance), (1.5, 2.0, 3.0), "closer to the data than the network alone, and as diverse",
         {"distance": "<", "recall": "="}, versus="unguided",
     ),
+    "sims": Trial(
+        scaled(ds.SIMS), (1.5, 2.0, 3.0), "closer to the data than the network alone", {"distance": "<"},
+        versus="unguided", task=Classes(self_consumed),
+    ),
     "rlg": Trial(
         scaled(ds.ReinforcementLearningGuidance, cfg_scale=1.0), (2.0,),
         "beyond the tuned network (1; here the model's own, and the weak one is its base), better still",
@@ -253,15 +283,47 @@ TRIALS: Mapping[str, Trial] = {
     "dng published": Trial(without("dng-paper", ONE), (2.0, 5.0), **_LESS_HARM, versus="np", task=ONE),
     "np two": Trial(without("np", TWO), (0.3, 0.5), "two classes at once", {}, task=TWO),
     "dng two": Trial(without("dng", TWO), (2.0, 3.0), **_LESS_HARM, versus="np two", task=TWO),
+    "unguided prompts": Trial(lambda bench, w: ds.Unguided("pos"), (1.0,), "the network alone", {}, task=PROMPTS),
+    "cfg prompts": Trial(
+        scaled(ds.ClassifierFreeGuidance), USUAL, "more often what the prompt says, less of what it leaves open",
+        {"faithful": ">", "kl": ">"}, versus="unguided prompts", task=PROMPTS,
+    ),
+    "sgt": Trial(
+        lambda bench, w: ds.SemanticGuidanceTuning(("first", "second"), w), USUAL,
+        "the prompt's words are lost less often", {"faithful": ">"}, versus="cfg prompts", task=PROMPTS,
+    ),
+    "dcg": Trial(
+        lambda bench, w: ds.DecoupledGuidance(1.5, w, order="text-first", text="first"), (1.5, 3.0),
+        "two conditions with a scale each (here a word, then the rest of the prompt) keep both, unburnt",
+        {"faithful": "=", "undecided": "<"}, versus="cfg prompts", task=PROMPTS,
+    ),
+    "pag prompts": Trial(scaled(ds.PerturbedAttentionGuidance, context="pos"), _CLEAR_SCALES, **_CLEAR),
+    "seg prompts": Trial(scaled(ds.SmoothedEnergyGuidance, context="pos"), _CLEAR_SCALES, **_CLEAR),
+    "sag prompts": Trial(scaled(ds.SelfAttentionGuidance, context="pos"), _CLEAR_SCALES, **_CLEAR),
+    "stg prompts": Trial(scaled(ds.SpatiotemporalSkipGuidance, context="pos"), _CLEAR_SCALES, **_CLEAR),
+    "tpg prompts": Trial(scaled(ds.TokenPerturbationGuidance, context="pos"), _CLEAR_SCALES, **_CLEAR),
+    "tsg prompts": Trial(scaled(ds.TimeStepGuidance, context="pos"), _CLEAR_SCALES, **_CLEAR),
+    "cfg negatives": Trial(
+        scaled(ds.ClassifierFreeGuidance), (1.5,), "the prompt without its negative", {}, task=NEGATIVES
+    ),
+    "np prompts": Trial(
+        _beside_cfg(ds.NegativePrompting), (0.5, 1.0, 2.0), "the negative is gone, and what else is open is moved",
+        {"forbidden_share": "<", "kl": ">"}, versus="cfg negatives", task=NEGATIVES,
+    ),
+    "nag": Trial(
+        scaled(ds.NormalizedAttentionGuidance, guidance_scale=1.5), (3.0, 5.0, 9.0),
+        "the negative is shown less, the prompt as ever", {"forbidden_share": "<", "undecided": "="},
+        versus="cfg negatives", task=NEGATIVES,
+    ),
+    "nasa": Trial(
+        scaled(ds.NegativeAwaySteerAttention), (0.2, 0.5), "the negative is shown less", {"forbidden_share": "<"},
+        versus="cfg negatives", task=NEGATIVES,
+    ),
 }  # fmt: skip
 NOT_HERE: Mapping[str, str] = {
-    "dcg": "it divides two conditions, an image and a text, and the digits have a class alone",
-    "nag": "it acts where a network reads its text, and this one is told a class",
-    "nasa": "it acts where a network reads its text, and this one is told a class",
-    "s-cfg": "it finds its regions in the attention to a text, and this network is told a class",
-    "sgt": "its concepts are phrases of a prompt, and a class has none",
-    "sims": "it takes a copy that was trained on the network's own samples, and none is shipped",
+    "s-cfg": "it finds its regions in the attention to a text, at a quarter of the sample's size, where no network "
+    "here has any",
 }
-"""Methods that cannot run on the model, or would be without meaning there, and why."""
+"""Methods that cannot run on the models here, and why."""
 
 __all__ = ["NOT_HERE", "TRIALS", "Trial", "method_of"]

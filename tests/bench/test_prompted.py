@@ -1,0 +1,94 @@
+"""Prompts' pictures are read, and measured against the world that they were learnt from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import diffsteer as ds
+from diffsteer.bench import prompted
+from diffsteer.bench.prompted import NEGATIVES, PROMPTS, Prompted
+from diffsteer.bench.tasks import Bench
+from diffsteer.shapes import Scene, Shape, draw, holds, scene
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(ds.zoo.load_model("digits"), 4 * 200, 3, tmp_path)
+
+
+def drawing(monkeypatch: pytest.MonkeyPatch, of) -> None:
+    """Pictures of the scenes that ``of`` gives for a wish, instead of the pipeline's."""
+
+    def drawn(pipe, method, wish, seeds, steps):
+        pictures = ((draw(of(wish, len(seeds))).permute(0, 2, 3, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+        return pictures, torch.full((len(seeds),), 2.0 * steps), 1.5
+
+    monkeypatch.setattr(prompted, "_drawn", drawn)
+
+
+def where_true(wish, count: int) -> list[Scene]:
+    rng, found = np.random.default_rng(1), []
+    while len(found) < count:
+        one = scene(rng)
+        if holds(wish.prompt, one) and not (wish.negative and holds(wish.negative, one)):
+            found.append(one)
+    return found
+
+
+@pytest.mark.parametrize("task", [PROMPTS, NEGATIVES], ids=lambda task: task.name)
+def test_the_world_itself_is_faithful_and_as_it_should_be(
+    bench: Bench, task: Prompted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawing(monkeypatch, where_true)
+    outcome = task.outcome(bench, ds.Unguided("pos"))
+    values = task.values(bench, outcome)
+    assert values.keys() >= {column.name for column in task.columns}
+    assert (values["faithful"], values["undecided"]) == (1.0, 0.0)
+    assert values.get("forbidden_share", 0.0) == 0.0
+    assert values["kl"] < 0.2  # a few dozen pictures of each prompt
+    assert (values["n"], values["nfe"], values["seconds"]) == (200, 6.0, 1.5 * len(task.wishes))
+    assert not task.framed(bench.model, outcome).any()
+
+
+def test_what_should_not_be_there_is_counted_and_moves_the_rest(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    circle = Scene((Shape("circle", "red", 30.0, 30.0, 10.0),), "black")
+    drawing(monkeypatch, lambda wish, count: [circle] * count)
+    outcome = NEGATIVES.outcome(bench, ds.Unguided("pos"))
+    values = NEGATIVES.values(bench, outcome)
+    assert values["forbidden_share"] == 0.25  # "a circle" without "red"; the other wishes are not of it
+    assert values["faithful"] == 0.5  # "a circle" and "a shape"
+    assert values["kl"] > 1
+    assert NEGATIVES.framed(bench.model, outcome).tolist() == [True, False, False, False] * 50
+    of_prompts = PROMPTS.outcome(bench, ds.Unguided("pos"))
+    assert PROMPTS.values(bench, of_prompts)["faithful"] == 0
+    assert PROMPTS.framed(bench.model, of_prompts).all()
+
+
+def test_the_pipeline_draws_what_it_draws_without_us(tmp_path: Path) -> None:
+    bench = Bench(ds.zoo.load_model("digits"), 20, 2, tmp_path)
+    outcome = PROMPTS.outcome(bench, ds.Unguided("pos"))
+    pipe, _ = prompted._pipeline()
+    alone = pipe(
+        PROMPTS.wishes[3].prompt, num_inference_steps=2, guidance_scale=1.0, output_type="np",
+        generator=prompted.stream(0, 3),
+    ).images  # fmt: skip
+    expected = torch.from_numpy((alone[0] * 255).round().astype(np.uint8)).permute(2, 0, 1)
+    assert (outcome.images[3].int() - expected.int()).abs().max() <= 1
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    again = PROMPTS.outcome(bench, ds.Unguided("pos"))
+    assert torch.equal(again.images, outcome.images)
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
+def test_methods_get_the_words_and_the_negative_that_they_name(tmp_path: Path) -> None:
+    bench = Bench(ds.zoo.load_model("digits"), 20, 2, tmp_path)
+    plain = PROMPTS.outcome(bench, ds.ClassifierFreeGuidance(3.0)).images
+    words = ds.SemanticGuidanceTuning(("first", "second"), 3.0, strength=1.0, target=1.0)
+    assert not torch.equal(PROMPTS.outcome(bench, words).images, plain)
+    free = NEGATIVES.outcome(bench, ds.ClassifierFreeGuidance(1.5)).images
+    pushed = NEGATIVES.outcome(bench, ds.ClassifierFreeGuidance(1.5) + ds.NegativePrompting(1.0)).images
+    assert not torch.equal(free, pushed)
