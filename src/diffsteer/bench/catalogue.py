@@ -150,6 +150,7 @@ _AXES: Mapping[str, Sequence[tuple[str, str]]] = {
     "prompts": (("faithful", "kl"), ("faithful", "undecided")),
     "negatives": (("forbidden_share", "kl"), ("forbidden_share", "undecided")),
 }  # of each task's picture, across and up
+_LINEAR = ("prompts", "negatives")  # shares that are all of one size
 _BLACK = ("cfg", "np", "np two", "cfg prompts", "np prompts")  # what the others are compared with
 
 
@@ -170,11 +171,11 @@ def _draw(path: Path, lines: Sequence[Line]) -> None:
                     color="black" if black else color, lw=2 if black else 1, ls=":" if other else "-",
                     marker="osD^v"[number % 5], ms=3,
                 )  # fmt: skip
-            axis.set(xlabel=titles[across], ylabel=titles[up], yscale="log")
+            axis.set(xlabel=titles[across], ylabel=titles[up], yscale="linear" if task.name in _LINEAR else "log")
             if across == "saturation":
                 axis.set_xscale("symlog", linthresh=0.001)
                 axis.set_xlim(left=-0.0001)
-            if across == "forbidden_share":
+            if across == "forbidden_share" and task.name not in _LINEAR:
                 axis.set_xscale("log")
             axis.grid(alpha=0.25, which="both", lw=0.4)
         handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -39,7 +39,8 @@ def draw_samples(
             forbidden = np.asarray(panel.forbidden)
             images = (images.clip(-1, 1) + 1) / 2
             height, width = images.shape[1] + 2, images.shape[2] + 2
-            sheet = np.ones((rows * height, columns * width, 3))
+            between = 1.0 if images.shape[-1] == 1 else 0.85  # grey where pictures may be white themselves
+            sheet = np.full((rows * height, columns * width, 3), between)
             for i, image in enumerate(images):
                 top, left = i // columns * height, i % columns * width
                 if forbidden[i]:
