@@ -225,7 +225,7 @@ def bench_energy(
     quick: bool = False,
     device: str = "cpu",
 ) -> None:
-    """Guide a model by an energy: to a class by an ordinary classifier, or to the image behind a measurement.
+    """Guide a model by an energy: to a class by an ordinary classifier, to the image behind a measurement, to a layout.
 
     The network that guides never judges. Scales are chosen on one half of the classes, or images, and reported on the
     other. About twenty minutes for the digits on one core. Interrupt it at will: finished runs are kept and read back.
@@ -233,7 +233,8 @@ def bench_energy(
     Parameters
     ----------
     model
-        A shipped model, or the folder of your own.
+        A shipped model, or the folder of your own. shapes, the text-to-image pipeline, is shown a painted patch, which
+        the shape that its prompt names is to cover.
     out
         Folder for runs, tables and pictures; by default runs/energy-<model>.
     data

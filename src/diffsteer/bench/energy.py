@@ -3,7 +3,7 @@
 Labels: the unconditional branch, guided to a class by an ordinary classifier of clean images, or by a noise-aware one.
 A network that guides neither judges nor measures: labels and features are the judge's. Inverse problems: held-out
 images from half of their pixels, blurred, or at half their size. Every method's scale is chosen on one half of the
-classes, or of the images, and reported on the other.
+classes, or of the images, and reported on the other. The pipeline of the drawn world has a task of its own, a layout.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import diffsteer as ds
 from diffsteer import zoo
 from diffsteer.bench import intervals, metrics
 from diffsteer.bench.energy_report import Line, Picture, write
+from diffsteer.bench.layout import METHODS, Tally, run_layout
 from diffsteer.bench.removal import Outcome, read_outcome, scheduler, write_outcome
 from diffsteer.bench.sweep import bars, halves
 from diffsteer.core import Guidance
@@ -271,22 +272,31 @@ class Plan:
 
 def bench_energy(
     name: str = "digits", plan: Plan | None = None, *, out: Path, data: str | None = None, device: str = "cpu"
-) -> list[Line]:
+) -> list[Line] | list[Tally]:
     """Run every method that is not there yet; write energy.csv, .json, .md and a picture of each task.
 
     Parameters
     ----------
     name : str
-        A shipped model or a folder.
+        A shipped model or a folder; "shapes", or a folder of that name, is the drawn world's pipeline, whose task is a
+        layout: see :func:`diffsteer.bench.layout.run_layout`.
     data : str, optional
         The data set that it was trained on, as ``diffsteer train`` names it; default: what the model says.
 
     Returns
     -------
-    list of Line
+    list of Line, or of Tally
         Those for choosing, too.
     """
     plan = plan or Plan()
+    if zoo.draws_shapes(name):
+        if plan.tasks != TASKS:
+            raise ParameterError("the pipeline of the drawn world has one task, a layout; leave tasks out")
+        methods = plan.methods if plan.methods != Plan.methods else tuple(METHODS)
+        return run_layout(
+            name, out=out, pictures=plan.images, choosing=plan.choosing, steps=plan.steps, methods=methods,
+            device=device,
+        )  # fmt: skip
     model = zoo.load(name, device=device)
     check_writable(out / "energy.json")
     real = real_images(model, data)

@@ -1,0 +1,100 @@
+"""A drawn layout: what is asked, what counts as done, and that finished runs are kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffsteer.bench import layout
+from diffsteer.bench.energy import Plan, bench_energy
+from diffsteer.bench.layout import CHOOSING, REPORTED, Patch, followed, painted, patch_energy, run_layout
+from diffsteer.errors import ParameterError, UnknownNameError
+from diffsteer.shapes.reader import read
+from diffsteer.shapes.world import Scene, Shape, coverage, draw
+
+
+def test_patches_fit_the_shapes_that_they_ask_for() -> None:
+    """Each lies inside of the smallest shape of its kind there, so that the drawing itself has no distance left."""
+    for patch in (*CHOOSING, *REPORTED):
+        inside = coverage(patch.kind, patch.x, patch.y, 8.5) > 0.5
+        rows, columns = layout._inside(patch)
+        assert inside[rows, columns].all()
+    assert not {(p.kind, p.colour) for p in CHOOSING} & {(p.kind, p.colour) for p in REPORTED}
+
+
+def test_what_counts_as_followed() -> None:
+    patch = Patch("circle", "green", 42, 24)
+    scenes = {
+        3: (Shape("circle", "green", 40, 26, 10),),
+        2: (Shape("circle", "green", 30, 26, 10),),
+        1: (Shape("circle", "red", 42, 24, 10),),
+        0: (Shape("square", "green", 42, 24, 10),),
+    }
+    pictures = draw([Scene(shapes, "white") for shapes in scenes.values()])
+    assert [followed(scene, patch) for scene in read(pictures)] == [3, 2, 1, 0]
+    two = Scene((Shape("circle", "green", 17, 24, 10), Shape("circle", "green", 42, 24, 10)), "white")
+    assert followed(two, patch) == 0
+    assert followed(None, patch) == 0
+
+
+class Vae:
+    """Latents are pictures of an eighth of the size, times two."""
+
+    config = SimpleNamespace(scaling_factor=2.0)
+    dtype, device = torch.float64, torch.device("cpu")
+
+    def decode(self, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
+        return (latents.repeat_interleave(8, 2).repeat_interleave(8, 3),)
+
+
+def test_the_energy_sees_each_patch_alone() -> None:
+    patches = [Patch("circle", "green", 20, 28), Patch("square", "red", 44, 36)]
+    wanted = painted(patches)
+    assert int((~wanted[0, 0].isnan()).sum()) == 144
+    assert wanted[0, :, 22, 14].tolist() == pytest.approx([-0.8, 0.4, -0.6])  # the corner of the green patch
+    assert bool(wanted[0, :, 21, 14].isnan().all())
+    latents = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    energy = patch_energy(Vae(), patches)
+    found = energy(latents)
+    shown = latents.detach().repeat_interleave(8, 2).repeat_interleave(8, 3) / 2
+    torch.testing.assert_close(found.detach(), (shown - wanted).nan_to_num(0).flatten(1).norm(dim=1))
+    (gradient,) = torch.autograd.grad(found[0], latents)
+    touched = gradient[0].abs().amax(0) > 0
+    assert touched.nonzero().tolist() == [[i, j] for i in (2, 3, 4) for j in (1, 2, 3)]
+    assert float(gradient[1].abs().max()) == 0
+
+
+@pytest.mark.full
+def test_the_shipped_pipeline_is_guided_to_a_patch_and_runs_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {
+        key: (build, scales[-2:]) for key, (build, scales) in layout.METHODS.items() if key in ("unguided", "freedom")
+    }
+    monkeypatch.setattr(layout, "METHODS", few)
+    plan: dict[str, Any] = {"pictures": 4, "choosing": 2, "steps": 6, "methods": ("unguided", "freedom")}
+    tallies = run_layout("shapes", out=tmp_path, **plan)
+    reported = {t.method: t for t in tallies if t.reported}
+    assert [t.n for t in tallies] == [4, 2, 2, 4]
+    assert reported["freedom"].distance < reported["unguided"].distance
+    assert reported["unguided"].nfe == reported["freedom"].nfe == 12
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
+    assert run_layout("shapes", out=tmp_path, **plan) == tallies
+    assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
+    assert len(json.loads((tmp_path / "layout.json").read_text())["lines"]) == 4
+    assert (tmp_path / "layout.md").read_text().count("\n") == 4
+    assert (tmp_path / "layout.png").stat().st_size > 2000
+
+
+def test_what_has_no_say_in_a_layout_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match="one task, a layout"):
+        bench_energy("shapes", Plan(tasks=("labels",)), out=tmp_path)
+    with pytest.raises(UnknownNameError, match="known: unguided, dps, mpgd, freedom, ug"):
+        bench_energy("shapes", Plan(methods=("lgd",)), out=tmp_path)
+    assert not list(tmp_path.iterdir())
