@@ -28,7 +28,7 @@ from diffsteer.bench.prompt_runs import (
     Line,
     Pair,
     Plan,
-    _kl_to,
+    kl_to,
     fingerprint,
     measure,
     method_for,
@@ -137,7 +137,7 @@ def test_kl_is_added_up_over_attributes_and_counts_what_leaks() -> None:
         n = len(rows)
         return Verdict(np.zeros(n), np.zeros(n), np.zeros(n, dtype=bool), np.array(rows, dtype=float), ((0, 2), (2, 4)))
 
-    kl = _kl_to(verdict([[1, 0, 1, 0]] * 50 + [[1, 0, 0, 1]] * 50))  # the second value is nowhere in the target
+    kl = kl_to(verdict([[1, 0, 1, 0]] * 50 + [[1, 0, 0, 1]] * 50))  # the second value is nowhere in the target
     same = np.array([[1, 0, 1, 0]] * 400 + [[1, 0, 0, 1]] * 400, dtype=float)
     assert kl(same) == pytest.approx(math.log(801 / 800.5), abs=1e-9)
     leaky = np.array([[0, 1, 1, 0]] * 400 + [[1, 0, 0, 1]] * 400, dtype=float)
