@@ -92,3 +92,11 @@ def test_methods_get_the_words_and_the_negative_that_they_name(tmp_path: Path) -
     free = NEGATIVES.outcome(bench, ds.ClassifierFreeGuidance(1.5)).images
     pushed = NEGATIVES.outcome(bench, ds.ClassifierFreeGuidance(1.5) + ds.NegativePrompting(1.0)).images
     assert not torch.equal(free, pushed)
+
+
+def test_mush_is_undecided(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    mush = np.random.default_rng(0).integers(0, 256, (50, 64, 64, 3), dtype=np.uint8)
+    monkeypatch.setattr(prompted, "_drawn", lambda pipe, method, wish, seeds, steps: (mush, torch.ones(50), 1.0))
+    values = NEGATIVES.values(bench, NEGATIVES.outcome(bench, ds.Unguided("pos")))
+    assert (values["undecided"], values["faithful"], values["forbidden_share"]) == (1.0, 0.0, 0.0)
+    assert np.isfinite(values["kl"])

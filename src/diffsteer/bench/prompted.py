@@ -73,14 +73,14 @@ class Prompted:
     def outcome(self, bench: Bench, method: Methods) -> Outcome:
         assert isinstance(method, Guidance)
         pipe, weights = _pipeline()
+        size = self._number(bench)
         context = {
             "model": weights, "method": describe(method), "wishes": [asdict(w) for w in self.wishes],
-            "sampler": ["ddim", bench.steps], "samples": self._number(bench),
+            "sampler": ["ddim", bench.steps], "samples": size,
         }  # fmt: skip
         found = read_outcome(bench.store, context)
         if found is not None:
             return found
-        size = self._number(bench)
         pictures = np.empty((size, 64, 64, 3), np.uint8)
         nfe, seconds = torch.zeros(size, dtype=torch.float64), 0.0
         for k, wish in enumerate(self.wishes):
