@@ -8,6 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+pytest.importorskip("transformers", reason='needs pip install "diffsteer[pipelines]"')
+
 import torch
 from torch import Tensor
 

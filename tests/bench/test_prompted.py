@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+pytest.importorskip("transformers", reason='needs pip install "diffsteer[pipelines]"')
+
+import numpy as np
 import torch
 
 import diffsteer as ds
