@@ -303,6 +303,9 @@ TRIALS: Mapping[str, Trial] = {
     "stg prompts": Trial(scaled(ds.SpatiotemporalSkipGuidance, context="pos"), _CLEAR_SCALES, **_CLEAR),
     "tpg prompts": Trial(scaled(ds.TokenPerturbationGuidance, context="pos"), _CLEAR_SCALES, **_CLEAR),
     "tsg prompts": Trial(scaled(ds.TimeStepGuidance, context="pos"), _CLEAR_SCALES, **_CLEAR),
+    "unguided negatives": Trial(
+        lambda bench, w: ds.Unguided("pos"), (1.0,), "the network alone, without the negative", {}, task=NEGATIVES
+    ),
     "cfg negatives": Trial(
         scaled(ds.ClassifierFreeGuidance), (1.5,), "the prompt without its negative", {}, task=NEGATIVES
     ),
@@ -317,7 +320,7 @@ TRIALS: Mapping[str, Trial] = {
     ),
     "nasa": Trial(
         scaled(ds.NegativeAwaySteerAttention), (0.2, 0.5), "the negative is shown less", {"forbidden_share": "<"},
-        versus="cfg negatives", task=NEGATIVES,
+        versus="unguided negatives", task=NEGATIVES,
     ),
 }  # fmt: skip
 NOT_HERE: Mapping[str, str] = {
