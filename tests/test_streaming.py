@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -207,3 +210,21 @@ def test_processes_share_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("RANK", rank)
         assert ds.sample_to(tmp_path, DEN, DNG, **RUN).missing() == left
     assert torch.equal(together(ds.StoredRun(tmp_path))[0], ds.sample(DEN, DNG, **RUN).samples)
+
+
+def test_another_process_goes_on_with_a_run(tmp_path: Path) -> None:
+    """Two processes with hash seeds of their own, as two sessions have them, describe the same run alike."""
+    script = """
+import sys, diffsteer as ds
+from diffusers import DDPMScheduler
+den = ds.toy.ring().denoiser({"null": None})
+run = ds.sample_to(sys.argv[1], den, scheduler=DDPMScheduler(), num_samples=4, steps=2, batch_size=2)
+print(run.configuration["scheduler"]["name"], len(run.missing()))
+"""
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "run")], check=False, text=True,
+            capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.split() == ["DDPMScheduler", "0"]

@@ -301,8 +301,12 @@ def describe(method: Guidance) -> dict[str, Any]:
 
 
 def describe_scheduler(scheduler: Any) -> dict[str, Any]:
-    """A diffusers scheduler's class and configuration as plain data, for records."""
-    return {"name": type(scheduler).__name__, "config": plain(dict(scheduler.config))}
+    """A diffusers scheduler's class and configuration as plain data, for records; the same in every process.
+
+    What begins with an underscore is diffusers' own bookkeeping, whose order differs from process to process.
+    """
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return {"name": type(scheduler).__name__, "config": plain(config)}
 
 
 def plain(value: Any) -> Any:
