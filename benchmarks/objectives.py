@@ -19,7 +19,7 @@ from diffusers import DDPMScheduler
 import diffsteer as ds
 from diffsteer.bench.metrics import frechet_distance
 from diffsteer.train.data import digits
-from diffsteer.train.loop import fit, read_checkpoint
+from diffsteer.train.loop import averaged, fit, read_checkpoint
 from diffsteer.train.objectives import (
     CombinationLoss,
     ModelGuidance,
@@ -54,7 +54,7 @@ def trained(name: str, task: Denoise, steps: int, out: Path) -> torch.nn.Module:
     path = out / f"{name.replace(' ', '-')}.safetensors"
     fit(net, task, recipe, path, seed=7, record={"objective": name, "recipe": asdict(recipe)}, resume=True)
     tensors, _ = read_checkpoint(path)
-    net.load_state_dict({key[4:]: value for key, value in tensors.items() if key.startswith("ema.")})
+    net.load_state_dict(averaged(tensors))
     return net.eval().requires_grad_(False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from diffsteer.errors import WeightsError
 from diffsteer.shapes import BACKGROUNDS, COLOURS, KINDS, Scene, holds, read
 from diffsteer.zoo import draws_shapes
 
-__all__ = ["ClipJudge", "Judge", "ReaderJudge", "Verdict", "judge_of"]
+__all__ = ["ATTRIBUTES", "ClipJudge", "Judge", "ReaderJudge", "Verdict", "judge_of", "said_of"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def judge_of(pipeline: str, clip: str) -> Judge:
 
 
 _ATTRIBUTES = {"number": (1, 2), "kind": KINDS, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS)}
+ATTRIBUTES = sum(map(len, _ATTRIBUTES.values()))  # columns of a verdict's attributes
 
 
 class ReaderJudge:
@@ -71,15 +73,20 @@ class ReaderJudge:
     decides = True
 
     def __call__(self, pictures: NDArray[np.uint8], prompt: str, negative: str) -> Verdict:
-        scenes = read(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1)
-        stops = np.cumsum([len(values) for values in _ATTRIBUTES.values()]).tolist()
-        return Verdict(
-            forbidden=np.array([s is not None and holds(negative, s) for s in scenes], dtype=np.float64),
-            faithful=np.array([s is not None and holds(prompt, s) for s in scenes], dtype=np.float64),
-            undecided=np.array([s is None for s in scenes]),
-            attributes=np.array([_attributes(s) for s in scenes]),
-            groups=tuple(zip([0, *stops[:-1]], stops, strict=True)),
-        )
+        return said_of(read(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1), prompt, negative)
+
+
+def said_of(scenes: Sequence[Scene | None], prompt: str, negative: str) -> Verdict:
+    """What is true of scenes; None is undecided, and an empty negative forbids nothing."""
+    stops = np.cumsum([len(values) for values in _ATTRIBUTES.values()]).tolist()
+    forbidden = [s is not None and negative != "" and holds(negative, s) for s in scenes]
+    return Verdict(
+        forbidden=np.array(forbidden, dtype=np.float64),
+        faithful=np.array([s is not None and holds(prompt, s) for s in scenes], dtype=np.float64),
+        undecided=np.array([s is None for s in scenes]),
+        attributes=np.array([_attributes(s) for s in scenes]),
+        groups=tuple(zip([0, *stops[:-1]], stops, strict=True)),
+    )
 
 
 def _attributes(what: Scene | None) -> NDArray[np.float64]:

@@ -19,13 +19,13 @@ from diffsteer import zoo
 from diffsteer.adapters import attach
 from diffsteer.adapters.contexts import mentioned
 from diffsteer.bench import intervals
-from diffsteer.bench.judges import ReaderJudge, Verdict
+from diffsteer.bench.judges import ATTRIBUTES, ReaderJudge, said_of
 from diffsteer.bench.prompt_runs import fingerprint, kl_to, scheduler
 from diffsteer.bench.removal import Outcome, read_outcome, write_outcome
 from diffsteer.bench.tasks import Bench, Column, Methods
 from diffsteer.core import Guidance
 from diffsteer.engine import describe, stream
-from diffsteer.shapes import draw, holds, scene
+from diffsteer.shapes import Scene, holds, scene
 from diffsteer.zoo import Model
 
 _FAITHFUL, _UNDECIDED, _FORBIDDEN = 1, 2, 4  # what is said of a picture, added up in its label
@@ -81,29 +81,20 @@ class Prompted:
         found = read_outcome(bench.store, context)
         if found is not None:
             return found
-        pictures = np.empty((size, 64, 64, 3), np.uint8)
-        nfe, seconds = torch.zeros(size, dtype=torch.float64), 0.0
+        images = torch.empty(size, 3, 64, 64, dtype=torch.uint8)
+        labels, attributes = torch.empty(size, dtype=torch.long), torch.empty(size, ATTRIBUTES)
+        nfe, seconds = torch.empty(size, dtype=torch.float64), 0.0
         for k, wish in enumerate(self.wishes):
             rows = slice(k, size, len(self.wishes))
-            pictures[rows], nfe[rows], took = _drawn(pipe, method, wish, range(size)[rows], bench.steps)
-            seconds += took
-        verdicts = [self._verdict(pictures[k :: len(self.wishes)], wish) for k, wish in enumerate(self.wishes)]
-        labels, attributes = torch.zeros(size, dtype=torch.long), torch.zeros(size, verdicts[0].attributes.shape[1])
-        for k, v in enumerate(verdicts):
+            pictures, nfe[rows], took = _drawn(pipe, method, wish, range(size)[rows], bench.steps)
+            v = ReaderJudge()(pictures, wish.prompt, wish.negative)
             said = _FAITHFUL * v.faithful + _UNDECIDED * v.undecided + _FORBIDDEN * v.forbidden
-            labels[k :: len(verdicts)] = torch.from_numpy(said).long()
-            attributes[k :: len(verdicts)] = torch.from_numpy(v.attributes).float()
-        images = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+            labels[rows], attributes[rows] = torch.from_numpy(said).long(), torch.from_numpy(v.attributes).float()
+            images[rows] = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+            seconds += took
         outcome = Outcome(labels, attributes, float(nfe.mean()), seconds, context, images)
         write_outcome(bench.store, context, outcome)
         return outcome
-
-    @staticmethod
-    def _verdict(pictures: NDArray[np.uint8], wish: Wish) -> Verdict:
-        verdict = ReaderJudge()(pictures, wish.prompt, wish.negative)
-        if not wish.negative:  # the empty prompt is true of everything
-            verdict.forbidden[:] = 0
-        return verdict
 
     def values(self, bench: Bench, outcome: Outcome) -> dict[str, Any]:
         n, number = len(outcome.labels), len(self.wishes)
@@ -149,11 +140,14 @@ def _drawn(pipe: Any, method: Guidance, wish: Wish, seeds: range, steps: int) ->
 @functools.cache
 def _to_world(wish: Wish) -> Callable[[NDArray[np.float64]], float]:
     """KL of attributes, (N, K), to those that the world has where the prompt is true, and its negative is not."""
+    true = [s for s in _world() if holds(wish.prompt, s) and not (wish.negative and holds(wish.negative, s))]
+    return kl_to(said_of(true, wish.prompt, wish.negative))
+
+
+@functools.cache
+def _world() -> list[Scene]:
     rng = np.random.default_rng(0)
-    scenes = [scene(rng) for _ in range(_SCENES)]
-    true = [s for s in scenes if holds(wish.prompt, s) and not (wish.negative and holds(wish.negative, s))]
-    drawn = ((draw(true).permute(0, 2, 3, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
-    return kl_to(ReaderJudge()(drawn, wish.prompt, wish.negative))
+    return [scene(rng) for _ in range(_SCENES)]
 
 
 PROMPTS = Prompted(

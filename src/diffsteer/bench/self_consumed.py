@@ -13,7 +13,7 @@ from diffsteer.bench.tasks import Bench, labelled
 from diffsteer.denoisers import Denoiser, denoiser
 from diffsteer.sampling import Unguided, sample
 from diffsteer.train.data import Dataset
-from diffsteer.train.loop import fit, read_checkpoint
+from diffsteer.train.loop import averaged, fit, read_checkpoint
 from diffsteer.train.recipes import RECIPES
 from diffsteer.train.tasks import Denoise
 
@@ -46,7 +46,7 @@ def _copy(bench: Bench) -> nn.Module:
         path.parent.mkdir(parents=True, exist_ok=True)
         fit(net, task, RECIPE, path, seed=3, record=record, resume=True)
     tensors, _ = read_checkpoint(path)
-    net.load_state_dict({key[4:]: value for key, value in tensors.items() if key.startswith("ema.")})
+    net.load_state_dict(averaged(tensors))
     return net.eval().requires_grad_(False)
 
 

@@ -136,7 +136,15 @@ _LESS_HARM: Mapping[str, Any] = {
     "expect": {"kl_rejection": "<", "fd_rejection": "<", "untouched": ">"},
     "match": "forbidden_share",
 }
-_CLEAR_SCALES = (2.0, 4.0)
+_PERTURBED: Mapping[str, Callable[..., Guidance]] = {
+    "pag": ds.PerturbedAttentionGuidance,
+    "seg": ds.SmoothedEnergyGuidance,
+    "sag": ds.SelfAttentionGuidance,
+    "stg": ds.SpatiotemporalSkipGuidance,
+    "tpg": ds.TokenPerturbationGuidance,
+    "tsg": ds.TimeStepGuidance,
+}
+"""Guidance by the network's own perturbation, which takes nothing but a condition."""
 _CLEAR: Mapping[str, Any] = {
     "claim": "clearer pictures than the network alone, without any other network or prompt",
     "expect": {"undecided": "<", "faithful": ">"},
@@ -241,12 +249,7 @@ TRIALS: Mapping[str, Trial] = {
         lambda bench, w: ds.ClassifierFreeGuidance(w) + ds.S2Guidance(1.25), (1.5, 3.0),
         "closer to the data, beside classifier-free guidance", {"distance": "<"},
     ),
-    "pag": Trial(scaled(ds.PerturbedAttentionGuidance, context="pos"), _MILD, **_SELF),
-    "seg": Trial(scaled(ds.SmoothedEnergyGuidance, context="pos"), _MILD, **_SELF),
-    "sag": Trial(scaled(ds.SelfAttentionGuidance, context="pos"), _MILD, **_SELF),
-    "stg": Trial(scaled(ds.SpatiotemporalSkipGuidance, context="pos"), _MILD, **_SELF),
-    "tpg": Trial(scaled(ds.TokenPerturbationGuidance, context="pos"), _MILD, **_SELF),
-    "tsg": Trial(scaled(ds.TimeStepGuidance, context="pos"), _MILD, **_SELF),
+    **{key: Trial(scaled(method, context="pos"), _MILD, **_SELF) for key, method in _PERTURBED.items()},
     "unguided twice": Trial(
         lambda bench, w: ds.Unguided("pos"), (1.0,), "the network alone at twice its height and width", {}, task=TWICE
     ),
@@ -297,12 +300,10 @@ TRIALS: Mapping[str, Trial] = {
         "two conditions with a scale each (here a word, then the rest of the prompt) keep both, unburnt",
         {"faithful": "=", "undecided": "<"}, versus="cfg prompts", task=PROMPTS,
     ),
-    "pag prompts": Trial(scaled(ds.PerturbedAttentionGuidance, context="pos"), _CLEAR_SCALES, **_CLEAR),
-    "seg prompts": Trial(scaled(ds.SmoothedEnergyGuidance, context="pos"), _CLEAR_SCALES, **_CLEAR),
-    "sag prompts": Trial(scaled(ds.SelfAttentionGuidance, context="pos"), _CLEAR_SCALES, **_CLEAR),
-    "stg prompts": Trial(scaled(ds.SpatiotemporalSkipGuidance, context="pos"), _CLEAR_SCALES, **_CLEAR),
-    "tpg prompts": Trial(scaled(ds.TokenPerturbationGuidance, context="pos"), _CLEAR_SCALES, **_CLEAR),
-    "tsg prompts": Trial(scaled(ds.TimeStepGuidance, context="pos"), _CLEAR_SCALES, **_CLEAR),
+    **{
+        f"{key} prompts": Trial(scaled(method, context="pos"), (2.0, 4.0), **_CLEAR)
+        for key, method in _PERTURBED.items()
+    },
     "unguided negatives": Trial(
         lambda bench, w: ds.Unguided("pos"), (1.0,), "the network alone, without the negative", {}, task=NEGATIVES
     ),

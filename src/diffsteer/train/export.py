@@ -18,7 +18,7 @@ from diffsteer.files import write_text
 from diffsteer.sampling import Unguided, sample
 from diffsteer.train import data as datasets
 from diffsteer.train.card import card
-from diffsteer.train.loop import read_checkpoint, write_atomically
+from diffsteer.train.loop import averaged, read_checkpoint, write_atomically
 from diffsteer.train.recipes import PARTS, SCHEDULE
 from diffsteer.zoo.networks import build
 
@@ -64,7 +64,7 @@ def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str
     record: dict[str, Any] = {}
     for part, path in paths.items():
         tensors, record = read_checkpoint(path)
-        weights = {name[4:]: _half(value) for name, value in tensors.items() if name.startswith("ema.")}
+        weights = {name: _half(value) for name, value in averaged(tensors).items()}
         write_atomically(out_dir / f"{part}.safetensors", weights)
         networks[part] = record["recipe"].pop("network")
         nets[part] = build(networks[part]).eval().requires_grad_(False)

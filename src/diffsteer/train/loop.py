@@ -33,7 +33,7 @@ from diffsteer.train.tasks import Task
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["accelerator", "fit", "generator_of_step", "read_checkpoint", "write_atomically"]
+__all__ = ["accelerator", "averaged", "fit", "generator_of_step", "read_checkpoint", "write_atomically"]
 
 _REPORT_EVERY = 20  # reading the loss waits for the device
 
@@ -93,6 +93,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
         record = json.loads(file.metadata()["record"])
         return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118 (not a dict)
+
+
+def averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weight average among a checkpoint's tensors, as a network's state."""
+    return {name.removeprefix("ema."): value for name, value in tensors.items() if name.startswith("ema.")}
 
 
 def fit(

@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffsteer.files import write_text
 from diffsteer.shapes import VOCABULARY, caption, draw, scene
 from diffsteer.shapes.world import Scene
-from diffsteer.train.loop import accelerator, fit, read_checkpoint
+from diffsteer.train.loop import accelerator, averaged, fit, read_checkpoint
 from diffsteer.train.recipes import SCHEDULE, Recipe
 
 __all__ = ["RECIPES", "export", "tokenizer", "train_shapes"]
@@ -215,8 +215,8 @@ def _seeded(seed: int, make: Any, *arguments: Any) -> Any:
 def _averaged(net: Any, checkpoint: Path) -> Any:
     """A network with the averaged weights of a checkpoint, as rounded as they will be stored."""
     tensors, _ = read_checkpoint(checkpoint)
-    net.load_state_dict({k[4:]: v.half().float() if v.is_floating_point() else v
-                         for k, v in tensors.items() if k.startswith("ema.")})  # fmt: skip
+    weights = averaged(tensors)
+    net.load_state_dict({k: v.half().float() if v.is_floating_point() else v for k, v in weights.items()})
     return net.eval().requires_grad_(False)
 
 
