@@ -81,7 +81,13 @@ def test_an_unwritable_folder_is_refused_before_any_work(tmp_path: Path) -> None
 
 
 def test_methods_and_cite() -> None:
-    assert "Dynamic negative guidance" in diffsteer("methods").stdout
+    rows = {line.split()[0]: line for line in diffsteer("methods", COLUMNS="200").stdout.splitlines() if line.strip()}
+    for part in ("Dynamic negative guidance", "arXiv 2410.14398", " 2 ", "null, neg ", "sample, attach, guiders"):
+        assert part in rows["dng"]
+    assert "null, energy=" in rows["dps"]
+    assert "sample, attach; one-evaluation schedulers" in rows["dps"]
+    assert "optimize_latents" in rows["doodl"]
+    assert "Song 2023" in rows["lgd"]
     assert "@inproceedings{koulischer2025dynamic" in diffsteer("cite", "dng", "np").stdout
 
 

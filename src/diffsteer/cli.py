@@ -278,15 +278,16 @@ def train(
 ) -> None:
     """Train a model: a conditional denoiser, a judge, a feature network and a noise-aware classifier.
 
-    `diffsteer train shapes` trains a tiny text-to-image pipeline on drawings instead.
+    `diffsteer train shapes` trains a tiny text-to-image pipeline on drawings instead, and `diffsteer train shapes-lcm`
+    distils the shipped one into a student that draws in one to eight steps.
 
     A killed run resumes to the same weights as an uninterrupted one. Needs `pip install "diffsteer[train]"`.
 
     Parameters
     ----------
     dataset
-        digits, shapes, mnist, cifar10 (from $DIFFSTEER_DATA/<dataset> or the Hugging Face hub), or a folder of your own
-        with one sub-folder of images per class.
+        digits, shapes, shapes-lcm, mnist, cifar10 (from $DIFFSTEER_DATA/<dataset> or the Hugging Face hub), or a folder
+        of your own with one sub-folder of images per class.
     out
         The model's folder, by default runs/<dataset>; pass it to `diffsteer remove --model`.
     part
@@ -307,6 +308,11 @@ def train(
         from diffsteer.train.shapes import train_shapes
 
         train_shapes(folder, seed=seed, steps=steps, batch_size=batch_size, lr=lr, resume=resume)
+        return
+    if dataset == "shapes-lcm":
+        from diffsteer.train.students import train_student
+
+        train_student(folder, seed=seed, steps=steps, batch_size=batch_size, lr=lr, resume=resume)
         return
     run(
         dataset, folder, parts=part, seed=seed, steps=steps, batch_size=batch_size, lr=lr, image_size=image_size,
@@ -418,16 +424,24 @@ def calibrate(
 
 @app.command
 def methods() -> None:
-    """List the methods, with their cost in network evaluations per step; those for optimize_latents() last."""
+    """List the methods; those for optimize_latents() last.
+
+    Each with its paper, its cost in network evaluations per step, what it takes (contexts and other networks;
+    parameters without a default end in =) and where it runs, all with its defaults. By pipeline and scheduler, as
+    measured: docs/guide/pipelines.md.
+    """
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     from diffsteer.methods import entry, list_methods, list_optimizers
 
-    table = Table("name", "method", "class", "evaluations / step")
+    table = Table(box=SIMPLE_HEAD, row_styles=["", "dim"])
+    for head in ("name", "method", "paper", "cost", "takes", "runs in"):
+        table.add_column(head, no_wrap=head == "name", overflow="fold")
     for name in (*list_methods(), *list_optimizers()):
         found = entry(name)
-        table.add_row(name, found.title, found.cls.__name__, f"{found.nfe:g}")
+        table.add_row(name, found.title, found.paper, f"{found.nfe:g}", ", ".join(found.takes), found.where)
     Console().print(table)
 
 

@@ -8,6 +8,7 @@ pytest.importorskip("transformers", reason="pipelines need transformers: pip ins
 pytest.importorskip("diffusers.guiders", reason="this diffusers has no guiders")
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import diffusers as d
@@ -15,11 +16,14 @@ import diffusers.guiders as theirs
 import tiny
 import torch
 from diffusers.hooks import LayerSkipConfig, SmoothedEnergyGuidanceConfig
+from test_methods import CHANGES, FURTHER
 from test_modular import CALLS, CFG, error, negatives, run
 
 import diffsteer as ds
+from diffsteer.adapters.contexts import mentioned
 from diffsteer.adapters.modular import MethodGuider, as_guider
 from diffsteer.errors import UnsupportedError
+from diffsteer.methods import entry
 
 MID = "mid_block.attentions.0.transformer_blocks"
 W = 5.0
@@ -239,6 +243,29 @@ def test_frequencies_need_no_further_library(xl: Any) -> None:
     assert error(run(pipe, "xl", equal), run(pipe, "xl", as_guider(CFG))) < 1e-4
     low = as_guider(ds.FrequencyDecoupledGuidance(scales=(W, 1.0)))  # one level off
     assert error(run(pipe, "xl", low), run(pipe, "xl", as_guider(CFG))) > 1e-3
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore::UserWarning:diffsteer.*")
+@pytest.mark.parametrize("name", ds.list_methods())
+def test_the_list_says_which_methods_a_guider_refuses(name: str) -> None:
+    told = {parameter: value for parameter, value in CHANGES.get(name, {}).items() if parameter != "mode"}
+    try:
+        method = ds.get_method(name)(**told)
+    except TypeError:
+        pytest.skip("has no defaults: it is fitted to one network")
+    pipe = tiny.modular("xl")
+    scheduler = d.DDIMScheduler if name == "cfg-zero" else d.DDPMScheduler  # whose noise some need, and one refuses
+    pipe.update_components(scheduler=scheduler(clip_sample=False))
+    named = mentioned(method)
+    guider = as_guider(
+        method,
+        contexts={c: text for c, text in FURTHER.items() if c in named},
+        models=dict.fromkeys(("weak", "tuned"), pipe.unet),
+    )
+    unfit = pytest.raises(UnsupportedError, match="a guider cannot")
+    with nullcontext() if "guiders" in entry(name).where else unfit:
+        run(pipe, "xl", guider, height=16, width=16, **(negatives("xl") if "neg" in named else {}))
 
 
 def test_both_dialects_are_spoken(monkeypatch: pytest.MonkeyPatch) -> None:

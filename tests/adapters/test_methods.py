@@ -48,6 +48,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "energy": lambda features, level: features["up_blocks.0"].flatten(1).mean(1),
         "layers": ("up_blocks.0",),
     },
+    "s-cfg": {"ratio": 2},
     "sdg": {"encoder": channels, "text": torch.eye(4)[0], "mode": "score"},
     "self-guidance": {"edits": (Edit("centroid", (1, 2), 0.9), Edit("size", (1,), 0.2)), "scale": 20.0},
     "sgg": {"segmenter": lambda x, level: x, "labels": torch.zeros(8, 8, dtype=torch.long), "mode": "score"},

@@ -27,7 +27,7 @@ FAMILIES = {
     "Flux": "FluxPipeline", "PixArt": "PixArtSigmaPipeline", "Wan": "WanPipeline", "Qwen": "QwenImagePipeline",
     "Lumina2": "Lumina2Pipeline", "LTX": "LTXPipeline",
 }  # fmt: skip
-FITTED = {name for name, told in CHANGES.items() if not told.keys() <= {"energy", "warmup"}}
+FITTED = {name for name, told in CHANGES.items() if not told.keys() <= {"energy", "warmup", "ratio"}}
 SHORT = (
     "ddpm",
     "ddim",

@@ -58,7 +58,6 @@ def test_what_was_measured_is_shown(tmp_path: Path) -> None:
     assert "| sld max | 0.5 | 5 | 10.0% | 0.200 | 3.00 | 100% | 50 | 4 |" in pages["sld"]
     assert "\n`sld max`: What sld max did.\n" in pages["sld"]
     assert "Measured" not in pages["np"]
-    assert "Not tried: it finds its regions in the attention to a text" in pages["s-cfg"]
 
 
 def test_aligned_formulas_tables_and_examples_are_fenced() -> None:

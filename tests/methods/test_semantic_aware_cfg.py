@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from case import Case, Row, branch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from gaussians import LINEAR, Gaussians
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError
+from diffsteer.errors import MissingContextError, ParameterError, UnsupportedError
 from diffsteer.testing import Script, play, script
 
 SCFG = ds.SemanticAwareCFG
@@ -270,6 +272,56 @@ def test_even_attention_makes_one_region():
     assert all(bool(torch.isfinite(p.prediction).all()) for p in play(method, scene))
 
 
+def test_regions_of_a_networks_own_attention():
+    """Both branches' layers at 1/2 and 1/4 of the sample, as diffusers' plain attention computes them."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=2, out_channels=2, block_out_channels=(8, 8, 8), layers_per_block=1,
+        cross_attention_dim=6, attention_head_dim=4, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
+    ).double().eval()  # fmt: skip
+    with torch.no_grad():
+        for weight in unet.parameters():
+            weight.mul_(1.5)  # uneven attention
+    texts = {name: torch.randn(1, 5, 6, dtype=torch.float64) * 3 for name in ("pos", "null")}
+    scheduler = DDIMScheduler(**LINEAR)
+    scheduler.set_timesteps(2)
+    times = scheduler.timesteps
+    seen: list[torch.Tensor] = []
+    used: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def observed(scores):
+        def of(*args):
+            seen.append(scores(*args))
+            return seen[-1]
+
+        return of
+
+    def segmentation(step):
+        plain = copy.deepcopy(unet)
+        plain.set_attn_processor(AttnProcessor())
+        for module in plain.modules():
+            if isinstance(module, Attention):
+                module.get_attention_scores = observed(module.get_attention_scores)
+        layers = []
+        for text in texts.values():
+            seen.clear()
+            with torch.no_grad():
+                plain(step.x, times[step.index], encoder_hidden_states=text.expand(len(step.x), -1, -1))
+            maps = [m.unflatten(0, (len(step.x), -1)).mean(1) for m in seen if m.shape[1] in (16, 4)]
+            layers.append(list(zip(maps[::2], maps[1::2], strict=True)))
+        used.append(ds.attention_regions(layers[0], layers[1], (4, 4)))
+        return used[-1]
+
+    denoiser = ds.denoiser(unet, contexts={name: {"encoder_hidden_states": text} for name, text in texts.items()})
+    run = {"scheduler": DDIMScheduler(**LINEAR), "steps": 2, "num_samples": 3, "dtype": torch.float64}
+    expected = ds.sample(denoiser, SCFG(segmentation), **run)
+    assert torch.equal(ds.sample(denoiser, SCFG(ratio=2), **run).samples, expected.samples)
+    assert all(len(labels.unique()) > 1 and 0 < foreground.double().mean() < 1 for labels, foreground in used)
+    with pytest.raises(UnsupportedError, match="another ratio"):
+        ds.sample(denoiser, SCFG(ratio=16), **run)
+
+
 def test_refuses_attention_of_no_grid():
     good = (torch.full((1, 16, 16), 1 / 16), torch.full((1, 16, 3), 1 / 3))
     with pytest.raises(ParameterError, match="grid of 4 x 6"):
@@ -285,7 +337,7 @@ def test_refuses_attention_of_no_grid():
 
 @pytest.mark.parametrize("wrong", [
     {"scale": -1.0}, {"scale": float("nan")}, {"rate_min": 1.1}, {"rate_min": -0.1}, {"rate_max": 0.9},
-    {"max_scale": 0.0}, {"max_scale": float("nan")}, {"segmentation": "attention"},
+    {"max_scale": 0.0}, {"max_scale": float("nan")}, {"segmentation": "attention"}, {"ratio": 0},
 ], ids=str)  # fmt: skip
 def test_refuses_parameters(wrong):
     with pytest.raises(ParameterError, match=next(iter(wrong))):

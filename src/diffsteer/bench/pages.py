@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsteer.bench.catalogue import suffix, table
-from diffsteer.bench.trials import NOT_HERE, method_of
+from diffsteer.bench.trials import method_of
 from diffsteer.files import check_writable, write_text
 from diffsteer.methods import entry, list_methods, list_optimizers
 
@@ -34,10 +34,16 @@ def write_pages(out: Path, results: Path | None = None) -> list[Path]:
             assert results is not None
             shutil.copyfile(results / f"samples-{name}{suffix(task)}.png", out / f"{name}{suffix(task)}.png")
         written.append(write_text(out / f"{name}.md", page(name, measured)))
-    index = ["# Methods", "", "| name | method | class | evaluations / step |", "|---|---|---|---|"]
+    index = [
+        "# Methods",
+        "",
+        "| name | method | class | paper | evaluations / step | takes | runs in |",
+        "|---" * 7 + "|",
+    ]
     for name in (*list_methods(), *list_optimizers()):
         found = entry(name)
-        index.append(f"| [{name}]({name}.md) | {found.title} | `{found.cls.__name__}` | {found.nfe:g} |")
+        cells = (f"`{found.cls.__name__}`", found.paper, f"{found.nfe:g}", ", ".join(found.takes), found.where)
+        index.append(f"| [{name}]({name}.md) | {found.title} | {' | '.join(cells)} |")
     text = "\n".join([*index, "", "Made by `diffsteer bench methods --pages docs/methods`.", ""])
     written.append(write_text(out / "README.md", text))
     return written
@@ -60,10 +66,8 @@ def page(name: str, measured: dict[str, Any]) -> str:
         "",
     ]
     own = [line for line in measured["lines"] if method_of(line["trial"]) == name]
-    if own or name in NOT_HERE:
+    if own:
         lines += ["## Measured", ""]
-    if name in NOT_HERE:
-        lines += [f"Not tried: {NOT_HERE[name]}.", ""]
     for task in dict.fromkeys(line["task"] for line in own):
         rows = [line for line in own if line["task"] == task]
         trials = list(dict.fromkeys(line["trial"] for line in rows))

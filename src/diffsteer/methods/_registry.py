@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from diffsteer.core import Guidance
 from diffsteer.energy.chains import LatentOptimizer
 from diffsteer.errors import UnknownNameError
+
+_LIMITS = {
+    "first_order": "one-evaluation schedulers",
+    "perturb": "known architectures",
+    "recurrence": "one-evaluation schedulers, no pipelines",
+}
 
 
 @dataclass(frozen=True)
@@ -18,19 +26,49 @@ class Entry:
     cls: type[Guidance] | type[LatentOptimizer]
     title: str
     nfe: float  # evaluations per step with its defaults
+    asks: tuple[str, ...]  # contexts, and other networks, with its defaults
     bibtex: str
+
+    @property
+    def paper(self) -> str:
+        """Where to read it: its number on arXiv, else the first author and the year."""
+        told = dict(re.findall(r"(\w+) = \{+([^{},]+)", self.bibtex))
+        return f"arXiv {told['eprint']}" if "eprint" in told else f"{told['author']} {told['year']}"
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """What it asks for, and "parameter=" for those that have no default."""
+        return *self.asks, *(f"{name}=" for name in self._open())
+
+    @property
+    def where(self) -> str:
+        """Where it runs, with its defaults."""
+        if not issubclass(self.cls, Guidance):
+            return "optimize_latents"
+        blank = object.__new__(self.cls)  # no parameter is checked, and those that must be given need nothing
+        for field in dataclasses.fields(self.cls):  # type: ignore[arg-type]
+            made = Guidance if field.name in self._open() else field.default_factory
+            object.__setattr__(blank, field.name, field.default if made is dataclasses.MISSING else made())
+        edits = "first_order" in blank.needs and self.cls.after is not Guidance.after
+        limits = [_LIMITS[need] for need in sorted(blank.needs)]
+        return "; ".join(["sample, attach" if edits else "sample, attach, guiders", *limits])
+
+    def _open(self) -> list[str]:
+        """Parameters without a default."""
+        fields = dataclasses.fields(self.cls)  # type: ignore[arg-type]
+        return [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
 
 
 _ENTRIES: dict[str, Entry] = {}
 
 
-def register(name: str, *, title: str, nfe: float, bibtex: str) -> Callable[[type], type]:
+def register(name: str, *, title: str, nfe: float, asks: tuple[str, ...], bibtex: str) -> Callable[[type], type]:
     """Class decorator that makes a method known under a short name."""
 
     def add(cls: type) -> type:
         if name in _ENTRIES:
             raise ValueError(f"a method {name!r} exists already: {_ENTRIES[name].cls.__qualname__}")
-        _ENTRIES[name] = Entry(name, cls, title, nfe, bibtex.strip())
+        _ENTRIES[name] = Entry(name, cls, title, nfe, asks, bibtex.strip())
         return cls
 
     return add

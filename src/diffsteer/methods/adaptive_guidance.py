@@ -27,6 +27,7 @@ class Agreement:
     "adaptive-guidance",
     title="Adaptive guidance",
     nfe=2,
+    asks=("pos", "null"),
     bibtex="""
 @inproceedings{castillo2025adaptive,
   title = {Adaptive Guidance: Training-free Acceleration of Conditional Diffusion Models},

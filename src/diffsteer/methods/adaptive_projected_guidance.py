@@ -19,6 +19,7 @@ from diffsteer.methods._vectors import inner, parallel
     "apg",
     title="Adaptive projected guidance",
     nfe=2,
+    asks=("pos", "null"),
     bibtex="""
 @inproceedings{sadat2025eliminating,
   title = {Eliminating Oversaturation and Artifacts of High Guidance Scales in Diffusion Models},

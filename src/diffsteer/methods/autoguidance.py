@@ -18,6 +18,7 @@ from diffsteer.perturb import Dropout
     "autoguidance",
     title="Autoguidance",
     nfe=2,
+    asks=("pos", "weak"),
     bibtex="""
 @inproceedings{karras2024guiding,
   title = {Guiding a Diffusion Model with a Bad Version of Itself},

@@ -19,6 +19,7 @@ from diffsteer.perturb import ContextNoise
     "cads",
     title="Condition-annealed diffusion sampler",
     nfe=2,
+    asks=("pos", "null"),
     bibtex="""
 @inproceedings{sadat2024cads,
   title = {{CADS}: Unleashing the Diversity of Diffusion Models through Condition-Annealed Sampling},

@@ -16,6 +16,7 @@ from diffsteer.paths import reverse_kernel
     "cfgpp",
     title="CFG++",
     nfe=2,
+    asks=("pos", "null"),
     bibtex="""
 @inproceedings{chung2025cfgpp,
   title = {{CFG++}: Manifold-constrained Classifier Free Guidance for Diffusion Models},

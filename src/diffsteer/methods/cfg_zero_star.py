@@ -18,6 +18,7 @@ from diffsteer.methods._vectors import parallel
     "cfg-zero",
     title="CFG-Zero*",
     nfe=2,
+    asks=("pos", "null"),
     bibtex="""
 @misc{fan2025cfgzerostar,
   title = {{CFG-Zero*}: Improved Classifier-Free Guidance for Flow Matching Models},

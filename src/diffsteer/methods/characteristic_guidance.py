@@ -21,6 +21,7 @@ _DIVERGED = 1e3  # an iteration whose residual has grown by this never comes bac
     "chg",
     title="Characteristic guidance",
     nfe=102,  # at most
+    asks=("pos", "null"),
     bibtex="""
 @inproceedings{zheng2024characteristic,
   title = {Characteristic Guidance: Non-linear Correction for Diffusion Model at Large Guidance Scale},

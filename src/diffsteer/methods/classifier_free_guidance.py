@@ -13,6 +13,7 @@ from diffsteer.methods._registry import register
     "cfg",
     title="Classifier-free guidance",
     nfe=2,
+    asks=("pos", "null"),
     bibtex="""
 @inproceedings{ho2021classifierfree,
   title = {Classifier-Free Diffusion Guidance},

@@ -16,6 +16,7 @@ from diffsteer.methods._registry import register
     "cg",
     title="Classifier guidance",
     nfe=1,
+    asks=("null",),
     bibtex="""
 @inproceedings{dhariwal2021diffusion,
   title = {Diffusion Models Beat {GANs} on Image Synthesis},

@@ -19,6 +19,7 @@ from diffsteer.methods._registry import register
     "clip",
     title="CLIP guidance (GLIDE)",
     nfe=1,
+    asks=("pos",),
     bibtex="""
 @inproceedings{nichol2022glide,
   title = {{GLIDE}: Towards Photorealistic Image Generation and Editing with Text-Guided Diffusion Models},

@@ -15,6 +15,7 @@ from diffsteer.methods._registry import register
     "composable",
     title="Composable diffusion (AND, NOT)",
     nfe=3,
+    asks=("pos", "null", "neg"),
     bibtex="""
 @inproceedings{liu2022compositional,
   title = {Compositional Visual Generation with Composable Diffusion Models},

@@ -20,6 +20,7 @@ _ORDERS = ("image-first", "text-first", "independent")
     "dcg",
     title="Decoupled classifier-free guidance (FastFace)",
     nfe=3,
+    asks=("pos", "null", "image"),
     bibtex="""
 @misc{karpukhin2025fastface,
   title = {{FastFace}: Tuning Identity Preservation in Distilled Diffusion via Guidance and Attention},

@@ -23,6 +23,7 @@ from diffsteer.paths import convert
     "dda",
     title="Diffusion-driven adaptation",
     nfe=1,
+    asks=("null",),
     bibtex="""
 @inproceedings{gao2023back,
   title = {Back to the Source: Diffusion-Driven Adaptation to Test-Time Corruption},

@@ -16,6 +16,7 @@ from diffsteer.methods._registry import register
     "dps",
     title="Diffusion posterior sampling",
     nfe=1,
+    asks=("null",),
     bibtex="""
 @inproceedings{chung2023diffusion,
   title = {Diffusion Posterior Sampling for General Noisy Inverse Problems},

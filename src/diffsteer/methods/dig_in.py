@@ -24,6 +24,7 @@ from diffsteer.perturb import ContextShift
     "dig-in",
     title="DiG-IN",
     nfe=82,
+    asks=("pos", "null"),
     bibtex="""
 @inproceedings{augustin2024digin,
   title = {DiG-IN: Diffusion Guidance for Investigating Networks -- Uncovering Classifier Differences, Neuron

@@ -22,6 +22,7 @@ from diffsteer.paths import Level
     "discriminator",
     title="Discriminator guidance",
     nfe=1,
+    asks=("null",),
     bibtex="""
 @inproceedings{kim2023refining,
   title = {Refining Generative Process with Discriminator Guidance in Score-based Diffusion Models},

@@ -21,6 +21,7 @@ from diffsteer.methods.classifier_free_guidance import ClassifierFreeGuidance
     "doodl",
     title="DOODL",
     nfe=404,
+    asks=("pos", "null"),
     bibtex="""
 @inproceedings{wallace2023endtoend,
   title = {End-to-End Diffusion Latent Optimization Improves Classifier Guidance},

@@ -32,6 +32,7 @@ class Travelled:
     "dreamguider",
     title="Dreamguider",
     nfe=1,
+    asks=("null",),
     bibtex="""
 @misc{nair2024dreamguider,
   title = {Dreamguider: Improved Training free Diffusion-based Conditional Generation},

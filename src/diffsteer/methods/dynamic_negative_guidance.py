@@ -31,6 +31,7 @@ class Followed:
     "dng",
     title="Dynamic negative guidance",
     nfe=2,
+    asks=("null", "neg"),
     bibtex="""
 @inproceedings{koulischer2025dynamic,
   title = {Dynamic Negative Guidance of Diffusion Models},

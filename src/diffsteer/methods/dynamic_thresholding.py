@@ -19,6 +19,7 @@ from diffsteer.methods.classifier_free_guidance import ClassifierFreeGuidance
     "dynamic-thresholding",
     title="Dynamic thresholding",
     nfe=2,
+    asks=("pos", "null"),
     bibtex="""
 @inproceedings{saharia2022photorealistic,
   title = {Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding},

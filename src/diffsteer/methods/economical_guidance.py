@@ -27,6 +27,7 @@ class Held:
     "economical",
     title="Economical guidance",
     nfe=1,
+    asks=(),
     bibtex="""
 @misc{shrestha2023conditional,
   title = {Conditional Image Generation with Pretrained Generative Model},

@@ -35,6 +35,7 @@ class Feedback:
     "fbg",
     title="Feedback guidance",
     nfe=2,
+    asks=("pos", "null"),
     bibtex="""
 @inproceedings{koulischer2025feedback,
   title = {Feedback Guidance of Diffusion Models},

@@ -20,6 +20,7 @@ from diffsteer.paths import convert
     "freedom",
     title="FreeDoM",
     nfe=1,
+    asks=("null",),
     bibtex="""
 @inproceedings{yu2023freedom,
   title = {{FreeDoM}: Training-Free Energy-Guided Conditional Diffusion Model},

@@ -21,6 +21,7 @@ from diffsteer.methods._registry import register
     "fag",
     title="Frequency-aware guidance",
     nfe=1,
+    asks=("null",),
     bibtex="""
 @misc{xiao2024frequency,
   title = {Frequency-Aware Guidance for Blind Image Restoration via Diffusion Models},

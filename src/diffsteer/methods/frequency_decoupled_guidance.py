@@ -20,6 +20,7 @@ _KERNEL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
     "fdg",
     title="Frequency-decoupled guidance",
     nfe=2,
+    asks=("pos", "null"),
     bibtex="""
 @misc{sadat2025guidance,
   title = {Guidance in the Frequency Domain Enables High-Fidelity Sampling at Low {CFG} Scales},

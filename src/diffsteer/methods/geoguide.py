@@ -17,6 +17,7 @@ from diffsteer.methods._registry import register
     "geoguide",
     title="GeoGuide",
     nfe=1,
+    asks=("null",),
     bibtex="""
 @misc{poleski2024geoguide,
   title = {{GeoGuide}: Geometric Guidance of Diffusion Models},

@@ -20,6 +20,7 @@ from diffsteer.paths import Level, convert
     "gfcg",
     title="Gradient-free classifier guidance",
     nfe=2,
+    asks=("pos",),
     bibtex="""
 @inproceedings{shenoy2026gradientfree,
   title = {Gradient-Free Classifier Guidance for Diffusion Model Sampling},

@@ -21,6 +21,7 @@ from diffsteer.methods._registry import register
     "guide",
     title="GUIDE",
     nfe=1,
+    asks=("pos",),
     bibtex="""
 @misc{cywinski2024guide,
   title = {{GUIDE}: Guidance-based Incremental Learning with Diffusion Models},

@@ -19,6 +19,7 @@ from diffsteer.perturb import ContextNoise
     "icg",
     title="Independent condition guidance",
     nfe=2,
+    asks=("pos",),
     bibtex="""
 @inproceedings{sadat2025training,
   title = {No Training, No Problem: Rethinking Classifier-Free Guidance for Diffusion Models},

@@ -16,6 +16,7 @@ from diffsteer.paths import Level
     "interval",
     title="Guidance in a limited interval",
     nfe=2,
+    asks=("pos", "null"),
     bibtex="""
 @inproceedings{kynkaanniemi2024applying,
   title = {Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models},

@@ -39,6 +39,7 @@ class PastRegression:
     "linear-ag",
     title="Adaptive guidance by linear regression (LinearAG)",
     nfe=2,
+    asks=("pos", "null"),
     bibtex="""
 @inproceedings{castillo2025adaptive,
   title = {Adaptive Guidance: Training-free Acceleration of Conditional Diffusion Models},

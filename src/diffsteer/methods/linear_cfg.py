@@ -65,6 +65,7 @@ class GaussianFit:
     "linear-cfg",
     title="Linear classifier-free guidance",
     nfe=1,
+    asks=("pos",),
     bibtex="""
 @inproceedings{li2025towards,
   title = {Towards Understanding the Mechanisms of Classifier-Free Guidance},

@@ -17,6 +17,7 @@ from diffsteer.methods._registry import register
     "lgd",
     title="Loss-guided diffusion",
     nfe=1,
+    asks=("null",),
     bibtex="""
 @inproceedings{song2023lossguided,
   title = {Loss-Guided Diffusion Models for Plug-and-Play Controllable Generation},

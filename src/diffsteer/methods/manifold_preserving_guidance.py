@@ -16,6 +16,7 @@ from diffsteer.methods._registry import register
     "mpgd",
     title="Manifold preserving guided diffusion",
     nfe=1,
+    asks=("null",),
     bibtex="""
 @inproceedings{he2024manifold,
   title = {Manifold Preserving Guided Diffusion},

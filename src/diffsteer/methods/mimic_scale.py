@@ -18,6 +18,7 @@ from diffsteer.methods._registry import register
     "mimic",
     title="Mimic scale",
     nfe=2,
+    asks=("pos", "null"),
     bibtex="""
 @misc{mcmonkey2023dynamic,
   title = {{SD} Dynamic Thresholding ({CFG} Scale Fix)},

@@ -23,6 +23,7 @@ from diffsteer.paths import Level
     "minority",
     title="Minority guidance",
     nfe=1,
+    asks=("null",),
     bibtex="""
 @inproceedings{um2024dont,
   title = {Don't Play Favorites: Minority Guidance for Diffusion Models},

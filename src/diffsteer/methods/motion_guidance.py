@@ -21,6 +21,7 @@ from diffsteer.paths import Level
     "motion",
     title="Motion guidance",
     nfe=1,
+    asks=("null",),
     bibtex="""
 @inproceedings{geng2024motion,
   title = {Motion Guidance: Diffusion-Based Image Editing with Differentiable Motion Estimators},

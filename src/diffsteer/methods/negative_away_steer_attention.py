@@ -14,6 +14,7 @@ from diffsteer.perturb import SubtractedAttention
     "nasa",
     title="Negative-away steer attention",
     nfe=1,
+    asks=("pos", "neg"),
     bibtex="""
 @inproceedings{nguyen2025supercharged,
   title = {Supercharged One-step Text-to-Image Diffusion Models with Negative Prompts},

@@ -14,6 +14,7 @@ from diffsteer.methods._registry import register
     "np",
     title="Negative prompting",
     nfe=2,
+    asks=("null", "neg"),
     bibtex="""
 @inproceedings{liu2022compositional,
   title = {Compositional Visual Generation with Composable Diffusion Models},

@@ -15,6 +15,7 @@ from diffsteer.perturb import NormalizedAttention
     "nag",
     title="Normalized attention guidance",
     nfe=1,
+    asks=("pos", "neg"),
     bibtex="""
 @inproceedings{chen2025normalized,
   title = {Normalized Attention Guidance: Universal Negative Guidance for Diffusion Models},

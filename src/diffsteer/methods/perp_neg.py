@@ -17,6 +17,7 @@ from diffsteer.methods._vectors import parallel
     "perp-neg",
     title="Perp-Neg",
     nfe=3,
+    asks=("pos", "null", "neg"),
     bibtex="""
 @misc{armandpour2023perpneg,
   title = {Re-imagine the Negative Prompt Algorithm: Transform {2D} Diffusion into {3D}, Alleviate {Janus} Problem

@@ -19,6 +19,7 @@ from diffsteer.methods._registry import register
     "personalization",
     title="Personalization guidance",
     nfe=2,
+    asks=("pos", "weak"),
     bibtex="""
 @inproceedings{park2025steering,
   title = {Steering Guidance for Personalized Text-to-Image Diffusion Models},

@@ -16,6 +16,7 @@ from diffsteer.perturb import IdentityAttention, Perturbation
     "pag",
     title="Perturbed-attention guidance",
     nfe=2,
+    asks=("pos",),
     bibtex="""
 @inproceedings{ahn2024self,
   title = {Self-Rectifying Diffusion Sampling with Perturbed-Attention Guidance},

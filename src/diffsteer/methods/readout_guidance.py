@@ -29,6 +29,7 @@ _EPS = 1e-8
     "readout",
     title="Readout guidance",
     nfe=2,
+    asks=("pos",),
     bibtex="""
 @inproceedings{luo2024readout,
   title = {Readout Guidance: Learning Control from Diffusion Features},

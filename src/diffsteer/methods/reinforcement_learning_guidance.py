@@ -14,6 +14,7 @@ from diffsteer.methods._registry import register
     "rlg",
     title="Reinforcement learning guidance",
     nfe=4,
+    asks=("pos", "null", "tuned"),
     bibtex="""
 @misc{jin2025inference,
   title = {Inference-Time Alignment Control for Diffusion Models with Reinforcement Learning Guidance},

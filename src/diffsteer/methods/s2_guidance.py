@@ -18,6 +18,7 @@ from diffsteer.perturb import DroppedBlocks, Perturbation
     "s2",
     title="S2-Guidance: stochastic self-guidance",
     nfe=2,
+    asks=("pos",),
     bibtex="""
 @inproceedings{chen2026s2,
   title = {S$^2$-Guidance: Stochastic Self Guidance for Training-Free Enhancement of Diffusion Models},

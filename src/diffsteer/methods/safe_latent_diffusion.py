@@ -27,6 +27,7 @@ _PRESETS = {
     "sld",
     title="Safe latent diffusion",
     nfe=2,
+    asks=("pos", "null", "neg"),
     bibtex="""
 @inproceedings{schramowski2023safe,
   title = {Safe Latent Diffusion: Mitigating Inappropriate Degeneration in Diffusion Models},

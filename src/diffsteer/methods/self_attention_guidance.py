@@ -19,6 +19,7 @@ from diffsteer.perturb import AttentionRecord, blur, grid
     "sag",
     title="Self-attention guidance",
     nfe=2,
+    asks=("null",),
     bibtex="""
 @inproceedings{hong2023improving,
   title = {Improving Sample Quality of Diffusion Models Using Self-Attention Guidance},

@@ -74,6 +74,7 @@ class Edit:
     "self-guidance",
     title="Diffusion self-guidance",
     nfe=1,
+    asks=("pos",),
     bibtex="""
 @inproceedings{epstein2023selfguidance,
   title = {Diffusion Self-Guidance for Controllable Image Generation},

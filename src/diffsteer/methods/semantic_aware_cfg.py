@@ -26,6 +26,7 @@ Segmentation = Callable[[Step], tuple[Tensor, Tensor]]
     "s-cfg",
     title="Semantic-aware classifier-free guidance",
     nfe=2,
+    asks=("pos", "null"),
     bibtex="""
 @inproceedings{shen2024rethinking,
   title = {Rethinking the Spatial Inconsistency in Classifier-Free Diffusion Guidance},
@@ -50,17 +51,19 @@ class SemanticAwareCFG(Guidance):
     Parameters
     ----------
     segmentation : callable or None
-        None: from the network's own attention in the step's two evaluations, as in the paper: all its layers at a
-        quarter and an eighth of the sample's height and width, which must attend to themselves and to a text, see
-        :func:`attention_regions`. Else it maps a step to (labels, foreground): the region of every position, (B, ...)
-        of whole numbers >= 0, and whether it belongs to the foreground, (B, ...) bool, on the grid of ``step.x`` or one
-        that it is enlarged from.
+        None: from the network's own attention in the step's two evaluations, as in the paper: all its layers at
+        ``1 / ratio`` and at half of that of the sample's height and width, which must attend to themselves and to a
+        text, see :func:`attention_regions`. Else it maps a step to (labels, foreground): the region of every position,
+        (B, ...) of whole numbers >= 0, and whether it belongs to the foreground, (B, ...) bool, on the grid of
+        ``step.x`` or one that it is enlarged from.
     scale : float
         w >= 0. 1 is not conditional sampling: the rates differ between regions.
     rate_min, rate_max : float
         rho_- and rho_+, 0 <= rho_- <= 1 <= rho_+.
     max_scale : float
         w_+ > 0, the largest effective scale.
+    ratio : int
+        >= 1: how much finer the sample is than the attention that is looked at; the paper's 4 fits Stable Diffusion.
 
     Notes
     -----
@@ -75,6 +78,7 @@ class SemanticAwareCFG(Guidance):
     rate_min: float = 0.8
     rate_max: float = 3.0
     max_scale: float = 15.0
+    ratio: int = 4
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
@@ -87,6 +91,8 @@ class SemanticAwareCFG(Guidance):
             )
         if not self.max_scale > 0:
             raise ParameterError(f"max_scale must be > 0, got {self.max_scale}; infinite for no cap")
+        if self.ratio < 1:
+            raise ParameterError(f"ratio must be >= 1, got {self.ratio}")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -99,7 +105,7 @@ class SemanticAwareCFG(Guidance):
             )
 
     def guide(self, step: Step, state: State) -> Plan:
-        seen = [None if self.segmentation else AttentionRecord(("*",), ("own", "cross"), (4, 8)) for _ in range(2)]
+        seen = [None, None] if self.segmentation else [self._record(), self._record()]
         cond, null = yield [Call("pos", perturb=seen[0]), Call("null", perturb=seen[1])]
         direction = cond - null
         amount = direction.to(torch.promote_types(direction.dtype, torch.float32)).square().sum(1).sqrt()
@@ -113,6 +119,9 @@ class SemanticAwareCFG(Guidance):
         info = {"scale": scales.flatten(1).mean(1)}
         return null + scales[:, None].to(null) * direction, state, info
 
+    def _record(self) -> AttentionRecord:
+        return AttentionRecord(("*",), ("own", "cross"), (self.ratio, 2 * self.ratio))
+
     def _segmented(self, step: Step, seen: Sequence[AttentionRecord | None]) -> tuple[Tensor, Tensor]:
         """Regions and foreground of a step, from what was recorded of its attention unless told otherwise."""
         if self.segmentation is not None:
@@ -120,7 +129,8 @@ class SemanticAwareCFG(Guidance):
         cond, null = (list(record.maps.values()) for record in seen if record is not None)
         if not cond:
             raise UnsupportedError(
-                "the network has no attention at a quarter or an eighth of the sample's size; give a segmentation"
+                f"the network has no attention at 1/{self.ratio} or 1/{2 * self.ratio} of the sample's size: give "
+                "another ratio, or a segmentation"
             )
         height, width = grid(max(own.shape[-1] for own in cond[::2]), step.x.shape[2:])
         layers = [list(zip(maps[::2], maps[1::2], strict=True)) for maps in (cond, null)]

@@ -25,6 +25,7 @@ STYLE = 1e10 / 5
     "sdg",
     title="Semantic diffusion guidance",
     nfe=1,
+    asks=("null",),
     bibtex="""
 @inproceedings{liu2023more,
   title = {More Control for Free! Image Synthesis with Semantic Diffusion Guidance},

@@ -23,6 +23,7 @@ from diffsteer.paths import Level
     "sgg",
     title="Semantic gradient guidance",
     nfe=1,
+    asks=("null",),
     bibtex="""
 @inproceedings{peng2023diffusion,
   title = {Diffusion-based Image Translation with Label Guidance for Domain Adaptive Semantic Segmentation},

@@ -19,6 +19,7 @@ from diffsteer.methods._vectors import inner, parallel
     "sgt",
     title="Semantic guidance tuning",
     nfe=3,
+    asks=("pos", "null"),
     bibtex="""
 @misc{kang2023semantic,
   title = {Semantic Guidance Tuning for Text-To-Image Diffusion Models},

@@ -13,6 +13,7 @@ from diffsteer.methods._registry import register
     "sims",
     title="Self-improving diffusion models with synthetic data (SIMS)",
     nfe=2,
+    asks=("pos", "weak"),
     bibtex="""
 @misc{alemohammad2024selfimproving,
   title = {Self-Improving Diffusion Models with Synthetic Data},

@@ -24,6 +24,7 @@ from diffsteer.paths import Level
     "slcd",
     title="SLCD",
     nfe=1,
+    asks=("null",),
     bibtex="""
 @misc{oertell2025efficient,
   title = {Efficient Controllable Diffusion via Optimal Classifier Guidance},

@@ -17,6 +17,7 @@ from diffsteer.perturb import BlurredQueries, Perturbation
     "seg",
     title="Smoothed energy guidance",
     nfe=2,
+    asks=("pos",),
     bibtex="""
 @inproceedings{hong2024smoothed,
   title = {Smoothed Energy Guidance: Guiding Diffusion Models with Reduced Energy Curvature of Attention},

@@ -17,6 +17,7 @@ from diffsteer.perturb import IdentityAttention, Perturbation, SkippedBlocks
     "stg",
     title="Spatiotemporal skip guidance",
     nfe=2,
+    asks=("pos",),
     bibtex="""
 @inproceedings{hyung2025spatiotemporal,
   title = {Spatiotemporal Skip Guidance for Enhanced Video Diffusion Sampling},

@@ -17,6 +17,7 @@ from diffsteer.methods._vectors import inner
     "tcfg",
     title="Tangential damping classifier-free guidance",
     nfe=2,
+    asks=("pos", "null"),
     bibtex="""
 @inproceedings{kwon2025tcfg,
   title = {{TCFG}: Tangential Damping Classifier-free Guidance},

@@ -19,6 +19,7 @@ from diffsteer.paths import convert
     "tdg",
     title="Tied diffusion guidance",
     nfe=2,
+    asks=("pos", "donor"),
     bibtex="""
 @inproceedings{bader2025sub,
   title = {{SUB}: Benchmarking {CBM} Generalization via Synthetic Attribute Substitutions},

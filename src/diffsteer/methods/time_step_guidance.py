@@ -19,6 +19,7 @@ from diffsteer.perturb import Perturbation, TimeNoise
     "tsg",
     title="Time-step guidance",
     nfe=2,
+    asks=("pos",),
     bibtex="""
 @inproceedings{sadat2025training,
   title = {No Training, No Problem: Rethinking Classifier-Free Guidance for Diffusion Models},

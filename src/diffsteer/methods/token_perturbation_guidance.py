@@ -18,6 +18,7 @@ from diffsteer.perturb import Perturbation, ShuffledTokens
     "tpg",
     title="Token perturbation guidance",
     nfe=2,
+    asks=("pos",),
     bibtex="""
 @inproceedings{rajabi2025token,
   title = {Token Perturbation Guidance for Diffusion Models},

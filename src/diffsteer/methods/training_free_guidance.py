@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffsteer.core import After, Guidance, Plan, Run, State, Step, within
-from diffsteer.energy.forces import CleanEnergy, clean_force, estimate, smoothed, unit
+from diffsteer.energy.forces import CleanEnergy, clean_force, estimate, held_force, smoothed, unit
 from diffsteer.energy.steps import (
     EnergyGuidance,
     Landing,
@@ -43,6 +44,7 @@ class Rates:
     "tfg",
     title="Training-free guidance",
     nfe=1,
+    asks=("null",),
     bibtex="""
 @inproceedings{ye2024tfg,
   title = {{TFG}: Unified Training-Free Guidance for Diffusion Models},
@@ -77,6 +79,9 @@ class TrainingFreeGuidance(EnergyGuidance):
         Ascents in Delta_0; 0 leaves it out.
     num_recurrences : int
         How often each level is run, noise added anew in between; 4 in the paper's TFG-4.
+    x_t_path : {"network", "held"}
+        Where Delta_t's gradient goes: through the network, or with eps held, 1 / alpha_t of the gradient at x0, which
+        spares the network's derivative.
     x_t_mode : {"jump", "score"}
         How Delta_t acts: the paper's jump, or as a term of the score, eps -= sigma_t Delta_t.
     x0_mode : {"x0_keep_eps", "x0_rederive"}
@@ -90,7 +95,7 @@ class TrainingFreeGuidance(EnergyGuidance):
 
     Notes
     -----
-    Each visit of a level: the base's evaluations (1), their derivative unless ``x_t_scale=0``, and
+    Each visit of a level: the base's evaluations (1), their derivative unless ``x_t_scale=0`` or eps is held, and
     ``num_mc_samples * (1 + num_x0_iterations)`` gradients of the energy. Exact special cases, each with a class of its
     own: DPS and FreeDoM (mu = 0, no smoothing, rho_t = a times theirs), LGD (the same, smoothed), MPGD (rho = 0, one
     iteration), universal guidance (modes "score" and "x0_rederive", constant schedules). The paper's scripts take 4
@@ -106,6 +111,7 @@ class TrainingFreeGuidance(EnergyGuidance):
     num_mc_samples: int = 1
     num_x0_iterations: int = 4
     num_recurrences: int = 1
+    x_t_path: Literal["network", "held"] = "network"
     x_t_mode: Mode = "jump"
     x0_mode: Mode = "x0_keep_eps"
     x_t_schedule: str = "increase"
@@ -119,6 +125,8 @@ class TrainingFreeGuidance(EnergyGuidance):
         for name, least in (("num_mc_samples", 1), ("num_x0_iterations", 0), ("num_recurrences", 1)):
             if getattr(self, name) < least:
                 raise ParameterError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.x_t_path not in ("network", "held"):
+            raise ParameterError(f"x_t_path must be 'network' or 'held', got {self.x_t_path!r}")
         check_mode(self.x_t_mode, ("jump", "score"))
         check_mode(self.x0_mode, ("x0_keep_eps", "x0_rederive"))
         for name in ("x_t_schedule", "x0_schedule", "smoothing_schedule"):
@@ -141,7 +149,8 @@ class TrainingFreeGuidance(EnergyGuidance):
     def guide(self, step: Step, state: Rates) -> Plan:
         guided = not is_noise(step)
         rho, mu = state.x_t[step.index], state.x0[step.index]
-        here = yield from estimate(step, self.base, state.base, grad=guided and rho > 0)
+        through = rho > 0 and self.x_t_path == "network"
+        here = yield from estimate(step, self.base, state.base, grad=guided and through)
         state, prediction, info = replace(state, base=here.state), here.prediction, here.info
         if not guided:
             return prediction, state, info
@@ -149,7 +158,7 @@ class TrainingFreeGuidance(EnergyGuidance):
             return prediction, replace(state, landing=self._landing(state)), info
         x0, energy, jump = here.x0.detach(), self._smoothed(step, here.x0), None
         if rho:
-            force, values = here.force(energy)
+            force, values = here.force(energy) if through else held_force(energy, x0, step.level)
             if self.x_t_mode == "jump":
                 alpha, alpha_next = alphas(step)
                 force = force * alpha_next / alpha

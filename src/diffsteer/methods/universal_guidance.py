@@ -19,6 +19,7 @@ from diffsteer.methods._registry import register
     "ugd",
     title="Universal guidance",
     nfe=1,
+    asks=("null",),
     bibtex="""
 @inproceedings{bansal2024universal,
   title = {Universal Guidance for Diffusion Models},

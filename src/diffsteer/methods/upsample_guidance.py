@@ -18,6 +18,7 @@ from diffsteer.paths import Level
     "upsample",
     title="Upsample guidance",
     nfe=4,
+    asks=("pos", "null"),
     bibtex="""
 @misc{hwang2024upsample,
   title = {Upsample Guidance: Scale Up Diffusion Models without Training},
