@@ -16,7 +16,7 @@ from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
 from diffsteer.train import export, run, train
 from diffsteer.train.data import digits
 from diffsteer.train.loop import read_checkpoint
-from diffsteer.train.recipes import RECIPES, Recipe
+from diffsteer.train.recipes import PARTS, RECIPES, Recipe
 from diffsteer.zoo.networks import build
 
 
@@ -87,10 +87,40 @@ def test_parts_share_no_random_stream(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(seeds) == len(set(seeds)) == 10
 
 
+def test_streams_are_as_they_were() -> None:
+    """Weights that are shipped were trained from these: another number would be another model."""
+    parts = [*PARTS, "marginal", *(f"only_{label}" for label in range(10))]
+    assert len({run._stream(0, part) for part in parts}) == len(parts)
+    assert [run._stream(0, part) for part in ("denoiser", "only_0", "marginal")] == [2968811710, 2617721224, 3831201730]
+
+
+def test_the_marginal_begins_where_the_denoiser_ended_and_takes_its_place(tmp_path: Path, monkeypatch) -> None:
+    recipe = replace(RECIPES["digits"]["denoiser"], part="marginal", label_dropout=0.5)
+    monkeypatch.setitem(run.RECIPES, "digits", {**RECIPES["digits"], "marginal": recipe})
+    small = {"steps": 2, "batch_size": 4, "num_samples": 0}
+    with pytest.raises(ParameterError, match="train the part 'denoiser' first"):
+        train("digits", tmp_path, parts=["marginal"], **small)
+    train("digits", tmp_path, parts=["denoiser"], **small)
+    with pytest.raises(ParameterError, match="train the part 'denoiser' first"):
+        run._denoiser(tmp_path / "elsewhere", recipe)
+    denoiser, _ = read_checkpoint(tmp_path / "checkpoints" / "denoiser.safetensors")
+    begun = run._denoiser(tmp_path / "checkpoints", replace(recipe, steps=2)).state_dict()
+    assert all(torch.equal(value, denoiser[f"ema.{name}"]) for name, value in begun.items())
+    train("digits", tmp_path, parts=["marginal"], **small)
+    tensors, _ = read_checkpoint(tmp_path / "checkpoints" / "marginal.safetensors")
+    assert not torch.equal(tensors["ema.conv_in.weight"], denoiser["ema.conv_in.weight"])
+    assert torch.equal(
+        load_file(tmp_path / "denoiser.safetensors")["conv_in.weight"], tensors["ema.conv_in.weight"].half()
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "marginal" not in config["networks"]
+    assert set(config["recipe"]) == {"seed", "denoiser", "marginal"}
+
+
 def test_networks_of_one_class_see_that_class_alone() -> None:
     data = digits()
     for part, wanted in (("only_3", data.images[data.labels == 3]), ("unconditional", data.images)):
-        job = run.task(Recipe(part, {}, steps=1, batch_size=1, lr=1.0), data)
+        job = run.task(Recipe(part, {}, steps=1, batch_size=1, lr=1.0), data, torch.nn.Identity())
         assert torch.equal(job.data.images, wanted)
         *_, labels, _ = job.draw(64, torch.Generator().manual_seed(0))
         assert labels.tolist() == [0] * 64

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from diffsteer.train.data import digits
 from diffsteer.train.recipes import SCHEDULE
-from diffsteer.train.tasks import ClassifyNoisy, Denoise
+from diffsteer.train.tasks import ClassifyNoisy, Denoise, Marginalise
 
 
 class Constant(nn.Module):
@@ -46,6 +48,41 @@ def test_the_denoising_loss_is_the_mean_square_of_the_noise_error() -> None:
     task = Denoise(digits(), DDPMScheduler(**SCHEDULE), null_label=10, dropout=0.15)
     loss = task.loss(Constant(), *batch)
     torch.testing.assert_close(loss, (batch[3] - 0.5).square().mean())
+
+
+class Exact(nn.Module):
+    """Of a data set with one image for each label: what is left once that is taken off is the noise."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.images, self.seen = images, []
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor, return_dict: bool) -> tuple[Tensor]:
+        self.seen.append(class_labels)
+        alphabar = DDPMScheduler(**SCHEDULE).alphas_cumprod[t][:, None, None, None]
+        return ((x - alphabar.sqrt() * self.images[class_labels]) / (1 - alphabar).sqrt(),)
+
+
+def test_the_branch_without_a_label_learns_from_the_labelled_ones() -> None:
+    """The labels' own answers where the label is dropped, the noise elsewhere: one where an image is all of a label."""
+    data = digits()
+    one = replace(data, images=data.images[:10], labels=torch.arange(10))
+    task = Marginalise(one, DDPMScheduler(**SCHEDULE), 10, 0.6, Exact(one.images))
+    x_t, t, labels, dropped, noise = task.draw(4000, torch.Generator().manual_seed(0))
+    assert abs(dropped.double().mean() - 0.6) < 0.03
+    net = Exact(torch.zeros(11, 1, 8, 8))
+    loss = task.loss(net, x_t, t, labels, dropped, noise)
+    assert torch.equal(net.seen[0], torch.where(dropped, 10, labels))
+    assert torch.equal(task.teacher.seen[0], labels[dropped])
+    answer = net(x_t, t, labels, False)[0]
+    torch.testing.assert_close(loss, (answer - noise).square().mean(), rtol=1e-4, atol=0)
+    other = Marginalise(one, DDPMScheduler(**SCHEDULE), 10, 0.6, Exact(one.images + 1))
+    wrong = torch.where(dropped[:, None, None, None], other.teacher(x_t, t, labels, False)[0], noise)
+    found = other.loss(net, x_t, t, labels, dropped, noise)
+    torch.testing.assert_close(found, (answer - wrong).square().mean(), rtol=1e-4, atol=0)
+    assert abs(found / loss - 1) > 0.1
+    kept = torch.zeros_like(dropped)
+    torch.testing.assert_close(task.loss(net, x_t, t, labels, kept, noise), (answer - noise).square().mean())
 
 
 def test_the_noisy_classifier_keeps_its_labels() -> None:

@@ -53,7 +53,7 @@ def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str
     ParameterError
         There is no denoiser checkpoint.
     """
-    named = [*PARTS, *sorted(path.stem for path in run_dir.glob("only_*.safetensors"))]
+    named = [*PARTS, "marginal", *sorted(path.stem for path in run_dir.glob("only_*.safetensors"))]
     paths = {part: path for part in named if (path := run_dir / f"{part}.safetensors").exists()}
     if "denoiser" not in paths:
         raise ParameterError(f"{run_dir} holds no denoiser.safetensors: train the part 'denoiser' first")
@@ -65,10 +65,11 @@ def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str
     for part, path in paths.items():
         tensors, record = read_checkpoint(path)
         weights = {name: _half(value) for name, value in averaged(tensors).items()}
-        write_atomically(out_dir / f"{part}.safetensors", weights)
-        networks[part] = record["recipe"].pop("network")
-        nets[part] = build(networks[part]).eval().requires_grad_(False)
-        nets[part].load_state_dict(weights)
+        role = "denoiser" if part == "marginal" else part  # the last one of its role is kept
+        write_atomically(out_dir / f"{role}.safetensors", weights)
+        networks[role] = record["recipe"].pop("network")
+        nets[role] = build(networks[role]).eval().requires_grad_(False)
+        nets[role].load_state_dict(weights)
         progress = {"steps_done": record["step"], "seconds": round(record["seconds"]), "device": record["device"]}
         recipe[part] = record["recipe"] | progress
     data = datasets.load(record["dataset"], record.get("image_size", 32))

@@ -13,7 +13,7 @@ __all__ = ["PARTS", "RECIPES", "SCHEDULE", "Recipe", "for_images"]
 
 PARTS = ("denoiser", "judge", "features", "noisy_classifier", "unconditional", "weak")
 """The parts of a model: "weak" is a smaller, less trained twin of the denoiser. ``only_<label>``, a denoiser of one
-class alone, is a part as well."""
+class alone, is a part as well, and so is "marginal", the denoiser trained further, which is exported in its place."""
 
 SCHEDULE: Mapping[str, Any] = MappingProxyType(
     {"beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000, "beta_schedule": "linear"}
@@ -27,7 +27,7 @@ class Recipe:
     Attributes
     ----------
     part : str
-        One of ``PARTS``, or ``only_<label>``.
+        One of ``PARTS``, ``only_<label>`` or "marginal".
     network : mapping
         The description that :func:`diffsteer.zoo.networks.build` understands.
     steps, batch_size : int
@@ -177,6 +177,16 @@ _MNIST = (
         lr=2e-3,
         warmup=200,
         label_dropout=0.15,
+    ),
+    Recipe(
+        part="marginal",
+        network=_unet(28, 1, 11, [40, 80], patch=2),
+        steps=4000,
+        batch_size=128,
+        lr=1e-3,
+        warmup=50,
+        ema=0.998,
+        label_dropout=0.6,
     ),
     *_classifiers(28, 1, 10, steps=4000, width=24),
 )

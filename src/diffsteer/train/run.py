@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from torch import nn
 
-from diffsteer.errors import UnknownNameError
+from diffsteer.errors import ParameterError, UnknownNameError
 from diffsteer.train import data as datasets
 from diffsteer.train.export import export
-from diffsteer.train.loop import accelerator, fit
+from diffsteer.train.loop import accelerator, averaged, fit, read_checkpoint
 from diffsteer.train.recipes import PARTS, RECIPES, SCHEDULE, Recipe, for_images
-from diffsteer.train.tasks import AUGMENTATIONS, Classify, ClassifyNoisy, Denoise, Task
+from diffsteer.train.tasks import AUGMENTATIONS, Classify, ClassifyNoisy, Denoise, Marginalise, Task
 from diffsteer.zoo.networks import build
 
 __all__ = ["task", "train"]
@@ -65,7 +67,7 @@ def train(
     UnknownNameError
         There is no such data set or part.
     ParameterError
-        A checkpoint in ``out`` belongs to another recipe or seed.
+        A checkpoint in ``out`` belongs to another recipe or seed, or "marginal" has no finished denoiser to begin with.
     KeyboardInterrupt
         Stopped by a signal; the checkpoint has been written, and the same command resumes.
     """
@@ -81,22 +83,44 @@ def train(
     checkpoints.mkdir(parents=True, exist_ok=True)
     for part in parts:
         recipe = replace(recipes[part], **changes)
-        number = PARTS.index(part) if part in PARTS else len(PARTS) + int(part.removeprefix("only_"))
-        stream = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        stream = _stream(seed, part)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream)
-            net = build(recipe.network)
+            net = _denoiser(checkpoints, recipe) if part == "marginal" else build(recipe.network)
         own = {} if dataset in RECIPES else {"image_size": image_size}
         record = {"dataset": dataset, **own, "seed": seed, "recipe": asdict(recipe)}
         path = checkpoints / f"{part}.safetensors"
-        fit(net, task(recipe, data), recipe, path, seed=stream, record=record, resume=resume)
+        fit(net, task(recipe, data, net), recipe, path, seed=stream, record=record, resume=resume)
     if accelerator().is_main_process:
         export(checkpoints, out, num_samples=num_samples)
 
 
-def task(recipe: Recipe, data: datasets.Dataset) -> Task:
-    """The objective of one part: the only place that knows which part is trained how."""
+def _stream(seed: int, part: str) -> int:
+    """The seed of one part's weights and batches."""
+    if part == "marginal":
+        key = [seed, 0, 1]  # the denoiser's second training
+    else:
+        key = [seed, PARTS.index(part) if part in PARTS else len(PARTS) + int(part.removeprefix("only_"))]
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def _denoiser(checkpoints: Path, recipe: Recipe) -> nn.Module:
+    """The finished denoiser, where "marginal" begins."""
+    path = checkpoints / "denoiser.safetensors"
+    tensors, record = read_checkpoint(path) if path.exists() else ({}, {})
+    if not record or record["step"] < record["recipe"]["steps"]:
+        raise ParameterError(f"{path} is not there or not finished: train the part 'denoiser' first")
+    net = build(recipe.network)
+    net.load_state_dict(averaged(tensors))
+    return net
+
+
+def task(recipe: Recipe, data: datasets.Dataset, net: nn.Module) -> Task:
+    """The objective of one part, from where its network starts: the only place that knows which part is trained how."""
     scheduler = DDPMScheduler(**SCHEDULE)
+    if recipe.part == "marginal":
+        teacher = copy.deepcopy(net).eval().requires_grad_(False).to(accelerator().device)
+        return Marginalise(data, scheduler, len(data.classes), recipe.label_dropout, teacher)
     if recipe.part in ("denoiser", "weak"):
         return Denoise(data, scheduler, null_label=len(data.classes), dropout=recipe.label_dropout)
     if recipe.part == "noisy_classifier":

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from diffsteer.train.data import Dataset
 
-__all__ = ["AUGMENTATIONS", "Classify", "ClassifyNoisy", "Denoise", "Task", "affine", "flip"]
+__all__ = ["AUGMENTATIONS", "Classify", "ClassifyNoisy", "Denoise", "Marginalise", "Task", "affine", "flip"]
 
 
 class Task(Protocol):
@@ -104,6 +104,36 @@ class Denoise:
     def loss(self, net: nn.Module, *batch: Tensor) -> Tensor:
         x_t, t, labels, noise = batch
         return F.mse_loss(net(x_t, t, class_labels=labels, return_dict=False)[0].float(), noise)
+
+
+@dataclass(frozen=True)
+class Marginalise:
+    """Noise prediction whose branch without a label learns from the labelled answers of a finished network.
+
+    Of all images that may have become x_t the labels are distributed as p(label | x_t): the mean of those answers is
+    the noise that is expected without a label, and they scatter less about it than the noise itself. What comes out is
+    the mixture of its own labelled branches, as the posterior of a label presumes.
+    """
+
+    data: Dataset
+    scheduler: DDPMScheduler
+    null_label: int
+    dropout: float
+    teacher: nn.Module
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        images, labels = _pick(self.data, batch_size, generator)
+        x_t, t, noise = _diffuse(images, self.scheduler, generator)
+        return x_t, t, labels, torch.rand(batch_size, generator=generator) < self.dropout, noise
+
+    def loss(self, net: nn.Module, *batch: Tensor) -> Tensor:
+        x_t, t, labels, dropped, wanted = batch
+        if dropped.any():
+            with torch.no_grad():
+                told = self.teacher(x_t[dropped], t[dropped], class_labels=labels[dropped], return_dict=False)[0]
+            wanted = wanted.masked_scatter(dropped[:, None, None, None], told.to(wanted))
+        seen = labels.masked_fill(dropped, self.null_label)
+        return F.mse_loss(net(x_t, t, class_labels=seen, return_dict=False)[0].float(), wanted)
 
 
 @dataclass(frozen=True)
