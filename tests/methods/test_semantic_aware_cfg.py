@@ -320,6 +320,8 @@ def test_regions_of_a_networks_own_attention():
     assert all(len(labels.unique()) > 1 and 0 < foreground.double().mean() < 1 for labels, foreground in used)
     with pytest.raises(UnsupportedError, match="another ratio"):
         ds.sample(denoiser, SCFG(ratio=16), **run)
+    with pytest.raises(UnsupportedError, match="segmentation of a video"):
+        play(SCFG(), script(shape=(2, 3, 4, 4)))
 
 
 def test_refuses_attention_of_no_grid():

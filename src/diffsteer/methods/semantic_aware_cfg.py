@@ -126,6 +126,8 @@ class SemanticAwareCFG(Guidance):
         """Regions and foreground of a step, from what was recorded of its attention unless told otherwise."""
         if self.segmentation is not None:
             return self.segmentation(step)
+        if step.x.ndim != 4:
+            raise UnsupportedError("regions are found in the attention of pictures; give a segmentation of a video")
         cond, null = (list(record.maps.values()) for record in seen if record is not None)
         if not cond:
             raise UnsupportedError(
