@@ -1,7 +1,10 @@
-"""Running a level again, and how vectors act on a step, whoever runs the loop."""
+"""The ways of the gradient, running a level again, and how vectors act on a step, whoever runs the loop."""
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +13,14 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 import diffsteer as ds
-from diffsteer.core import Call, Guidance, Repeat
+from diffsteer.core import Call, Guidance, Repeat, like
+from diffsteer.energy.forces import Force, clean_force, estimate, held_force, noisy_force, unit
 from diffsteer.energy.steps import Landing, act, land, renoise, score_of
 from diffsteer.engine import Engine, stream
 from diffsteer.errors import ParameterError, StateError, UnsupportedError
+from diffsteer.paths import convert
 from diffsteer.schedulers import SchedulerView
+from diffsteer.testing import play, script
 
 RING = ds.toy.ring().denoiser({"null": None})
 LINEAR = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -123,3 +129,142 @@ def test_unknown_mode() -> None:
     _, step = step_of(0.0, "eps")
     with pytest.raises(ParameterError, match="mode must be one of"):
         act("latent", step, step.x, step.x)
+
+
+class Forced(torch.autograd.Function):
+    """The energies of a way of the gradient, whose derivative is minus its force: for gradcheck."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, way: Callable[[torch.Tensor], Force]) -> torch.Tensor:
+        force, values = way(y.detach())
+        ctx.save_for_backward(force)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, weights: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (force,) = ctx.saved_tensors
+        return -like(weights, force) * force, None
+
+
+def cubic(x: torch.Tensor) -> torch.Tensor:
+    return x.sin().sum(1) + x[:, 0] * x.square().sum(1)
+
+
+def waves(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(1).sin().sum(1)
+
+
+def asked(base: Any, step: ds.Step) -> Any:
+    """What a base makes of a point, the toy answering for the networks."""
+    den = ds.toy.hard().denoiser({"null": None, "pos": [1, 4]})
+    plan, answers = estimate(step, base), None
+    try:
+        while True:
+            calls = next(plan) if answers is None else plan.send(answers)
+            with torch.enable_grad():
+                found = [den.predict(c.context, c.x, step.level, torch.arange(len(c.x))) for c in calls]
+                pairs = zip(found, calls, strict=True)
+                answers = [convert(x0, c.x, step.level, "x0", step.space) for x0, c in pairs]
+    except StopIteration as done:
+        return done.value
+
+
+@pytest.mark.parametrize("level", [ds.Level(0.8, 0.6), ds.Level(1.0, 1.5), ds.Level(0.3, 0.7)])
+@pytest.mark.parametrize("space", ["eps", "x0", "v"])
+def test_every_way_of_the_gradient_is_exact(level: ds.Level, space: str) -> None:
+    """gradcheck in float64 on the toy denoiser, with respect to x_t in variance-preserving coordinates."""
+    y = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    start = asked("null", ds.Step(unit(level) * y, level, ds.Level(1, 0), 0, 1, space))
+    eps = convert(start.prediction, unit(level) * y, level, space, "eps")
+
+    def step(y: torch.Tensor) -> ds.Step:
+        return ds.Step(unit(level) * y, level, ds.Level(1.0, 0.0), 0, 1, space)
+
+    ways: dict[str, Callable[[torch.Tensor], Force]] = {
+        "through the network": lambda y: asked("null", step(y)).force(cubic),
+        "through a whole method": lambda y: asked(ds.ClassifierFreeGuidance(3.0), step(y)).force(cubic),
+        "eps held": lambda y: held_force(cubic, convert(eps, unit(level) * y, level, "eps", "x0"), level),
+        "of x0 alone": lambda y: clean_force(cubic, y),
+        "of x_t and its level": lambda y: noisy_force(lambda x, le: le.sigma * cubic(x), step(y)),
+    }
+    for name, way in ways.items():
+        assert torch.autograd.gradcheck(lambda y, way=way: Forced.apply(y, way), y.clone().requires_grad_()), name
+    forces = [ways[name](y)[0] for name in ("through the network", "through a whole method", "eps held")]
+    assert min(float((a - b).abs().max()) for a in forces for b in forces if a is not b) > 0.01
+
+
+class Counting(torch.nn.Module):
+    """Counts how many of the inputs that it saw are still alive when it is called again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+        self.most = 0
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        self.seen = [ref for ref in (*self.seen, weakref.ref(x)) if ref() is not None]
+        self.most = max(self.most, len(self.seen))
+        return torch.tanh(x) * (1 + t[:, None] / 1000)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ds.TrainingFreeGuidance(waves, 0.01, 0.01, num_recurrences=2),
+        ds.LossGuidedDiffusion(waves, 0.01, num_mc_samples=3),
+        ds.UniversalGuidance(waves, 0.01, num_recurrences=2, num_x0_iterations=2),
+        ds.FreeDoM(waves, 0.01, num_recurrences=2, normalize="eps"),
+        ds.DiffusionPosteriorSampling(waves, 0.01),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_memory_is_that_of_one_step(method: Guidance) -> None:
+    """Graphs end with their step, however many there are: two at most, the present one and the one before."""
+    for steps in (4, 16):
+        net = Counting()
+        gc.collect()
+        ds.sample(
+            ds.denoiser(net, shape=(2,)), method, scheduler=DDIMScheduler(**LINEAR, clip_sample=False), steps=steps,
+            num_samples=2,
+        )  # fmt: skip
+        assert net.most <= 2, steps
+
+
+AROUND = [
+    lambda scale, base: ds.TrainingFreeGuidance(waves, scale, 0.0, base=base),
+    lambda scale, base: ds.UniversalGuidance(waves, scale, num_x0_iterations=0, base=base),
+    lambda scale, base: ds.FreeDoM(waves, scale, base=base),
+    lambda scale, base: ds.MotionGuidance(
+        torch.zeros(1, 2, 2), torch.zeros(2, 2, 2), lambda source, image: image[:, [0, 0]], scale, base=base
+    ),
+    lambda scale, base: ds.ReadoutGuidance(lambda maps, level: waves(maps["up"]), ("up",), scale, base=base),
+]
+
+
+@pytest.mark.parametrize("build", AROUND)
+def test_a_base_lands_too(build: Callable[[float, Any], Guidance]) -> None:
+    """What it does to the sample after the step is done, before what is done by the method around it."""
+    scene = script(steps=4, shape=(1, 2, 2))
+    inner = ds.ManifoldPreservingGuidance(waves, 0.5)
+    for ours, theirs in zip(play(build(0.0, inner), scene), play(inner, scene), strict=True):
+        torch.testing.assert_close(ours.x_next, theirs.x_next)
+    again = ds.FreeDoM(waves, 0.1, num_recurrences=2, recurrence_window=(0.0, 1.0))
+    with pytest.raises(UnsupportedError, match="of the outer method"):
+        play(build(0.0, again), scene)
+
+
+def test_a_base_lands_beside_the_method_around_it() -> None:
+    scene = script(steps=4)
+    inner = ds.ManifoldPreservingGuidance(waves, 0.5)
+    outer = {"energy": lambda x: x.flatten(1).square().sum(1), "x_t_scale": 0.0, "num_x0_iterations": 1}
+    both, one, two, none = (
+        play(m, scene)
+        for m in (
+            ds.TrainingFreeGuidance(**outer, base=inner), ds.TrainingFreeGuidance(**outer), inner, ds.Unguided(),
+        )
+    )  # fmt: skip
+    for total, a, b, plain in zip(both, one, two, none, strict=True):
+        torch.testing.assert_close(total.x_next, a.x_next + b.x_next - plain.x_next)
+        assert float((a.x_next - plain.x_next).abs().min()) > 0
+    with pytest.raises(UnsupportedError, match="SumEnergy"):
+        play(ds.TrainingFreeGuidance(**outer | {"x_t_scale": 0.1}, base=inner), scene)

@@ -17,6 +17,7 @@ def test_every_method_has_a_page_without_leftovers_of_its_markup(tmp_path: Path)
         for leftover in (".. math", ":class:", "\n----", "Parameters\n--"):
             assert leftover not in text, (path.stem, leftover)
         assert text.count("```") % 2 == 0
+        assert "\n    " not in text.split("## Paper")[0], path.stem  # an equation outside of its formula
 
 
 def test_a_page_has_defaults_formula_parameters_and_paper() -> None:
@@ -65,6 +66,11 @@ def test_aligned_formulas_tables_and_examples_are_fenced() -> None:
     assert "```math\n\\begin{aligned}\na &= b" in text
     assert "```\n=== ===\na   b\n=== ===\n```" in text
     assert "```python\n>>> 1 + 1\n2\n```" in text
+
+
+def test_equations_apart_are_lines_of_one_formula() -> None:
+    text = markdown("Head.\n\n.. math::\n    a = b\n\n    c = d\n\nWords.\n")
+    assert "```math\n\\begin{aligned}\na = b \\\\\nc = d\n\\end{aligned}\n```\n\nWords." in text
 
 
 def test_a_formula_that_goes_on_below_its_directive_is_whole() -> None:

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from case import Case, Row
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from energies import coordinates, landing, slope
 from torch import Tensor
 
 import diffsteer as ds
-from diffsteer.errors import ParameterError, UnknownNameError
+from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
 from diffsteer.paths import Level
 from diffsteer.testing import Script, play, script
 
@@ -190,7 +190,21 @@ def test_more_guidance_reads_more_of_what_is_wanted(unet: UNet2DModel) -> None:
     assert bool((energies[2] < energies[1]).all() and (energies[1] < energies[0]).all())
 
 
+def test_beside_another_method_it_corrects_its_bases_reference() -> None:
+    """At scale 0 it adds nothing to what is there."""
+    scene = script(steps=3)
+    for base in ("pos", CFG):
+        total = play(CFG + ds.ReadoutGuidance(Head(), ("up",), 0.0, base=base), scene)
+        extra = play(ds.ClassifierFreeGuidance(6.0), scene) if base is CFG else play(CFG, scene)
+        for a, b in zip(total, extra, strict=True):
+            torch.testing.assert_close(a.prediction, b.prediction)
+
+
 def test_refuses(unet: UNet2DModel) -> None:
+    method = ds.ReadoutGuidance(bright, ("up_blocks.0",))
+    den = ds.denoiser(unet, contexts={"null": {"class_labels": 0}, "pos": {"class_labels": 1}})
+    with pytest.raises(UnsupportedError, match="one evaluation"):
+        ds.sample(den, method, scheduler=DPMSolverMultistepScheduler(), num_samples=1, steps=2)
     with pytest.raises(ParameterError, match="scale"):
         ds.ReadoutGuidance(bright, ("up",), -0.1)
     with pytest.raises(ParameterError, match="window"):

@@ -13,6 +13,7 @@ from energies import Waves, clean, coordinates, drawn, landing, slope, streams
 from gaussians import LINEAR
 
 import diffsteer as ds
+from diffsteer.core import Run, Step
 from diffsteer.energy.forces import smoothed
 from diffsteer.errors import NonFiniteError, ParameterError, UnsupportedError
 from diffsteer.schedulers import SchedulerView
@@ -53,11 +54,18 @@ def oracle(method: Any, scene: Script) -> list[Row]:
             def log_f(z: np.ndarray, deltas: Any = deltas) -> np.ndarray:
                 return np.log(sum(np.exp(-method.energy.exact(z + d)) for d in deltas) / len(deltas))
 
-            through = slope(lambda y, i=i, u=u, log_f=log_f: log_f(x0_of(scene, i, y * u)), x / u)
+            eps = (x / u - alpha * x0) / sigma
+
+            def seen(y: np.ndarray, i: int = i, u: float = u, held: Any = (alpha, sigma, eps)) -> np.ndarray:
+                if method.x_t_path == "network":
+                    return x0_of(scene, i, y * u)
+                return (y - held[1] * held[2]) / held[0]
+
+            through = slope(lambda y, seen=seen, log_f=log_f: log_f(seen(y)), x / u)
             delta_t, delta_0 = rho[i] * through, np.zeros_like(x0)
             for _ in range(method.num_x0_iterations):
                 delta_0 = delta_0 + mu[i] * slope(log_f, x0 + delta_0)
-            eps, x_s = (x / u - alpha * x0) / sigma, landing(scene, i) / v
+            x_s = landing(scene, i) / v
             if method.x_t_mode == "jump":
                 x_s = x_s + delta_t / a
             else:
@@ -98,6 +106,10 @@ CASE = Case(
         ),
         ({"energy": WAVES, "x0_scale": 0.0, "smoothing_std": 0.1}, {"seed": 1, "steps": 3}),
         ({"energy": WAVES, "x_t_scale": 0.0, "x0_scale": 0.5}, {"seed": 2, "steps": 3}),
+        (
+            {"energy": WAVES, "x_t_path": "held", "x_t_scale": 0.3, "x0_scale": 0.1, "smoothing_std": 0.2},
+            {"coordinates": "flow", "seed": 3, "steps": 3},
+        ),
     ],
     contract=[
         (ds.TrainingFreeGuidance(WAVES, 0.3, 0.2), 0.0),
@@ -105,7 +117,7 @@ CASE = Case(
     ],
     formulas=[
         ("methods.training_free_guidance", ("guide", "rates", "_smoothed")),
-        ("energy.forces", ("clean_force", "smoothed", "force")),
+        ("energy.forces", ("clean_force", "held_force", "smoothed", "force")),
         ("energy.steps", ("act", "land", "renoise", "alphas")),
     ],
     rtol=1e-7,  # the script answers for the network's Jacobian by differences
@@ -158,6 +170,20 @@ def test_universal_guidance_is_a_special_case(iterations: int, again: int) -> No
     )  # fmt: skip
     theirs = ds.UniversalGuidance(WAVES, 0.7, num_recurrences=again, num_x0_iterations=iterations, x0_lr=0.2)
     same(play(ours, script(steps=4)), play(theirs, script(steps=4)))
+
+
+@pytest.mark.parametrize("kind", ["vp", "ve", "flow"])
+def test_with_eps_held_a_term_of_the_score_is_a_move_of_x0(kind: str) -> None:
+    """By sigma_t**2 / alpha_t**2 of it: MPGD's gradient, x_t fixed, and no derivative of the network is asked for."""
+    scene = script(steps=4, coordinates=kind)
+    held = ds.TrainingFreeGuidance(WAVES, 0.6, 0.0, x_t_path="held", x_t_mode="score", **PLAIN)
+    for i in range(4):
+        share = scene.levels[i].rho ** 2
+        moved = ds.TrainingFreeGuidance(WAVES, 0.0, 0.6 * share, num_x0_iterations=1, x0_mode="x0_rederive", **PLAIN)
+        same(play(held, scene), play(moved, scene), i)
+    x, levels = torch.as_tensor(scene.points[0]), scene.levels
+    state = held.start(Run(x, levels, 1.0, ("null",)))
+    assert [call.grad for call in next(held.guide(Step(x, levels[0], levels[1], 0, 4, "eps"), state))] == [False]
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -328,7 +354,7 @@ def test_an_energy_that_fails_later_is_refused_then() -> None:
     [
         {"x_t_scale": -1.0}, {"x0_scale": float("nan")}, {"smoothing_std": -0.1}, {"num_mc_samples": 0},
         {"num_x0_iterations": -1}, {"num_recurrences": 0}, {"x_t_mode": "mean"}, {"x0_mode": "jump"},
-        {"x_t_schedule": "up"}, {"smoothing_schedule": "increase"},
+        {"x_t_schedule": "up"}, {"smoothing_schedule": "increase"}, {"x_t_path": "x0"},
     ],
 )  # fmt: skip
 def test_refuses(change: dict[str, Any]) -> None:
@@ -337,24 +363,26 @@ def test_refuses(change: dict[str, Any]) -> None:
 
 
 def test_linear_gaussian_posterior() -> None:
-    """Prior N(0, I), y = x_1 + noise of width s: mean y / (1 + s**2), variance s**2 / (1 + s**2), the rest as it was.
+    """Prior N(0, I), y = A x + noise of width s, A of 3 to 2: N(C A^T y / s**2, C), C = (I + A^T A / s**2)^-1.
 
-    The exact energy -log p(y | x_t) is that of E[x_1 | x_t] with the variance of x_1 given x_t, which is sigma_t**2,
-    added to the noise's. DDIM is then a linear map of x_T: three points give its mean and covariance without chance.
+    The exact energy -log p(y | x_t) is that of E[A x | x_t] with the covariance of A x given x_t, sigma_t**2 A A^T,
+    added to the noise's. DDIM is then a linear map of x_T: four points give its mean and covariance without chance.
     """
-    y, s = 1.3, 0.8
-    den = ds.toy.GaussianMixture(torch.zeros(1, 2), torch.ones(1), torch.ones(1)).denoiser({"null": None})
+    a = torch.tensor([[1.0, 0.5, -0.3], [0.2, -0.8, 0.6]], dtype=torch.float64)
+    y, s = torch.tensor([1.3, -0.4], dtype=torch.float64), 0.8
+    den = ds.toy.GaussianMixture(torch.zeros(1, 3), torch.ones(1), torch.ones(1)).denoiser({"null": None})
 
     def energy(x: torch.Tensor, level: ds.Level) -> torch.Tensor:
-        return (y - level.alpha * x[:, 0]) ** 2 / (2 * (s**2 + level.sigma**2))
+        left = y - level.alpha * x @ a.T
+        inside = s**2 * torch.eye(2, dtype=a.dtype) + level.sigma**2 * a @ a.T
+        return (left * torch.linalg.solve(inside, left.T).T).sum(1) / 2
 
-    start = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    start = torch.cat([torch.zeros(1, 3), torch.eye(3)]).double()
     mean, *ends = ds.sample(
-        den, ds.ClassifierGuidance(energy, 1.0), scheduler=DDIMScheduler(**LINEAR), steps=500, num_samples=3,
+        den, ds.ClassifierGuidance(energy, 1.0), scheduler=DDIMScheduler(**LINEAR), steps=500, num_samples=4,
         x_T=start, dtype=torch.float64,
     ).samples  # fmt: skip
     spread = torch.stack([end - mean for end in ends], 1)
-    assert abs(float(mean[0]) / (y / (1 + s**2)) - 1) < 0.01
-    assert abs(float(mean[1])) < 1e-9
-    exact = torch.diag(torch.tensor([s**2 / (1 + s**2), 1.0], dtype=torch.float64))
-    assert torch.allclose(spread @ spread.T, exact, atol=0.01)
+    covariance = torch.linalg.inv(torch.eye(3, dtype=a.dtype) + a.T @ a / s**2)
+    assert torch.allclose(mean, covariance @ a.T @ y / s**2, atol=0.01)
+    assert torch.allclose(spread @ spread.T, covariance, atol=0.01)

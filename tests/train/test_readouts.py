@@ -77,15 +77,42 @@ def test_training_noises_pictures_to_the_schedulers_levels(monkeypatch: pytest.M
 
     monkeypatch.setattr(readouts, "_features", watched)
     flat = torch.full((4, 1, 8, 8), 0.7)
-    train_readout(den, flat, flat, LAYERS, scheduler=SCHEDULER, width=4, iterations=30, batch_size=8)
+    before = torch.random.get_rng_state()
+    head = train_readout(den, flat, flat, LAYERS, scheduler=SCHEDULER, width=4, iterations=30, batch_size=8)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not head.training
+    assert not any(p.requires_grad for p in head.parameters())
     kept = torch.cumprod(1 - SCHEDULER.betas.double(), 0)
+    assert [len(x) for x, _ in seen[1:]] == [8] * 30  # the first look tells the number of channels
     for x, level in seen[1:]:
         assert float((kept - level.alpha**2).abs().min()) < 1e-9
         assert level.alpha**2 + level.sigma**2 == pytest.approx(1)
         left = (x - 0.7 * level.alpha) / level.sigma
         assert abs(float(left.mean())) < 0.25
         assert float(left.std()) == pytest.approx(1, abs=0.2)
-    assert len({level.alpha for _, level in seen}) > 20
+    drawn = torch.tensor([float((kept - level.alpha**2).abs().argmin()) for _, level in seen[1:]]) / len(kept)
+    assert bool((torch.histc(drawn, 4, 0, 1) >= 3).all())  # of 30, as many everywhere
+
+
+def test_the_network_looks_under_the_context_that_was_asked_for() -> None:
+    """At the first look and at every iteration."""
+    images, masks = blobs(6, 1)
+    asked = []
+
+    class Watched:
+        def __init__(self, den: Any) -> None:
+            self.den = den
+
+        def with_path(self, path: Any) -> Watched:
+            return Watched(self.den.with_path(path))
+
+        def predict(self, context: str, *more: Any) -> Tensor:
+            asked.append(context)
+            return self.den.predict(context, *more)
+
+    den = ds.denoiser(network(), contexts={"null": {}, "pos": {}})
+    train_readout(Watched(den), images, masks, LAYERS, scheduler=SCHEDULER, width=4, iterations=2, context="pos")
+    assert asked == ["pos"] * 3
 
 
 def test_repeats_itself_and_leaves_the_network_alone(den: Any) -> None:
@@ -116,7 +143,31 @@ def test_the_map_is_the_weighted_sum_over_layers() -> None:
         expected = head.out(torch.nn.functional.silu(share * parts[0] + (1 - share) * fine))
         torch.testing.assert_close(head(features, level), expected)
         assert float((head(features, ds.Level(0.6, 0.8)) - expected).abs().max()) > 1e-3
-        assert bool(torch.isfinite(head(features, ds.Level(0.0, 1.0))).all())
+        for level in (ds.Level(0.0, 1.0), ds.Level(1.0, 0.0)):
+            assert bool(torch.isfinite(head(features, level)).all())
+
+
+def test_a_bottleneck_is_scaled_and_shifted_by_the_level() -> None:
+    """By hand, in NumPy, of 1 x 1 pixels, where a convolution is a matrix and a group has two numbers."""
+    torch.manual_seed(2)
+    block = readouts._Bottleneck(3, 8).double()
+    psi, embedding = torch.randn(2, 3, 1, 1).double(), torch.randn(8).double()
+
+    def dense(layer: Any, x: np.ndarray) -> np.ndarray:
+        weight = layer.weight.detach().numpy()
+        centre = tuple(n // 2 for n in weight.shape[2:])
+        return x @ weight[(slice(None), slice(None), *centre)].T + layer.bias.detach().numpy()
+
+    def normal(x: np.ndarray) -> np.ndarray:
+        pairs = x.reshape(2, 4, 2)
+        centred = pairs - pairs.mean(2, keepdims=True)
+        y = (centred / np.sqrt((centred**2).mean(2, keepdims=True) + 1e-5)).reshape(2, 8)
+        return y / (1 + np.exp(-y))
+
+    scale, shift = np.split(dense(block.modulation, embedding.numpy()), 2)
+    h = normal(dense(block.reduce, psi[..., 0, 0].numpy())) * (1 + scale) + shift
+    expected = dense(block.expand, normal(dense(block.mix, h)))
+    np.testing.assert_allclose(block(psi, embedding).detach().numpy()[..., 0, 0], expected, rtol=1e-10)
 
 
 def test_the_energy_is_the_mean_square_with_an_exact_gradient() -> None:
@@ -150,6 +201,9 @@ def test_refuses(head: ReadoutHead, den: Any) -> None:
     images, masks = blobs(4, 1)
     with pytest.raises(ParameterError, match="as many images as targets"):
         train_readout(den, images, masks[:2], LAYERS, scheduler=SCHEDULER)
+    for wrong in ({"iterations": 0}, {"batch_size": 0}):
+        with pytest.raises(ParameterError, match="at least one iteration"):
+            train_readout(den, images, masks, LAYERS, scheduler=SCHEDULER, **wrong)
     with pytest.raises(ParameterError, match="multiple of 4"):
         ReadoutHead({"a": 3}, 1, (4, 4), width=6)
     with pytest.raises(ParameterError, match="of its own network"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from diffsteer.bench.intervals import Interval
+from diffsteer.bench.report_tables import rows_to_csv
 from diffsteer.files import write_text
 from diffsteer.zoo import Model
 
@@ -63,32 +64,10 @@ def write(
     """energy.json, energy.csv, energy.md and <task>.png."""
     record = {"model": model.name, "fingerprint": model.fingerprint, **facts, "lines": [asdict(line) for line in lines]}
     write_text(out / "energy.json", json.dumps(record, indent=1) + "\n")
-    write_text(out / "energy.csv", "\n".join(_csv(lines)) + "\n")
+    write_text(out / "energy.csv", rows_to_csv(lines, Line))
     write_text(out / "energy.md", "\n".join(markdown(lines)))
     for task, rows in pictures.items():
         draw(out / f"{task}.png", rows)
-
-
-def _csv(lines: Sequence[Line]) -> list[str]:
-    """An interval is two columns."""
-    names = [f.name for f in fields(Line)]
-    head = [
-        n for name in names for n in ([name.replace("interval", e) for e in ("low", "high")] if _two(name) else [name])
-    ]
-    rows = [",".join(head)]
-    for line in lines:
-        values = [getattr(line, name) for name in names]
-        cells = [
-            v
-            for name, value in zip(names, values, strict=True)
-            for v in ((value or ("", "")) if _two(name) else (value,))
-        ]
-        rows.append(",".join("" if v is None else str(v) for v in cells))
-    return rows
-
-
-def _two(name: str) -> bool:
-    return name.endswith("interval")
 
 
 def markdown(lines: Sequence[Line]) -> list[str]:

@@ -91,7 +91,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def markdown(docstring: str) -> str:
     """A numpydoc docstring as Markdown that GitHub renders."""
     text = re.sub(r":(?:class|meth|func|mod):`~?([^`]+)`", r"`\1`", docstring).replace("``", "`") + "\n\n"
-    text = re.sub(r"^\.\. math::[ ]*(.*)\n((?:    .*\n)*)", _math, text, flags=re.M)
+    text = re.sub(r"^\.\. math::[ ]*(.*)\n((?:    .*\n|\n(?=    ))*)", _math, text, flags=re.M)
     text = re.sub(r"^(=+ =[= ]*)\n((?:.+\n)+)", r"```\n\1\n\2```\n", text, flags=re.M)  # a table stays as it is set
     text = re.sub(r"^(>>> (?:.+\n)+)", r"```python\n\1```\n", text, flags=re.M)
     text = re.sub(r"^(\w[\w ]*)\n-{3,}$", r"## \1\n", text, flags=re.M)
@@ -100,10 +100,11 @@ def markdown(docstring: str) -> str:
 
 
 def _math(found: re.Match[str]) -> str:
-    body = inspect.cleandoc(found[2])
+    first, *more = inspect.cleandoc(found[2]).split("\n\n")  # equations, each on a line of its own
     if found[1]:  # begun beside the directive, and maybe continued below it
-        body = " ".join([found[1], *body.split("\n")]).strip()
-    if "&" in body:
+        first = " ".join([found[1], *first.split("\n")]).strip()
+    body = " \\\\\n".join([first, *more])
+    if more or "&" in body:
         body = f"\\begin{{aligned}}\n{body}\n\\end{{aligned}}"
     return f"```math\n{body}\n```\n"
 

@@ -57,9 +57,9 @@ def rich_table(report: RemovalReport, width: int | None = None) -> Table:
     return table
 
 
-def rows_to_csv(rows: Iterable[MethodRow]) -> str:
-    """Return the rows as CSV; an interval takes two columns, `_low` and `_high`, and None is empty."""
-    names = [field.name for field in fields(MethodRow)]
+def rows_to_csv(rows: Iterable[Any], kind: type[Any] = MethodRow) -> str:
+    """Return rows, dataclasses of one kind, as CSV; an interval is two columns, `_low` and `_high`, None is empty."""
+    names = [field.name for field in fields(kind)]
     wide = {name: [f"{name[:-9]}_low", f"{name[:-9]}_high"] if name.endswith("_interval") else [name] for name in names}
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

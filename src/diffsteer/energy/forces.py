@@ -100,6 +100,15 @@ def clean_force(energy: CleanEnergy, x0: Tensor) -> Force:
     return descent(values, at), values.detach()
 
 
+def held_force(energy: CleanEnergy, x0: Tensor, level: Level) -> Force:
+    """The force on x_t with eps held, in variance-preserving coordinates: no network in the graph.
+
+    x0 = (x_t - sigma eps) / alpha moves by 1 / alpha of x_t, as if the network always saw the same noise.
+    """
+    force, values = clean_force(energy, x0)
+    return force * (unit(level) / level.alpha), values
+
+
 def noisy_force(energy: NoisyEnergy, step: Step) -> Force:
     """The force of a noise-aware energy on x_t, in variance-preserving coordinates, no denoiser in the graph."""
     at = _leaf(step.x)
@@ -167,6 +176,11 @@ def estimate(
                 prediction, state, info = done.value
                 break
             answers = yield [_from(at, call) if grad else call for call in calls]
+        if grad and not prediction.requires_grad:
+            raise UnsupportedError(
+                f"{type(base).__name__} has an energy of its own, and there is no way through its answer to x_t: give "
+                "one method both energies (SumEnergy), or add the two methods up"
+            )
     with torch.set_grad_enabled(grad):
         x0 = convert(_wide(prediction), _wide(at), step.level, step.space, "x0")
     return Estimate(prediction.detach(), x0, at, unit(step.level), state, info)

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from diffsteer.core import After, Guidance, Repeat, Run, Step
+from diffsteer.core import After, Guidance, Repeat, Run, Step, within
 from diffsteer.energy.forces import check, unit
 from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.paths import convert, reverse_kernel
@@ -128,6 +128,26 @@ def land(step: Step, x_next: Tensor, state: Landing) -> After:
     if visits < state.wanted:
         return Repeat(renoise(step, x_next), Landing(visits=visits))
     return x_next, Landing()
+
+
+def land_around(base: str | Guidance, step: Step, x_next: Tensor, state: Any) -> After:
+    """:func:`land` of a method with another one inside, whose own move of the sample comes first.
+
+    Parameters
+    ----------
+    state : dataclass
+        With the base's own as ``base``, and ``landing``.
+    """
+    if isinstance(base, Guidance):
+        answer = base.after(step, x_next, state.base)
+        if isinstance(answer, Repeat):
+            raise UnsupportedError(
+                f"{type(base).__name__} repeats levels, which the method around it would take for one; set "
+                "num_recurrences of the outer method instead"
+            )
+        x_next, inner = answer
+        state = replace(state, base=inner)
+    return within(land(step, x_next, state.landing), lambda own: replace(state, landing=own))
 
 
 def renoise(step: Step, x_next: Tensor) -> Tensor:

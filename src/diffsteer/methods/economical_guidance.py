@@ -55,10 +55,11 @@ class EconomicalGuidance(_Around):
     -----
     The paper's abstract says that guidance by networks takes a third of the time at comparable quality by a set of
     choices like these; which ones, and with what constants, could not be read, so this is the space of choices and not
-    its algorithm. Further ones are other parts of this library: ``Switch(UniversalGuidance(...),
-    ManifoldPreservingGuidance(...), at)`` leaves the network's derivative out below a noise level, and FreeDoM repeats
-    levels inside a window alone. Which window is best depends on model and energy: measure. As many evaluations as the
-    method's at guided steps, 1 at the others. The level at which a step starts decides for its inner points too.
+    its algorithm. Further ones are other parts of this library: ``Switch(TrainingFreeGuidance(...),
+    TrainingFreeGuidance(..., x_t_path="held"), at)`` leaves the network's derivative out below a noise level, and
+    FreeDoM repeats levels inside a window alone. Which window is best depends on model and energy: measure. As many
+    evaluations as the method's at guided steps, 1 at the others. The level at which a step starts decides for its inner
+    points too.
     """
 
     start_at: float = 0.0

@@ -7,9 +7,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from diffsteer.core import After, Call, Guidance, Plan, Run, Step, within
+from diffsteer.core import After, Call, Guidance, Plan, Run, Step
 from diffsteer.energy.forces import CleanEnergy, estimate, matched_rms, reference
-from diffsteer.energy.steps import EnergyGuidance, Inside, act, check_recurrences, is_noise, land
+from diffsteer.energy.steps import EnergyGuidance, Inside, act, check_recurrences, is_noise, land_around
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
@@ -108,4 +108,4 @@ class FreeDoM(EnergyGuidance):
         return prediction, Inside(here.state, landing), here.info | {"energy": energy}
 
     def after(self, step: Step, x_next: Tensor, state: Inside) -> After:
-        return within(land(step, x_next, state.landing), lambda own: replace(state, landing=own))
+        return land_around(self.base, step, x_next, state)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffsteer.core import After, Guidance, Plan, Repeat, Run, Step
 from diffsteer.energy.forces import clipped_norm, estimate, unit
-from diffsteer.energy.steps import EnergyGuidance, Inside, act, check_recurrences, draw, is_noise, land
+from diffsteer.energy.steps import EnergyGuidance, Inside, act, check_recurrences, draw, is_noise, land_around
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
@@ -132,11 +132,11 @@ class MotionGuidance(EnergyGuidance):
         return prediction, Inside(here.state, landing), here.info | {"energy": energy}
 
     def after(self, step: Step, x_next: Tensor, state: Inside) -> After:
-        answer = land(step, x_next, state.landing)
+        answer = land_around(self.base, step, x_next, state)
         if isinstance(answer, Repeat):
-            return Repeat(self._kept(step, answer.x, step.level), Inside(state.base, answer.state))
-        x_next, landing = answer
-        return self._kept(step, x_next, step.level_next), Inside(state.base, landing)
+            return Repeat(self._kept(step, answer.x, step.level), answer.state)
+        x_next, state = answer
+        return self._kept(step, x_next, step.level_next), state
 
     def _kept(self, at: Step | Run, x: Tensor, level: Level) -> Tensor:
         """The sample with the noised source where it is to be kept."""

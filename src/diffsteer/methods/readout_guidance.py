@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsteer.core import After, Call, Guidance, Info, Plan, Run, State, Step, guide_in, within
+from diffsteer.core import After, Call, Guidance, Info, Plan, Run, State, Step, guide_in
 from diffsteer.energy.forces import descent, reference, unit
-from diffsteer.energy.steps import Inside, Landing, alphas, is_noise, land
+from diffsteer.energy.steps import Inside, Landing, alphas, is_noise, land_around
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
@@ -159,4 +159,4 @@ class ReadoutGuidance(Guidance):
             return result
 
     def after(self, step: Step, x_next: Tensor, state: Inside) -> After:
-        return within(land(step, x_next, state.landing), lambda own: replace(state, landing=own))
+        return land_around(self.base, step, x_next, state)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffsteer.core import After, Guidance, Plan, Run, State, Step, within
+from diffsteer.core import After, Guidance, Plan, Run, State, Step
 from diffsteer.energy.forces import CleanEnergy, clean_force, estimate, held_force, smoothed, unit
 from diffsteer.energy.steps import (
     EnergyGuidance,
@@ -20,7 +20,7 @@ from diffsteer.energy.steps import (
     check_mode,
     draw,
     is_noise,
-    land,
+    land_around,
     needs_of,
 )
 from diffsteer.errors import ParameterError
@@ -184,7 +184,7 @@ class TrainingFreeGuidance(EnergyGuidance):
         return smoothed(self.energy, draws)
 
     def after(self, step: Step, x_next: Tensor, state: Rates) -> After:
-        return within(land(step, x_next, state.landing), lambda own: replace(state, landing=own))
+        return land_around(self.base, step, x_next, state)
 
 
 def rates(run: Run, scale: float, schedule: str) -> tuple[float, ...]:

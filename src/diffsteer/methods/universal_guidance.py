@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffsteer.core import After, Guidance, Plan, Run, Step, like, within
+from diffsteer.core import After, Guidance, Plan, Run, Step, like
 from diffsteer.energy.forces import CleanEnergy, clean_force, estimate
-from diffsteer.energy.steps import EnergyGuidance, Inside, act, check_recurrences, is_noise, land
+from diffsteer.energy.steps import EnergyGuidance, Inside, act, check_recurrences, is_noise, land_around
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
@@ -115,4 +115,4 @@ class UniversalGuidance(EnergyGuidance):
         return prediction, Inside(here.state, landing), info
 
     def after(self, step: Step, x_next: Tensor, state: Inside) -> After:
-        return within(land(step, x_next, state.landing), lambda own: replace(state, landing=own))
+        return land_around(self.base, step, x_next, state)
