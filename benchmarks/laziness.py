@@ -2,7 +2,8 @@
 
 Sweeps ``patience`` (with every release, and without any) on the reported half of the classes, under the same seeds, and
 measures the forbidden share, the KL to the rejection shares and the feature distance beside the evaluations that are
-made. Resumable; prints a Markdown table and draws the curve with --out.
+made. With --estimator another than the model's, uncalibrated; its divergence by differences, so that all that it costs
+is counted as evaluations. Resumable; prints a Markdown table and draws the curve with --out.
 """
 
 from __future__ import annotations
@@ -32,20 +33,24 @@ def main() -> None:
     parser.add_argument("--scheduler", default="ddpm")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="only these; repeatable")
+    parser.add_argument("--concepts", type=int, help="only the first so many of the classes")
+    parser.add_argument("--estimator", help="'ode', say, in the place of the model's own")
     parser.add_argument("--choosing", action="store_true", help="on the half of the classes for choosing")
     parser.add_argument("--out", type=Path, default=Path("out/laziness"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = zoo.load(options.model)
-    classes = halves(model)[0 if options.choosing else 1]
+    classes = halves(model)[0 if options.choosing else 1][: options.concepts]
+    other = {"estimator": options.estimator, "calibration": None, "divergence": "difference"}
     whole, store = len(model.classes), options.out / "runs"
     base = Setting((), options.scheduler, options.steps, 3 * options.samples, seed=1)
     target = unguided(model, base, store=store)
     print("| DNG | evaluations | above the floor | KL to rejection | distance to rejection | same judgement |")
     print("|---|---|---|---|---|---|")
     points, reference = [], {}
-    for name, changes in VARIANTS.items():
-        rows = []
+    for name in options.variant or VARIANTS:
+        changes, rows = {**VARIANTS[name], **(other if options.estimator else {})}, []
         for concept in classes:
             setting = Setting((concept,), options.scheduler, options.steps, options.samples)
             method = replace(method_for(model, "dng", setting), **changes)
@@ -62,7 +67,8 @@ def main() -> None:
         nfe, excess, kl, distance, same = np.mean(rows, axis=0)
         points.append((nfe, excess, kl, distance))
         print(f"| {name} | {nfe:.2f} | {excess:+.2%} | {kl:.4f} | {distance:.2f} | {same:.1%} |", flush=True)
-    draw(options.out / f"laziness-{model.name}-{options.scheduler}.png", np.array(points))
+    named = filter(None, ("laziness", model.name, options.scheduler, options.estimator))
+    draw(options.out / f"{'-'.join(named)}.png", np.array(points))
 
 
 def draw(path: Path, points: np.ndarray) -> None:

@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Rows, paired, peak_memory, timed
+from measuring import Rows, median, paired, peak_memory, timed
 
 import diffsteer as ds
 
@@ -67,7 +66,7 @@ def on_disk(model: Any, most: int) -> Rows:
     """Samples and whole traces kept in a folder; the memory is what a run adds to the most held before."""
     den, method = guided(model)
     rows: Rows = []
-    for samples in (256, *(n for n in (100, 1000, 10_000, 100_000) if n <= most)):
+    for samples in (256, *(n for n in (1000, 5000, 20_000, 100_000) if n <= most)):
         with tempfile.TemporaryDirectory() as folder:
             before = peak_memory()
             run = {"num_samples": samples, "batch_size": 256, "steps": LEAST}
@@ -82,28 +81,49 @@ def on_disk(model: Any, most: int) -> Rows:
 
 
 JOB = """
-import sys, torch, diffsteer as ds
+import sys, time, torch, diffsteer as ds
 torch.set_num_threads(1)
-model = ds.zoo.load(sys.argv[1])
-ds.sample_to(sys.argv[2], model.denoiser(neg=3), ds.DynamicNegativeGuidance(prior=0.1), scheduler=model.scheduler(),
-             num_samples=int(sys.argv[3]), steps=int(sys.argv[4]), batch_size=64, trace="off")
+model, den = ds.zoo.load(sys.argv[1]), ds.zoo.load(sys.argv[1]).denoiser(neg=3)
+run = {"num_samples": int(sys.argv[3]), "steps": int(sys.argv[4]), "batch_size": 32, "trace": "off"}
+started = time.time()
+ds.sample_to(sys.argv[2], den, ds.DynamicNegativeGuidance(prior=0.1), scheduler=model.scheduler(), **run)
+print(f" {started} {time.time()} ", end="")
 """
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def at_once(model: Any, parts: list[tuple[list[str], int]], steps: int) -> tuple[float, torch.Tensor]:
+    """Seconds on the clock from the first process's first step to the last one's last, and the first part's samples.
+
+    Each part is how to launch Python, and a number of samples.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "job.py"
+        script.write_text(JOB, encoding="utf-8")
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        running = [
+            subprocess.Popen(
+                [sys.executable, *launcher, script, model.folder, f"{folder}/{i}", str(samples), str(steps)],
+                env={**os.environ, "OMP_NUM_THREADS": "1"}, **options,
+            )
+            for i, (launcher, samples) in enumerate(parts)
+        ]  # fmt: skip
+        times = [float(t) for process in running for t in process.communicate()[0].split()]
+        return max(times) - min(times), torch.cat([part.samples for part in ds.StoredRun(f"{folder}/0")])
 
 
 def by_processes(model: Any, steps: int, samples: int, repeats: int) -> Rows:
-    """Seconds on the clock under torchrun, start included, over those of one process."""
-
-    def run(count: int) -> torch.Tensor:
-        with tempfile.TemporaryDirectory() as folder:
-            script = Path(folder) / "job.py"
-            script.write_text(JOB, encoding="utf-8")
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-            arguments = [str(script), str(model.folder), f"{folder}/run", str(samples), str(steps)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run([*command, *arguments], check=True, env=environment, capture_output=True)
-            return torch.cat([part.samples for part in ds.StoredRun(f"{folder}/run")])
-
-    jobs = {count: functools.partial(run, count) for count in (1, 2)}
-    timings = paired(jobs, 1, repeats, clock=time.perf_counter)
-    one, two = (timings[count].pop("result") for count in (1, 2))
-    return [{"processes": 2, **timings[2], "same samples, bit by bit": torch.equal(one, two)}]
+    """Time of two processes over that of one, paired; two with half of the samples each show what the machine gives."""
+    jobs = {
+        "1": [([], samples)],
+        "2 under torchrun": [(TORCHRUN, samples)],
+        "2, each half of it": [([], samples // 2), ([], samples // 2)],
+    }
+    rounds = [{name: at_once(model, parts, steps) for name, parts in jobs.items()} for _ in range(repeats)]
+    rows = []
+    for name in list(jobs)[1:]:
+        ratios = [taken[name][0] / taken["1"][0] for taken in rounds]
+        one, other = rounds[0]["1"][1], rounds[0][name][1]
+        same = torch.equal(one[: len(other)], other)
+        rows.append({"processes": name, **median(ratios, "time over one's"), "same samples, bit by bit": same})
+    return rows

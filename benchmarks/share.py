@@ -61,8 +61,8 @@ def share(model: Any, pixels: int, steps: int, repeats: int) -> Rows:
         "sample, negative prompting": lambda: ds.sample(large, ds.NegativePrompting(0.3), **few),
         "sample, DNG": lambda: ds.sample(large, ds.DynamicNegativeGuidance(), **few),
     })  # fmt: skip
-    pipe, call, guided = tiny_pipelines(pixels, steps)["Stable Diffusion"]
-    measure(f"tiny Stable Diffusion, {pixels} pixels", pipe.unet, {
+    name, (pipe, call, guided) = next(iter(tiny_pipelines(pixels, steps).items()))
+    measure(f"tiny {name}", pipe.unet, {
         "the pipeline's own guidance": lambda: latents(pipe, call, **guided),
         "attach, classifier-free guidance": lambda: attached(pipe, call),
     })  # fmt: skip

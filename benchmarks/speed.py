@@ -1,7 +1,9 @@
 """Every figure of the library's speed, side by side in one run: `python benchmarks/speed.py [--part pipelines ...]`.
 
 - overhead: ``ds.sample`` over the same loop written by hand
-- pipelines: ``ds.attach`` with classifier-free guidance over the pipeline's own
+- pipelines, shapes, ordinary: ``ds.attach`` with classifier-free guidance over the pipeline's own, on tiny networks, on
+  the shipped pipeline, and on a network of ordinary size
+- added: what that adds to a step in milliseconds, the network apart
 - methods: DNG and its peers over negative prompting
 - batching: branches of a step in one forward over one forward each, by batch size
 - batch, negatives, disk, processes: how DNG's cost grows
@@ -25,7 +27,7 @@ import torch
 from cost import methods
 from measuring import Rows, table
 from overhead import overhead
-from pipelines import pipelines
+from pipelines import added, ordinary_pipelines, pipelines, tiny_pipelines, trained_pipelines
 from scaling import batching, by_batch, by_negatives, by_processes, on_disk
 from share import share
 
@@ -33,13 +35,16 @@ import diffsteer as ds
 
 PARTS: dict[str, Callable[[Any, argparse.Namespace], Rows]] = {
     "overhead": lambda model, o: overhead(o.repeats),
-    "pipelines": lambda model, o: [row for pixels in (16, 64) for row in pipelines(pixels, o.steps, o.repeats)],
+    "pipelines": lambda model, o: pipelines({**tiny_pipelines(16, o.steps), **tiny_pipelines(64, o.steps)}, o.repeats),
+    "added": lambda model, o: added(o.repeats),
+    "shapes": lambda model, o: pipelines(trained_pipelines(25), o.repeats),
+    "ordinary": lambda model, o: pipelines(ordinary_pipelines(5), o.repeats),
     "methods": lambda model, o: [r for kind in ("ddpm", "ddim") for r in methods(model, kind, 50, 64, o.repeats)],
     "batching": lambda model, o: batching(model, o.steps, o.repeats),
     "batch": lambda model, o: by_batch(model, o.steps),
     "negatives": lambda model, o: by_negatives(model, o.steps),
     "disk": lambda model, o: on_disk(model, o.samples),
-    "processes": lambda model, o: by_processes(model, o.steps, 2048, 3),
+    "processes": lambda model, o: by_processes(model, o.steps, 256, 3),
     "share": lambda model, o: share(model, 64, o.steps, o.repeats),
 }
 

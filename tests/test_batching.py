@@ -216,6 +216,35 @@ def test_auto_on_what_cannot_share() -> None:
     assert ds.sample(longer, ds.ClassifierFreeGuidance(2.0), batching="auto", **keywords).record["batching"] == 0
 
 
+@pytest.mark.parametrize("batching", [0, 2])
+def test_a_compiled_network_is_compiled_once(batching: float) -> None:
+    graphs, sizes = [], []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    class Inner(nn.Linear):
+        def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+            return torch.tanh(super().forward(x) + label.sin()[:, None] + t[:, None] / 1000)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner = torch.compile(Inner(2, 2), backend=backend, dynamic=True)
+
+        def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+            sizes.append(len(x))
+            return self.inner(x, t, label)
+
+    torch.compiler.reset()
+    method = ds.DynamicNegativeGuidance(prior=0.1)
+    ds.sample(denoiser(Outer()), method, scheduler=DDPM, num_samples=16, steps=10, batching=batching)
+    assert len(set(sizes)) > 2  # some samples wait, others were released
+    assert len(graphs) == 1 + (1 in sizes)  # of one row PyTorch makes a graph of its own
+
+
 def test_nan_still_names_the_branch() -> None:
     class Broken(Net):
         def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:

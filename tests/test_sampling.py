@@ -183,6 +183,17 @@ def test_nan_names_the_branch_and_the_step() -> None:
         ds.sample(Broken(), replace(DNG, lazy=False), scheduler=DDPM, num_samples=2, steps=8)
 
 
+def test_large_predictions_are_finite() -> None:
+    class Large(torch.nn.Module):
+        def forward(self, x, t):
+            return torch.full_like(x, 3e38)  # whose sum is not
+
+    out = ds.sample(
+        ds.denoiser(Large(), shape=(2,)), scheduler=DDIMScheduler(clip_sample=False), num_samples=1, steps=1
+    )
+    assert bool(torch.isfinite(out.samples).all())
+
+
 def test_refusals_name_the_remedy() -> None:
     with pytest.raises(MissingContextError, match="asks for a context 'pos'"):
         run(ds.ClassifierFreeGuidance(2.0))

@@ -226,6 +226,6 @@ def _rows(value: Any, samples: Tensor, x: Tensor) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
         return value
     tensor = torch.as_tensor(value, device=x.device)
-    if tensor.ndim == 0 or len(tensor) == 1:
-        return tensor.reshape(-1, *tensor.shape[1:]).expand(len(x), *tensor.shape[1:])
+    if tensor.ndim == 0 or len(tensor) == 1:  # contiguous as those of joined branches: compiled networks ask for that
+        return tensor.reshape(-1, *tensor.shape[1:]).expand(len(x), *tensor.shape[1:]).contiguous()
     return tensor[samples.to(tensor.device) % len(tensor)]

@@ -120,7 +120,7 @@ class Engine:
             else:
                 value = self._one(call)
                 if call.rows is None and (call.x is None or _same(call.x, self.step.x)):
-                    known[_branch(call)] = value.detach(), torch.ones(len(value), dtype=torch.bool)
+                    known[_branch(call)] = value.detach(), None
             if _records(call) and _branch(call) in known:
                 known[_branch(replace(call, perturb=None))] = known[_branch(call)]
             answered[call.key] = call, value  # the call keeps alive what its key names by id
@@ -136,19 +136,21 @@ class Engine:
 
     def _missing(self, call: Call, known: dict[Any, Any]) -> Call | None:
         """What of a call is still to be evaluated, if anything."""
-        key, size = _branch(call), len(self.step.x)
-        if key not in known and call.rows is None:
+        key = _branch(call)
+        if key not in known:
             return call
-        done = known[key][1] if key in known else torch.zeros(size, dtype=torch.bool)
-        rows = torch.arange(size) if call.rows is None else call.rows.cpu()
+        done = known[key][1]
+        if done is None:
+            return None
+        rows = torch.arange(len(done)) if call.rows is None else call.rows.cpu()
         fresh = rows[~done[rows]]
         return replace(call, rows=fresh.to(self.step.x.device)) if len(fresh) else None
 
     def _learn(self, call: Call, new: Tensor, known: dict[Any, Any]) -> None:
-        """Keep the answer to a call."""
+        """Keep the answer to a call: what is known of a branch, and of which samples; None: of all."""
         key, size = _branch(call), len(self.step.x)
         if call.rows is None:
-            known[key] = new, torch.ones(size, dtype=torch.bool)
+            known[key] = new, None
             return
         whole, done = known.get(key) or (new.new_zeros(size, *new.shape[1:]), torch.zeros(size, dtype=torch.bool))
         known[key] = whole.index_copy(0, call.rows, new), done.index_fill(0, call.rows.cpu(), True)
@@ -251,12 +253,15 @@ class Engine:
         step, level = self.step, call.level or self.step.level
         with torch.set_grad_enabled(call.grad):
             prediction = convert(raw, self._point(call)[0], level, net.space, step.space)
-        if not bool(torch.isfinite(prediction).all()):
+        if not _finite(prediction.detach()):
             raise NonFiniteError(
                 f"branch {call.context!r} of network {call.model!r} returned NaN or infinity at step {step.index} "
                 f"(rho = {level.rho:.4g}); lower the scale, use float32, or check the network"
             )
-        self.nfe[slice(None) if call.rows is None else call.rows.cpu()] += 1
+        if call.rows is None:
+            self.nfe += 1
+        else:
+            self.nfe[call.rows.cpu()] += 1
         return prediction
 
 
@@ -273,6 +278,11 @@ def _plain(call: Call) -> bool:
 def _records(call: Call) -> bool:
     """Whether it is a plain evaluation that beside its answer records what goes on inside."""
     return isinstance(call.perturb, Record)
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether all values are: their sum tells in one pass, unless it overflows."""
+    return math.isfinite(x.sum()) or bool(torch.isfinite(x).all())
 
 
 def _same(x: Tensor, y: Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 
 import diffsteer as ds
 from diffsteer.bench import prompted
-from diffsteer.bench.prompted import NEGATIVES, PROMPTS, Prompted
+from diffsteer.bench.prompted import FEW_STEPS, NEGATIVES, PROMPTS, Prompted
 from diffsteer.bench.tasks import Bench
 from diffsteer.shapes import Scene, Shape, draw, holds, scene
 
@@ -42,7 +42,7 @@ def where_true(wish, count: int) -> list[Scene]:
     return found
 
 
-@pytest.mark.parametrize("task", [PROMPTS, NEGATIVES], ids=lambda task: task.name)
+@pytest.mark.parametrize("task", [PROMPTS, NEGATIVES, FEW_STEPS[4]], ids=lambda task: task.name)
 def test_the_world_itself_is_faithful_and_as_it_should_be(
     bench: Bench, task: Prompted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,7 +53,8 @@ def test_the_world_itself_is_faithful_and_as_it_should_be(
     assert (values["faithful"], values["undecided"]) == (1.0, 0.0)
     assert values.get("forbidden_share", 0.0) == 0.0
     assert values["kl"] < 0.2  # a few dozen pictures of each prompt
-    assert (values["n"], values["nfe"], values["seconds"]) == (200, 6.0, 1.5 * len(task.wishes))
+    steps = task.few or bench.steps
+    assert (values["n"], values["nfe"], values["seconds"]) == (200, 2.0 * steps, 1.5 * len(task.wishes))
     assert not task.framed(bench.model, outcome).any()
 
 
@@ -85,6 +86,22 @@ def test_the_pipeline_draws_what_it_draws_without_us(tmp_path: Path) -> None:
     again = PROMPTS.outcome(bench, ds.Unguided("pos"))
     assert torch.equal(again.images, outcome.images)
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
+def test_the_student_draws_in_its_own_steps_what_it_draws_without_us(tmp_path: Path) -> None:
+    bench = Bench(ds.zoo.load_model("digits"), 16, 50, tmp_path)
+    found = {steps: FEW_STEPS[steps].outcome(bench, ds.Unguided("pos")) for steps in (1, 4)}
+    assert {steps: outcome.nfe for steps, outcome in found.items()} == {1: 1, 4: 4}
+    assert [FEW_STEPS[steps].values(bench, found[steps])["steps"] for steps in found] == [1, 4]
+    alone = ds.zoo.load("shapes-lcm")
+    alone.set_progress_bar_config(disable=True)
+    pictures = alone(
+        FEW_STEPS[4].wishes[3].prompt, num_inference_steps=4, guidance_scale=1.0, output_type="np",
+        generator=prompted.stream(0, 3),
+    ).images  # fmt: skip
+    expected = torch.from_numpy((pictures[0] * 255).round().astype(np.uint8)).permute(2, 0, 1)
+    assert (found[4].images[3].int() - expected.int()).abs().max() <= 1
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
 def test_methods_get_the_words_and_the_negative_that_they_name(tmp_path: Path) -> None:

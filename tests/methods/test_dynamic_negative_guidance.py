@@ -64,7 +64,7 @@ def oracle(method: Any, scene: Script) -> list[Row]:
         away = {}
         for c in method.contexts:
             due = ~released[c]
-            if lazy and kind != "surrogate" and i > 0 and not frozen and scene.levels[i + 1].sigma > 0:
+            if lazy and kind not in ("ode", "surrogate") and i > 0 and not frozen and scene.levels[i + 1].sigma > 0:
                 spread = ps[c] / (1 - ps[c]) * np.sqrt(_variation(scene, c, seen[c], i + 1))
                 due &= spread > method.patience * np.sqrt(priors[c] * (1 - priors[c]) / (len(scene.levels) - 1))
             p = ps[c].copy()
@@ -599,8 +599,9 @@ class TestLaziness:
         eager, full = removed(sampler, lazy=False)
         lazy, spared = removed(sampler)
         assert lazy < eager + 0.007
-        # the divergence's evaluations are those of the branches
-        assert float(spared.nfe.double().mean()) < 1.6 * 50 < float(full.nfe.double().mean())
+        # the divergence's evaluations are those of the branches; nothing waits for it, samples are only released
+        most = {"DDPM": 1.6, "DDIM": 1.9}[sampler]
+        assert float(spared.nfe.double().mean()) < most * 50 < float(full.nfe.double().mean())
 
     def test_what_a_release_leaves_is_what_the_posterior_said(self):
         """Released at p, a sample ends in the unwanted mode with probability p; the mean of p says how many do."""

@@ -143,7 +143,7 @@ class Attached:
     ) -> None:
         self.detach()
 
-    def call(self, native: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    def call(self, native: functools.partial[Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """The pipeline's ``__call__``, guided."""
         if self.run is not None:
             raise StateError("the pipeline was called from inside its own call; detach first")
@@ -166,9 +166,16 @@ class Attached:
             self.last, self.run = self.run.result(), None
 
 
-def _named(native: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
+@functools.cache
+def _parameters(method: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Of a pipeline's method, but for the pipeline itself."""
+    _, *parameters = inspect.signature(method).parameters.values()
+    return {p.name: p for p in parameters}
+
+
+def _named(native: functools.partial[Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
     """All arguments by name."""
-    positional = [p.name for p in inspect.signature(native).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    positional = [p.name for p in _parameters(native.func).values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     if len(args) > len(positional):
         raise TypeError(f"at most {len(positional)} positional arguments, got {len(args)}")
     named = dict(zip(positional, args, strict=False))
@@ -178,9 +185,9 @@ def _named(native: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str
     return {**named, **keywords}
 
 
-def _switch_off(spec: Spec, cls: type, native: Callable[..., Any], arguments: dict[str, Any], pipe: Any) -> None:
+def _switch_off(spec: Spec, cls: type, native: functools.partial[Any], arguments: dict[str, Any], pipe: Any) -> None:
     """The pipeline's own guidance, unless its denoiser wants the scale as an input."""
-    parameters = inspect.signature(native).parameters
+    parameters = _parameters(native.func)
     unguided = {name: p.default for name, p in parameters.items()}
     scaled = _setting(pipe, spec, "time_cond_proj_dim")  # there the scale is an input
     off = {} if scaled else {name: value for name, value in spec.off.items() if name in parameters}

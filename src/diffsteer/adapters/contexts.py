@@ -221,7 +221,7 @@ def _fit(value: Tensor | None, positive: Any) -> Tensor | None:
         return value
     value = value.to(positive.device, positive.dtype)
     if len(value) == 1 < len(positive) and value.shape[1:] == positive.shape[1:]:
-        value = value.expand_as(positive)
+        value = value.expand_as(positive).contiguous()
     return value
 
 

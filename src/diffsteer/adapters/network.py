@@ -41,15 +41,8 @@ class Invocation:
         shared: tuple[str, ...] = (),
     ) -> Invocation:
         """From what ``module`` was called with; ``forward`` is how to call it past our own patch."""
-        # of the class: compiled and hooked modules hide it on the instance
-        signature = _signature(type(getattr(module, "_orig_mod", module)))
-        bound = signature.bind(module, *args, **keywords).arguments
-        names = list(signature.parameters)
-        bound.pop(names[0])
-        for parameter in signature.parameters.values():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                bound.update(bound.pop(parameter.name, {}))
-        return cls(module, forward, bound, names[1], shared)
+        names = _parameters(type(getattr(module, "_orig_mod", module)))
+        return cls(module, forward, {**dict(zip(names, args, strict=False)), **keywords}, names[0], shared)
 
     def by_name(self, twins: Mapping[str, nn.Module]) -> dict[str, Invocation]:
         """This call as "main", and the same call of each twin network."""
@@ -71,8 +64,9 @@ class Invocation:
 
 
 @functools.cache
-def _signature(kind: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(kind.forward)
+def _parameters(kind: type[nn.Module]) -> list[str]:
+    """Of a network's ``forward``, by its class: compiled and hooked modules hide them on the instance."""
+    return list(inspect.signature(kind.forward).parameters)[1:]
 
 
 class PipelineNet:
@@ -138,7 +132,7 @@ class PipelineNet:
             with perturbed(perturb, self.call.module, plain, x.shape[2:], self._arguments) as seen:
                 changed = {name: value for name, value in seen.items() if value is not plain.get(name)}
                 self.last = self.call.forward(**self.call.at(bundle | changed, inside, rows, **more))
-        return self._prediction(x, level)
+        return self._prediction(first(self.last), x, level)
 
     def predict_together(
         self, contexts: Sequence[str], points: Sequence[Tensor], level: Level, samples: Sequence[Tensor]
@@ -156,7 +150,8 @@ class PipelineNet:
         if arguments is None:
             return None
         self.last = self.call.forward(**arguments)
-        return list(self._prediction(torch.cat(list(points)), level).split(sizes))
+        outputs = first(self.last).split(sizes)
+        return [self._prediction(output, x, level) for output, x in zip(outputs, points, strict=True)]
 
     def _rows(self, samples: Tensor) -> Tensor | None:
         """Which of the pipeline's samples these are; None: all of them."""
@@ -175,16 +170,18 @@ class PipelineNet:
             self._require_own_point(x, level, rows)
         return inside, more
 
-    def _prediction(self, x: Tensor, level: Level) -> Tensor:
-        """What the network returned last, for ``x``, as a prediction in ``space``; (B, ...)."""
-        output = first(self.last)
+    def _prediction(self, output: Tensor, x: Tensor, level: Level) -> Tensor:
+        """What the network returned for ``x`` as a prediction in ``space``; (B, ...)."""
         output = unpack(output, self.x.shape[2:]) if self.packed else output[:, : x.shape[1]]  # no learned variance
         if output.shape[1] < x.shape[1]:
             raise UnsupportedError(
                 f"the denoiser is shown {x.shape[1]} channels and predicts {output.shape[1]}: what this pipeline "
                 "appends to its latents is not known; use its own guidance"
             )
-        return self.reading.from_output(self.sign * output.to(x.dtype), x, level)
+        return self.reading.from_output(self._signed(output).to(x.dtype), x, level)
+
+    def _signed(self, output: Tensor) -> Tensor:
+        return output if self.sign > 0 else -output
 
     def _arguments(self, context: str) -> dict[str, Any]:
         """What the network is called with in a context, for all samples."""
@@ -199,7 +196,7 @@ class PipelineNet:
         if self.last is None:  # the method asked for nothing
             self.predict("pos", self.x, self.level, torch.arange(len(self.x)))
         own = first(self.last)
-        output = (self.sign * self.reading.to_output(prediction, self.x, self.level)).to(own.dtype)
+        output = self._signed(self.reading.to_output(prediction, self.x, self.level)).to(own.dtype)
         if self.packed:
             output = pack(output)
         unused = own.shape[1] - output.shape[1]  # channels of a learned variance, which these pipelines drop

@@ -149,8 +149,9 @@ _AXES: Mapping[str, Sequence[tuple[str, str]]] = {
     "removal": (("forbidden_share", "kl_rejection"), ("forbidden_share", "fd_rejection")),
     "prompts": (("faithful", "kl"), ("faithful", "undecided")),
     "negatives": (("forbidden_share", "kl"), ("forbidden_share", "undecided")),
+    "few-steps": (("forbidden_share", "kl"), ("forbidden_share", "undecided")),
 }  # of each task's picture, across and up
-_LINEAR = ("prompts", "negatives")  # shares that are all of one size
+_LINEAR = ("prompts", "negatives", "few-steps")  # shares that are all of one size
 _BLACK = ("cfg", "np", "np two", "cfg prompts", "np prompts")  # what the others are compared with
 
 

@@ -1,13 +1,13 @@
-"""Prompts for the shipped text-to-image pipeline, as tasks of ``diffsteer bench methods``.
+"""Prompts for the shipped text-to-image pipeline and its student, as tasks of ``diffsteer bench methods``.
 
-Its pictures can be read, and how often the drawn world itself shows what, where a prompt is true, is known.
+Their pictures can be read, and how often the drawn world itself shows what, where a prompt is true, is known.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,30 +53,39 @@ class Prompted:
     """Pictures of some prompts under one method, sample i of prompt i modulo their number.
 
     A method's contexts "first" and "second" are the two words of each prompt; "neg" is its negative.
+
+    Attributes
+    ----------
+    wishes : tuple of Wish
+    few : int, optional
+        Steps of the pipeline's student; by default the pipeline itself takes the benchmark's.
     """
 
     name: str
     wishes: tuple[Wish, ...]
     wrong: str
     columns: tuple[Column, ...] = _FIGURES
+    few: int | None = None
 
     def subject(self, bench: Bench) -> str:
-        return "the shapes pipeline"
+        return "the shapes pipeline" if self.few is None else "the few-step student of the shapes pipeline"
 
     def about(self, bench: Bench) -> str:
         each = [f'"{w.prompt}"' + (f' without "{w.negative}"' if w.negative else "") for w in self.wishes]
-        return f"{self._number(bench)} pictures of {', '.join(each)}, {bench.steps} DDIM steps, the same seeds for all"
+        how = f"{bench.steps} DDIM steps" if self.few is None else "as few steps as the table says"
+        return f"{self._number(bench)} pictures of {', '.join(each)}, {how}, the same seeds for all"
 
     def _number(self, bench: Bench) -> int:
         return max(len(self.wishes), bench.samples // 4)
 
     def outcome(self, bench: Bench, method: Methods) -> Outcome:
         assert isinstance(method, Guidance)
-        pipe, weights = _pipeline()
+        pipe, weights = _pipeline() if self.few is None else _student()
+        sampler, steps = ("ddim", bench.steps) if self.few is None else ("lcm", self.few)
         size = self._number(bench)
         context = {
             "model": weights, "method": describe(method), "wishes": [asdict(w) for w in self.wishes],
-            "sampler": ["ddim", bench.steps], "samples": size,
+            "sampler": [sampler, steps], "samples": size,
         }  # fmt: skip
         found = read_outcome(bench.store, context)
         if found is not None:
@@ -86,7 +95,7 @@ class Prompted:
         nfe, seconds = torch.empty(size, dtype=torch.float64), 0.0
         for k, wish in enumerate(self.wishes):
             rows = slice(k, size, len(self.wishes))
-            pictures, nfe[rows], took = _drawn(pipe, method, wish, range(size)[rows], bench.steps)
+            pictures, nfe[rows], took = _drawn(pipe, method, wish, range(size)[rows], steps)
             v = ReaderJudge()(pictures, wish.prompt, wish.negative)
             said = _FAITHFUL * v.faithful + _UNDECIDED * v.undecided + _FORBIDDEN * v.forbidden
             labels[rows], attributes[rows] = torch.from_numpy(said).long(), torch.from_numpy(v.attributes).float()
@@ -99,6 +108,8 @@ class Prompted:
     def values(self, bench: Bench, outcome: Outcome) -> dict[str, Any]:
         n, number = len(outcome.labels), len(self.wishes)
         values: dict[str, Any] = {"n": n, "nfe": outcome.nfe, "seconds": outcome.seconds}
+        if self.few is not None:
+            values["steps"] = self.few
         said = {"faithful": _FAITHFUL, "undecided": _UNDECIDED, "forbidden_share": _FORBIDDEN}
         for name in (column.name for column in self.columns if column.name in said):
             count = int((outcome.labels & said[name] > 0).sum())
@@ -119,6 +130,14 @@ def _pipeline() -> tuple[Any, str]:
     """The shipped pipeline under DDIM, and a hash of its weights."""
     pipe = zoo.load("shapes")
     pipe.scheduler = scheduler(pipe, "ddim")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, fingerprint(pipe)
+
+
+@functools.cache
+def _student() -> tuple[Any, str]:
+    """The shipped student under its own scheduler, and a hash of its weights."""
+    pipe = zoo.load("shapes-lcm")
     pipe.set_progress_bar_config(disable=True)
     return pipe, fingerprint(pipe)
 
@@ -167,5 +186,10 @@ NEGATIVES = Prompted(
     "left",
     (Column("forbidden_share", "forbidden", ".1%", 0.06), *_FIGURES),
 )
+FEW_STEPS = {
+    steps: replace(NEGATIVES, name="few-steps", few=steps, columns=(Column("steps", "steps", ""), *NEGATIVES.columns))
+    for steps in (1, 4, 8)
+}
+"""The same of the student, by its steps: one table."""
 
-__all__ = ["NEGATIVES", "PROMPTS", "Prompted", "Wish"]
+__all__ = ["FEW_STEPS", "NEGATIVES", "PROMPTS", "Prompted", "Wish"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import diffsteer as ds
 from diffsteer.bench.energy import real_images
-from diffsteer.bench.prompted import NEGATIVES, PROMPTS
+from diffsteer.bench.prompted import FEW_STEPS, NEGATIVES, PROMPTS
 from diffsteer.bench.removal import method_for, scheduler
 from diffsteer.bench.self_consumed import self_consumed
 from diffsteer.bench.tasks import (
@@ -122,6 +122,32 @@ def _confused(bench: Bench, w: float) -> Methods:
         return tuple("pos" if k == wanted else f"class:{k}" for k in every)
 
     return tuple(ds.GradientFreeClassifierGuidance(classifier, classes(k), w) for k in every)
+
+
+def _few_steps(steps: int, task: Task) -> dict[str, Trial]:
+    """Negative prompts for the student as it is: guidance is in it, and no null context beside it."""
+    alone, pushed = f"unguided {steps}-step", f"np {steps}-step"
+    less_harm: Mapping[str, Any] = {
+        "claim": "less harm than negative prompting where as much is removed",
+        "expect": {"undecided": "<", "faithful": ">", "kl": "<"},
+        "versus": pushed,
+        "match": "forbidden_share",
+        "task": task,
+    }
+    return {
+        alone: Trial(
+            lambda bench, w: ds.Unguided("pos"), (1.0,), "the student alone, without the negative", {}, task=task
+        ),
+        pushed: Trial(
+            scaled(ds.NegativePrompting.replacing_null), (1.5, 3.0, 5.0),
+            "the negative is shown less, the prompt as ever", {"forbidden_share": "<", "undecided": "="},
+            versus=alone, task=task,
+        ),
+        f"nag {steps}-step": Trial(
+            scaled(ds.NormalizedAttentionGuidance, alpha=0.5), (3.0, 9.0), **less_harm
+        ),
+        f"nasa {steps}-step": Trial(scaled(ds.NegativeAwaySteerAttention), (0.2, 0.8), **less_harm),
+    }  # fmt: skip
 
 
 USUAL = (1.5, 3.0, 6.0)
@@ -328,6 +354,7 @@ TRIALS: Mapping[str, Trial] = {
         scaled(ds.NegativeAwaySteerAttention), (0.2, 0.5), "the negative is shown less", {"forbidden_share": "<"},
         versus="unguided negatives", task=NEGATIVES,
     ),
+    **{key: trial for steps, task in FEW_STEPS.items() for key, trial in _few_steps(steps, task).items()},
 }  # fmt: skip
 
 __all__ = ["TRIALS", "Trial", "method_of"]

@@ -105,7 +105,7 @@ class DynamicNegativeGuidance(Guidance):
         >= 0: how far the odds, and the weight with them, may move unseen, in units of the posterior's usual step. It
         ends at 0 or 1, so its variance grows by prior (1 - prior) over a run, and by an even share of that in a step: a
         sample waits while its odds could not have moved by ``patience`` times the root of that share. Nothing waits
-        under "surrogate", whose bias depends on the length of a step.
+        under "ode" and "surrogate": on trained networks their errors grow with the length of a step.
 
     Notes
     -----
@@ -260,12 +260,15 @@ class DynamicNegativeGuidance(Guidance):
         """The samples that an unwanted context is evaluated for."""
         f.tracked.check(step)
         due = ~f.released
-        waits = self._patient and self.estimator != "surrogate"  # whose bias depends on the length of a step
-        if waits and f.tracked.last is not None and tracker.moves(step) and step.level_next.rho > 0:
+        if self._waits(step.stochastic) and f.tracked.last is not None and tracker.moves(step) and step.level_next.rho > 0:
             gained = (2 * f.odds).exp() * f.tracked.variation(step.level_next)
             share = tracker.prior * (1 - tracker.prior) / step.num_steps
             due = due & (gained > self.patience**2 * share)
         return due.nonzero()[:, 0]
+
+    def _waits(self, stochastic: float | None) -> bool:
+        """Whether an evaluation may be put off: a sum over noise holds over any stride, an integral needs its points."""
+        return self._patient and self._trackers[0].resolve(stochastic) not in ("ode", "surrogate")
 
     def _visit(self, step: Step, i: int, f: Followed, rows: Tensor) -> Any:
         """Both predictions for ``rows``, (len(rows), ...), and how ``f``, their state, goes on; a generator."""

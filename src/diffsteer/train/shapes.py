@@ -30,12 +30,12 @@ from diffsteer.shapes.world import Scene
 from diffsteer.train.loop import accelerator, averaged, fit, read_checkpoint
 from diffsteer.train.recipes import SCHEDULE, Recipe
 
-__all__ = ["RECIPES", "export", "tokenizer", "train_shapes"]
+__all__ = ["POOL", "RECIPES", "Captions", "export", "save_pipeline", "scenes_of", "tokenizer", "train_shapes"]
 
 _WIDTH = 64  # of the text encoder
 _LENGTH = 16  # tokens of a caption
 _KL = 1e-6  # of the autoencoder's latents, summed, beside its mean pixel error
-_POOL = 16_384  # scenes drawn in advance
+POOL = 16_384  # scenes drawn in advance
 
 RECIPES: Mapping[str, Recipe] = {
     "vae": Recipe(
@@ -91,7 +91,8 @@ class TextToImage(nn.Module):
         return self.unet(x, t, self.text_encoder(tokens)[0], return_dict=False)[0]
 
 
-def _scenes(number: int, seed: int) -> list[Scene]:
+def scenes_of(number: int, seed: int) -> list[Scene]:
+    """Scenes of the world, drawn at random."""
     rng = np.random.default_rng(seed)
     return [scene(rng) for _ in range(number)]
 
@@ -127,19 +128,33 @@ class Autoencoder(nn.Module):
 
 
 @dataclass(frozen=True)
-class Describe:
-    """Noise prediction of latents with a caption drawn anew each time, or the empty one."""
+class Captions:
+    """Scenes, each with a caption drawn anew each time, or the empty one."""
 
     scenes: list[Scene]
-    latents: Tensor  # (M, 4, 8, 8), of unit variance
     words: CLIPTokenizer
     dropout: float
 
-    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        rows = torch.randint(len(self.latents), (batch_size,), generator=generator)
+    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Which scenes, (N,), and the tokens of what is said of them, (N, 16)."""
+        rows = torch.randint(len(self.scenes), (batch_size,), generator=generator)
         rng = np.random.default_rng(generator.initial_seed())
-        said = [caption(self.scenes[i], rng) if rng.random() >= self.dropout else "" for i in rows]
-        tokens = self.words(said, padding="max_length", max_length=_LENGTH, return_tensors="pt").input_ids
+        return rows, self.tokens([caption(self.scenes[i], rng) if rng.random() >= self.dropout else "" for i in rows])
+
+    def tokens(self, said: list[str]) -> Tensor:
+        """Tokens of texts, (N, 16)."""
+        return self.words(said, padding="max_length", max_length=_LENGTH, return_tensors="pt").input_ids
+
+
+@dataclass(frozen=True)
+class Describe:
+    """Noise prediction of latents with their captions."""
+
+    captions: Captions
+    latents: Tensor  # (M, 4, 8, 8), of unit variance
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        rows, tokens = self.captions.draw(batch_size, generator)
         t = torch.randint(SCHEDULE["num_train_timesteps"], (batch_size,), generator=generator)
         noise = torch.randn(batch_size, *self.latents.shape[1:], generator=generator)
         x_t = DDIMScheduler(**SCHEDULE).add_noise(self.latents[rows], noise, t)
@@ -152,7 +167,7 @@ class Describe:
 
 def train_shapes(
     out: Path, *, seed: int = 0, steps: int | None = None, batch_size: int | None = None, lr: float | None = None,
-    pool: int = _POOL, resume: bool = True,
+    pool: int = POOL, resume: bool = True,
 ) -> None:  # fmt: skip
     """Train the pipeline and write its folder.
 
@@ -182,7 +197,7 @@ def train_shapes(
     recipes = {part: replace(recipe, **changes) for part, recipe in RECIPES.items()}
     checkpoints = out / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    scenes = _scenes(pool, seed)
+    scenes = scenes_of(pool, seed)
     pictures = torch.cat([((draw(scenes[i : i + 512]) + 1) * 127.5).round().byte() for i in range(0, pool, 512)])
 
     def run(part: str, net: nn.Module, task: Any) -> None:
@@ -194,7 +209,7 @@ def train_shapes(
     vae = _averaged(Autoencoder(recipes["vae"].network), checkpoints / "vae.safetensors").vae
     standardise(vae, _encode(vae, pictures))
     words = tokenizer()
-    task = Describe(scenes, _encode(vae, pictures), words, recipes["denoiser"].label_dropout)
+    task = Describe(Captions(scenes, words, recipes["denoiser"].label_dropout), _encode(vae, pictures))
     run("denoiser", _seeded(_stream(seed, "denoiser"), TextToImage, recipes["denoiser"].network, words), task)
     if accelerator().is_main_process:
         trained = _averaged(TextToImage(recipes["denoiser"].network, words), checkpoints / "denoiser.safetensors")
@@ -245,12 +260,17 @@ def standardise(vae: AutoencoderKL, latents: Tensor) -> None:
 
 
 def export(out: Path, vae: AutoencoderKL, trained: TextToImage) -> None:
-    """Write the pipeline's folder, in float16."""
+    """Write the folder of the trained pipeline."""
     pipe = StableDiffusionPipeline(
         vae=vae, unet=trained.unet, text_encoder=trained.text_encoder, tokenizer=tokenizer(),
         scheduler=EulerAncestralDiscreteScheduler(**SCHEDULE, steps_offset=1, timestep_spacing="trailing"),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
+    save_pipeline(out, pipe)
+
+
+def save_pipeline(out: Path, pipe: StableDiffusionPipeline) -> None:
+    """Write a pipeline's folder, in float16."""
     pipe.to(dtype=torch.float16).save_pretrained(out, safe_serialization=True)
     for path in out.rglob("*.safetensors"):
         path.chmod(0o644)  # the libraries write files that only their owner may read

@@ -3,7 +3,8 @@
 A model is a folder: ``config.json``, ``denoiser.safetensors``, ``judge.safetensors``, ``features.safetensors``,
 ``reference.safetensors`` (what the judge and the feature network say of real images, so that no data set is needed)
 and, optionally, ``noisy_classifier.safetensors`` and ``calibration.json``. ``diffsteer train`` writes one.
-"shapes" is a whole text-to-image pipeline instead, in diffusers' own folder format (``diffsteer train shapes``).
+"shapes" is a whole text-to-image pipeline instead, in diffusers' own folder format (``diffsteer train shapes``), and
+"shapes-lcm" its student, which draws in one to eight steps (``diffsteer train shapes-lcm``).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["PIPELINES", "Model", "available", "draws_shapes", "load", "load_model", "pipeline_folder", "read_pipeline"]
 
 _ROOT = Path(__file__).parent
-PIPELINES = ("shapes",)
+PIPELINES = ("shapes", "shapes-lcm")
 """Names of the shipped text-to-image pipelines."""
 
 
@@ -51,16 +52,16 @@ def available() -> list[str]:
 
 
 @overload
-def load(name: Literal["shapes"], *, device: str | torch.device = ...) -> StableDiffusionPipeline: ...
+def load(name: Literal["shapes", "shapes-lcm"], *, device: str | torch.device = ...) -> StableDiffusionPipeline: ...
 @overload
 def load(name: str | Path, *, device: str | torch.device = ...) -> Model: ...
 def load(name: str | Path, *, device: str | torch.device = "cpu") -> Model | StableDiffusionPipeline:
-    """Load a shipped model by name, or a user's own by the path of its folder; "shapes" is a diffusers pipeline.
+    """Load a shipped model by name, or a user's own by the path of its folder; ``PIPELINES`` are diffusers pipelines.
 
     Parameters
     ----------
     name : str or Path
-        A name of :func:`available`, or a folder that ``diffsteer train`` wrote.
+        A name of :func:`available` or in ``PIPELINES``, or a folder that ``diffsteer train`` wrote.
     device : str or torch.device
 
     Raises
@@ -113,14 +114,20 @@ def read_pipeline(name: str | Path, dtype: torch.dtype) -> Any:
     """A shipped pipeline, or any other that diffusers can load; safetensors only."""
     from diffusers import DiffusionPipeline
 
+    shared = {}
+    if name == "shapes-lcm":  # a student differs from its teacher in the U-Net alone, and so does its shipped folder
+        parts = read_pipeline("shapes", dtype).components
+        shared = {part: parts[part] for part in ("vae", "text_encoder", "tokenizer")}
     with warnings.catch_warnings():  # older versions of diffusers know no other name for it
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-        return DiffusionPipeline.from_pretrained(pipeline_folder(name), torch_dtype=dtype, use_safetensors=True)
+        return DiffusionPipeline.from_pretrained(
+            pipeline_folder(name), torch_dtype=dtype, use_safetensors=True, **shared
+        )
 
 
 def draws_shapes(pipeline: str | Path) -> bool:
-    """Whether a pipeline is one of the drawn world's: the shipped one, or a folder of that name."""
-    return Path(pipeline).name == "shapes"
+    """Whether a pipeline is one of the drawn world's: a shipped one, or a folder of such a name."""
+    return Path(pipeline).name in PIPELINES
 
 
 @dataclass(frozen=True)
