@@ -17,6 +17,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diffsteer import generate as generating
+from diffsteer.bench.energy import bench_energy
+from diffsteer.bench.prompt_runs import Plan
+from diffsteer.bench.prompts import bench_prompts
 from diffsteer.cli import app
 from diffsteer.engine import stream
 from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
@@ -166,6 +169,22 @@ def test_calibrates_before_it_generates(folder: str, tmp_path: Path) -> None:
     for wrong in ({"method": "np"}, {"method": "dng", "negative": ""}):
         with pytest.raises(ParameterError, match="calibration wants"):
             generate("a", out=tmp_path / "d", calibrate=20, **(options | wrong))
+
+
+def test_the_student_of_shapes_has_settings_of_its_own(tmp_path: Path) -> None:
+    run = {"pipeline": "shapes-lcm", "num": 1, "out": tmp_path}
+    results = generate("a circle", negative="red", **run)
+    assert list(results) == ["nasa:0.8", "negative prompt", "no negative"]
+    assert [result.nfe.tolist() for result in results.values()] == [[4], [8], [4]]
+    assert list(generate("a circle", **run)) == ["cfg:1"]
+    with pytest.raises(ParameterError, match="1 to 8 steps, not in 9"):
+        generate("a circle", steps=9, **run)
+    for bench in (
+        lambda: bench_prompts("shapes-lcm", Plan(), out=tmp_path),
+        lambda: bench_energy("shapes-lcm", out=tmp_path),
+    ):
+        with pytest.raises(UnsupportedError, match="few-step student"):
+            bench()
 
 
 def test_shapes_without_what_was_not_wanted(tmp_path: Path) -> None:

@@ -327,7 +327,7 @@ def generate(
     pipeline: str,
     negative: str = "",
     method: str | None = None,
-    steps: int = 30,
+    steps: int | None = None,
     seed: int = 0,
     num: int = 4,
     batch_size: int = 4,
@@ -348,14 +348,15 @@ def generate(
     prompt
         What to draw.
     pipeline
-        shapes, the folder of a pipeline, or its name on the Hugging Face hub; safetensors only.
+        shapes, its few-step student shapes-lcm, the folder of a pipeline, or its name on the Hugging Face hub;
+        safetensors only.
     negative
         What not to draw; several separated by |.
     method
         Terms joined by +: a name of `diffsteer methods`, then : and values, such as cfg:7.5+dng:2,prior=0.01; by
-        default cfg:7.5+dng:1,prior=0.01; on shapes cfg:1.5+dng:7.5.
+        default cfg:7.5+dng:1,prior=0.01; on shapes cfg:1.5+dng:7.5; on shapes-lcm, with a negative, nasa:0.8.
     steps
-        Inference steps of the pipeline's own scheduler.
+        Inference steps of the pipeline's own scheduler; by default 30, and 4 of shapes-lcm, which has 8 at most.
     seed
         Picture i depends on (seed, i) alone.
     num, batch_size

@@ -38,7 +38,7 @@ def generate(
     pipeline: str,
     negative: str = "",
     method: str | None = None,
-    steps: int = 30,
+    steps: int | None = None,
     seed: int = 0,
     num: int = 4,
     batch_size: int = 4,
@@ -55,10 +55,14 @@ def generate(
     ----------
     prompt, negative : str
     pipeline : str
-        "shapes", the folder of a diffusers pipeline, or its name on the Hugging Face hub. Safetensors only.
+        "shapes", its few-step student "shapes-lcm", the folder of a diffusers pipeline, or its name on the Hugging Face
+        hub. Safetensors only.
     method : str, optional
-        See :func:`diffsteer.methods.parse_method`; default: "cfg:7.5+dng:1,prior=0.01", on "shapes" "cfg:1.5+dng:7.5".
-    steps, seed, num, batch_size
+        See :func:`diffsteer.methods.parse_method`; default: "cfg:7.5+dng:1,prior=0.01", on "shapes" "cfg:1.5+dng:7.5",
+        on "shapes-lcm", whose guidance is its own, "nasa:0.8" with a negative.
+    steps : int, optional
+        By default 30, and 4 of "shapes-lcm".
+    seed, num, batch_size
         Picture i depends on (seed, i) alone, not on ``num``.
     size : (int, int), optional
         Width and height in pixels; default: the pipeline's.
@@ -84,8 +88,14 @@ def generate(
     if num < 1 or batch_size < 1:
         raise ParameterError("num and batch_size must be at least 1")
     negatives = separate(negative)
-    drawn = zoo.draws_shapes(pipeline)
-    method = method or (_OF_SHAPES if drawn else "cfg:7.5+dng:1,prior=0.01")
+    drawn, student = zoo.draws_shapes(pipeline), Path(pipeline).name == "shapes-lcm"
+    if student:
+        usual, w, weakest = "nasa:0.8" if negatives else "cfg:1", 1.0, 1.5
+    else:
+        usual, w, weakest = _OF_SHAPES if drawn else "cfg:7.5+dng:1,prior=0.01", None, 1.0
+    method, steps = method or usual, steps or (4 if student else 30)
+    if student and steps > 8:
+        raise ParameterError(f"{pipeline} draws in 1 to 8 steps, not in {steps}")
     guidance = parse_method(method)
     out.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(pipeline, device, dtype)
@@ -95,10 +105,10 @@ def generate(
         calibrate = 128 if drawn and negatives and _tracks(guidance) else 0
     if calibrate:
         guidance = _calibrated(pipe, guidance, prompt, negatives, steps, calibrate, seed)
-    w = _positive_scale(guidance)
+    w = w or _positive_scale(guidance)
     rows: dict[str, tuple[Guidance, str]] = {method: (guidance, negative)}
     if compare and negative:
-        rows["negative prompt"] = (NegativePrompting.replacing_null(max(w, 1.0)), negative.replace("|", ", "))
+        rows["negative prompt"] = (NegativePrompting.replacing_null(max(w, weakest)), negative.replace("|", ", "))
         rows["no negative"] = (ClassifierFreeGuidance(w), "")
     arguments: dict[str, Any] = {"num_inference_steps": steps}
     if size is not None:

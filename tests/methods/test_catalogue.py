@@ -54,7 +54,7 @@ def asked(method: Guidance, scene: Script) -> set[str]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_asks_for_what_it_declares(name: str) -> None:
-    """All that is declared is asked for somewhere, or a parameter's default; what is asked first is declared or named."""
+    """What is declared is asked for somewhere, or a parameter's default; what is asked first is declared or named."""
     case, found = CASES[name], entry(name)
     heard = [asked(*case.build(*row)) for row in case.rows]
     defaults = set().union(*(mentioned(field.default) for field in fields(found.cls)))

@@ -31,7 +31,7 @@ from diffsteer.bench.removal import Outcome, read_outcome, scheduler, write_outc
 from diffsteer.bench.sweep import bars, halves
 from diffsteer.core import Guidance
 from diffsteer.energy.losses import ClassEnergy, Residual
-from diffsteer.errors import NonFiniteError, ParameterError, UnknownNameError
+from diffsteer.errors import NonFiniteError, ParameterError, UnknownNameError, UnsupportedError
 from diffsteer.files import check_writable
 from diffsteer.perturb.attention import blur
 from diffsteer.sampling import describe, sample, stream
@@ -289,6 +289,8 @@ def bench_energy(
         Those for choosing, too.
     """
     plan = plan or Plan()
+    if Path(name).name == "shapes-lcm":
+        raise UnsupportedError("a few-step student is no denoiser for an energy; take shapes, its teacher")
     if zoo.draws_shapes(name):
         if plan.tasks != TASKS:
             raise ParameterError("the pipeline of the drawn world has one task, a layout; leave tasks out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from diffsteer.bench.report import MethodPanel
     from diffsteer.bench.sweep import Entry
+
+_ACROSS = 5  # panels of samples beside each other: more would be too small to see
 
 STYLES = {
     "unguided": ("Unguided", "0.45", "x"),
@@ -32,9 +35,13 @@ def draw_samples(
     path: Path, panels: Sequence[MethodPanel], rows: int = 4, columns: int = 9, framed: str = "left"
 ) -> None:
     """The first samples of every method side by side, forbidden ones framed in red, and their share in the titles."""
+    across, down = min(len(panels), _ACROSS), math.ceil(len(panels) / _ACROSS)
     with mpl.rc_context({"font.size": 8}):
-        figure = Figure(figsize=(2.6 * len(panels), 1.75), layout="constrained")
-        for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        figure = Figure(figsize=(2.6 * across, 1.75 * down), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False).ravel()
+        for axis in axes[len(panels) :]:
+            axis.remove()
+        for axis, panel in zip(axes, panels, strict=False):
             images = np.asarray(panel.images)[: rows * columns].transpose(0, 2, 3, 1)
             forbidden = np.asarray(panel.forbidden)
             images = (images.clip(-1, 1) + 1) / 2

@@ -16,6 +16,7 @@ from diffsteer.bench.judges import judge_of
 from diffsteer.bench.prompt_report import write
 from diffsteer.bench.prompt_runs import SCALES, Bench, Line, Pair, Plan, measure, sampler_name
 from diffsteer.bench.sweep import bars
+from diffsteer.errors import UnsupportedError
 from diffsteer.files import check_writable
 from diffsteer.generate import load_pipeline
 
@@ -38,6 +39,10 @@ def bench_prompts(pipeline: str, plan: Plan, *, out: Path, clip: str = CLIP, dev
         A CLIP model on the hub, or its folder.
     """
     check_writable(out / "results.json")
+    if Path(pipeline).name == "shapes-lcm":
+        raise UnsupportedError(
+            "a few-step student is no denoiser for other schedulers; diffsteer bench methods tries it"
+        )
     pipe = load_pipeline(pipeline, device, "float32")
     bench = Bench(pipe, judge_of(pipeline, clip), plan, out / "runs")
     choosing = [p for p in plan.grid if p.related and not p.reported]

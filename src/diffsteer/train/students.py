@@ -73,7 +73,7 @@ class Levels:
     def scheduler(self) -> LCMScheduler:
         """The scheduler that samples a student of these levels."""
         return LCMScheduler(
-            **SCHEDULE, original_inference_steps=self.steps, prediction_type="v_prediction",
+            **SCHEDULE, steps_offset=1, original_inference_steps=self.steps, prediction_type="v_prediction",
             timestep_scaling=_TIMESTEP_SCALING,
         )  # fmt: skip
 
