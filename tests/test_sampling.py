@@ -62,6 +62,26 @@ def test_trace_nfe_and_record() -> None:
     json.dumps({k: v for k, v in out.record.items() if k != "log_snr"})
 
 
+@pytest.mark.parametrize("batch_size", [20, 100, 250])
+def test_a_network_meets_few_sizes(monkeypatch, batch_size: int) -> None:
+    """Parts of a batch are filled up to one of 32 sizes; what they say and count is that of each sample alone."""
+    keywords = {"scheduler": DDPM, "num_samples": batch_size, "steps": 40, "dtype": torch.float64}
+    alone = ds.sample(DEN, DNG, batch_size=1, **keywords)
+    native, sizes = type(DEN).predict, set()
+
+    def predict(self, context, x, level, samples, perturb=None):
+        sizes.add(len(x))
+        assert len(samples) == len(x) <= batch_size
+        return native(self, context, x, level, samples, perturb)
+
+    monkeypatch.setattr(type(DEN), "predict", predict)
+    out = ds.sample(DEN, DNG, batch_size=batch_size, **keywords)
+    assert 3 < len(sizes) <= 33
+    assert {size % -(-batch_size // 32) for size in sizes - {batch_size}} == {0}
+    assert torch.allclose(alone.samples, out.samples, rtol=0, atol=1e-9)
+    assert torch.equal(alone.nfe, out.nfe)
+
+
 def test_the_posterior_in_the_trace_is_the_one_used() -> None:
     used: list[torch.Tensor] = []
     out = run(callback=lambda index, x, info: used.append(info["scale"].clone()))

@@ -23,6 +23,7 @@ from diffsteer.perturb import Record
 
 Batching = float | Literal["auto"]
 
+_SIZES = 32  # of parts of a batch that networks meet, at most
 _ROUNDS = 3  # of a measurement, of which the fastest counts
 
 
@@ -229,8 +230,21 @@ class Engine:
     def _raw(self, call: Call, net: Denoiser) -> Tensor:
         """The network's answer to a call, in the network's own space."""
         x, numbers = self._point(call)
+        size, spare = len(x), self._spare(call)
+        if spare:
+            filled = torch.arange(size + spare).clamp(max=size - 1)
+            x, numbers = x[filled.to(x.device)], numbers[filled]
         with torch.set_grad_enabled(call.grad):
-            return net.predict(call.context, x, call.level or self.step.level, numbers, call.perturb)
+            return net.predict(call.context, x, call.level or self.step.level, numbers, call.perturb)[:size]
+
+    def _spare(self, call: Call) -> int:
+        """How often the last row of a part of the batch is repeated, so that networks meet few different sizes: what
+        they and PyTorch prepare and keep for each would grow with the run.
+        """
+        if call.rows is None or call.perturb is not None:
+            return 0
+        whole, rows = len(self.step.x), len(call.rows)
+        return min(-rows % math.ceil(whole / _SIZES), whole - rows)
 
     def _one(self, call: Call) -> Tensor:
         if call.model not in self.nets:
