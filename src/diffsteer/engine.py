@@ -231,10 +231,10 @@ class Engine:
         """The network's answer to a call, in the network's own space."""
         x, numbers = self._point(call)
         size, spare = len(x), self._spare(call)
-        if spare:
-            filled = torch.arange(size + spare).clamp(max=size - 1)
-            x, numbers = x[filled.to(x.device)], numbers[filled]
         with torch.set_grad_enabled(call.grad):
+            if spare:
+                filled = torch.arange(size + spare).clamp(max=size - 1)
+                x, numbers = x[filled.to(x.device)], numbers[filled]
             return net.predict(call.context, x, call.level or self.step.level, numbers, call.perturb)[:size]
 
     def _spare(self, call: Call) -> int:

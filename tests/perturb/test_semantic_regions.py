@@ -63,7 +63,7 @@ def test_regions_from_the_networks_own_attention() -> None:
 
 
 def test_it_refuses_networks_where_it_finds_none() -> None:
-    with pytest.raises(UnsupportedError, match="a quarter or an eighth"):
+    with pytest.raises(UnsupportedError, match="another ratio"):
         guided(ds.SemanticAwareCFG(), denoiser(tiny("SD"), "pos", "null"))
     with pytest.raises(UnsupportedError, match="no such layers"):
         guided(ds.SemanticAwareCFG(), denoiser(tiny("SD3"), "pos", "null"))

@@ -53,5 +53,6 @@ def test_a_patched_network_is_the_inner_one_on_stacked_pixels() -> None:
 
 @pytest.mark.parametrize(("data", "limit"), [("mnist", 8e6), ("cifar10", 16e6)])
 def test_all_networks_of_a_data_set_fit_its_budget(data: str, limit: float) -> None:
-    sizes = {p: sum(w.numel() for w in build(r.network).parameters()) for p, r in RECIPES[data].items()}
+    kept = {p: r for p, r in RECIPES[data].items() if p != "marginal"}  # which takes the denoiser's place
+    sizes = {p: sum(w.numel() for w in build(r.network).parameters()) for p, r in kept.items()}
     assert 2 * sum(sizes.values()) < limit  # float16 bytes
