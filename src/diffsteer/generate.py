@@ -88,12 +88,11 @@ def generate(
     if num < 1 or batch_size < 1:
         raise ParameterError("num and batch_size must be at least 1")
     negatives = separate(negative)
-    drawn, student = zoo.draws_shapes(pipeline), Path(pipeline).name == "shapes-lcm"
+    drawn, student = zoo.draws_shapes(pipeline), zoo.few_steps(pipeline)
     if student:
-        usual, w, weakest = "nasa:0.8" if negatives else "cfg:1", 1.0, 1.5
+        method, steps = method or ("nasa:0.8" if negatives else "cfg:1"), steps or 4
     else:
-        usual, w, weakest = _OF_SHAPES if drawn else "cfg:7.5+dng:1,prior=0.01", None, 1.0
-    method, steps = method or usual, steps or (4 if student else 30)
+        method, steps = method or (_OF_SHAPES if drawn else "cfg:7.5+dng:1,prior=0.01"), steps or 30
     if student and steps > 8:
         raise ParameterError(f"{pipeline} draws in 1 to 8 steps, not in {steps}")
     guidance = parse_method(method)
@@ -105,10 +104,13 @@ def generate(
         calibrate = 128 if drawn and negatives and _tracks(guidance) else 0
     if calibrate:
         guidance = _calibrated(pipe, guidance, prompt, negatives, steps, calibrate, seed)
-    w = w or _positive_scale(guidance)
+    w = 1.0 if student else _positive_scale(guidance)  # the student's guidance is its own
     rows: dict[str, tuple[Guidance, str]] = {method: (guidance, negative)}
     if compare and negative:
-        rows["negative prompt"] = (NegativePrompting.replacing_null(max(w, weakest)), negative.replace("|", ", "))
+        rows["negative prompt"] = (
+            NegativePrompting.replacing_null(1.5 if student else max(w, 1.0)),
+            negative.replace("|", ", "),
+        )
         rows["no negative"] = (ClassifierFreeGuidance(w), "")
     arguments: dict[str, Any] = {"num_inference_steps": steps}
     if size is not None:

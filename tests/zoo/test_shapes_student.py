@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, LCMScheduler
 import diffsteer as ds
 from diffsteer.engine import stream
 from diffsteer.errors import UnsupportedError
-from diffsteer.zoo import draws_shapes, load_model, pipeline_folder
+from diffsteer.zoo import draws_shapes, few_steps, load_model, pipeline_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers and transformers, about each other
 
@@ -53,6 +53,8 @@ def test_only_what_differs_from_its_teacher_is_shipped(student, teacher) -> None
         theirs = getattr(teacher, part).state_dict()
         assert all(torch.equal(value, theirs[name]) for name, value in getattr(student, part).state_dict().items())
     assert draws_shapes("shapes-lcm")
+    assert few_steps("shapes-lcm")
+    assert not few_steps("shapes")
 
 
 def test_it_is_no_model_with_classes() -> None:

@@ -289,7 +289,7 @@ def bench_energy(
         Those for choosing, too.
     """
     plan = plan or Plan()
-    if Path(name).name == "shapes-lcm":
+    if zoo.few_steps(name):
         raise UnsupportedError("a few-step student is no denoiser for an energy; take shapes, its teacher")
     if zoo.draws_shapes(name):
         if plan.tasks != TASKS:

@@ -19,6 +19,7 @@ from diffsteer.bench.sweep import bars
 from diffsteer.errors import UnsupportedError
 from diffsteer.files import check_writable
 from diffsteer.generate import load_pipeline
+from diffsteer.zoo import few_steps
 
 __all__ = ["bench_prompts", "operating_points"]
 
@@ -39,7 +40,7 @@ def bench_prompts(pipeline: str, plan: Plan, *, out: Path, clip: str = CLIP, dev
         A CLIP model on the hub, or its folder.
     """
     check_writable(out / "results.json")
-    if Path(pipeline).name == "shapes-lcm":
+    if few_steps(pipeline):
         raise UnsupportedError(
             "a few-step student is no denoiser for other schedulers; diffsteer bench methods tries it"
         )

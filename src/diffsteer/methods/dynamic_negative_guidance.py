@@ -260,20 +260,13 @@ class DynamicNegativeGuidance(Guidance):
         """The samples that an unwanted context is evaluated for."""
         f.tracked.check(step)
         due = ~f.released
-        if (
-            self._waits(step.stochastic)
-            and f.tracked.last is not None
-            and tracker.moves(step)
-            and step.level_next.rho > 0
-        ):
+        # a sum over noise holds over any stride, an integral needs its points
+        waits = self._patient and tracker.resolve(step.stochastic) not in ("ode", "surrogate")
+        if waits and f.tracked.last is not None and tracker.moves(step) and step.level_next.rho > 0:
             gained = (2 * f.odds).exp() * f.tracked.variation(step.level_next)
             share = tracker.prior * (1 - tracker.prior) / step.num_steps
             due = due & (gained > self.patience**2 * share)
         return due.nonzero()[:, 0]
-
-    def _waits(self, stochastic: float | None) -> bool:
-        """Whether evaluations may be put off: a sum over noise holds over any stride, an integral needs its points."""
-        return self._patient and self._trackers[0].resolve(stochastic) not in ("ode", "surrogate")
 
     def _visit(self, step: Step, i: int, f: Followed, rows: Tensor) -> Any:
         """Both predictions for ``rows``, (len(rows), ...), and how ``f``, their state, goes on; a generator."""

@@ -32,10 +32,21 @@ from diffsteer.zoo.networks import build
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-__all__ = ["PIPELINES", "Model", "available", "draws_shapes", "load", "load_model", "pipeline_folder", "read_pipeline"]
+__all__ = [
+    "PIPELINES",
+    "Model",
+    "available",
+    "draws_shapes",
+    "few_steps",
+    "load",
+    "load_model",
+    "pipeline_folder",
+    "read_pipeline",
+]
 
 _ROOT = Path(__file__).parent
-PIPELINES = ("shapes", "shapes-lcm")
+_STUDENT = "shapes-lcm"
+PIPELINES = ("shapes", _STUDENT)
 """Names of the shipped text-to-image pipelines."""
 
 
@@ -115,7 +126,7 @@ def read_pipeline(name: str | Path, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
     shared = {}
-    if name == "shapes-lcm":  # a student differs from its teacher in the U-Net alone, and so does its shipped folder
+    if name == _STUDENT:  # a student differs from its teacher in the U-Net alone, and so does its shipped folder
         parts = read_pipeline("shapes", dtype).components
         shared = {part: parts[part] for part in ("vae", "text_encoder", "tokenizer")}
     with warnings.catch_warnings():  # older versions of diffusers know no other name for it
@@ -128,6 +139,11 @@ def read_pipeline(name: str | Path, dtype: torch.dtype) -> Any:
 def draws_shapes(pipeline: str | Path) -> bool:
     """Whether a pipeline is one of the drawn world's: a shipped one, or a folder of such a name."""
     return Path(pipeline).name in PIPELINES
+
+
+def few_steps(pipeline: str | Path) -> bool:
+    """Whether a pipeline is the few-step student, which is no denoiser: the shipped one, or a folder of that name."""
+    return Path(pipeline).name == _STUDENT
 
 
 @dataclass(frozen=True)
@@ -192,7 +208,8 @@ class Model:
             net.load_state_dict(weights)
         except RuntimeError as error:
             raise WeightsError(f"{path} does not fit the network in config.json; copy the model again") from error
-        return net.to(self.device).eval().requires_grad_(False)
+        # channels last is how convolutions compute
+        return net.to(self.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     @property
     def network(self) -> nn.Module:
