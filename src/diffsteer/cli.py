@@ -81,6 +81,7 @@ def removal(
     out: Path | None = None,
     samples: int | None = None,
     method: Annotated[list[str] | None, Parameter(negative="")] = None,
+    sampler: Annotated[list[str] | None, Parameter(negative="")] = None,
     separate: bool = False,
     quick: bool = False,
     device: str = "cpu",
@@ -103,6 +104,8 @@ def removal(
         Per configuration, instead of the tier's; the classes for choosing get half of it.
     method
         Only these: np, sld, sld-medium, dng, dng-paper, ceiling.
+    sampler
+        Only these of the tier's, as name:steps, such as ddpm:50 or dpm++:25.
     separate
         An unconditional network and a separate one of each concept, instead of one conditional network.
     quick
@@ -113,9 +116,11 @@ def removal(
     from dataclasses import replace
 
     from diffsteer import zoo
-    from diffsteer.bench.sweep import sweep, tier_of
+    from diffsteer.bench.sweep import among, sweep, tier_of
 
     chosen = tier_of(zoo.load_model(model), tier)
+    if sampler:
+        chosen = among(chosen, sampler)
     if quick:
         few = tuple((kind, 8) for kind, _ in chosen.samplers[:2])
         chosen = replace(chosen, samplers=few, samples=48, final=chosen.final and ("ddpm", 8, 48))

@@ -132,6 +132,15 @@ def test_operating_points_are_read_off_the_choosing_half_alone(model) -> None:
     assert sweeping.operating_points([safe[2]], model, [0], ["np"]) == {"np": 0.1}
 
 
+def test_a_tier_can_be_run_in_parts(model) -> None:
+    tier = sweeping.tier_of(model, 1)
+    part = sweeping.among(tier, ["ddim:50"])
+    assert part.samplers == (("ddim", 50),)
+    assert replace(part, samplers=tier.samplers) == tier
+    with pytest.raises(UnknownNameError, match="known: ddpm:50, ddim:50"):
+        sweeping.among(tier, ["dpm++:25"])
+
+
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore::diffsteer.errors.CalibrationWarning")  # three steps, to be quick
 def test_the_whole_benchmark_runs_and_resumes(tmp_path: Path, monkeypatch) -> None:

@@ -118,6 +118,15 @@ def tier_of(model: Model, number: int) -> Tier:
     return tiers[number]
 
 
+def among(tier: Tier, samplers: Sequence[str]) -> Tier:
+    """The tier with these of its samplers alone, each as "name:steps"."""
+    own = {f"{kind}:{steps}": (kind, steps) for kind, steps in tier.samplers}
+    for name in samplers:
+        if name not in own:
+            raise UnknownNameError("sampler of this tier", name, own)
+    return replace(tier, samplers=tuple(own[name] for name in samplers))
+
+
 @dataclass(frozen=True)
 class Entry:
     """One measured configuration."""
