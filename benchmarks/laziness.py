@@ -2,8 +2,9 @@
 
 Sweeps ``patience`` (with every release, and without any) on the reported half of the classes, under the same seeds, and
 measures the forbidden share, the KL to the rejection shares and the feature distance beside the evaluations that are
-made. With --estimator another than the model's, uncalibrated; its divergence by differences, so that all that it costs
-is counted as evaluations. Resumable; prints a Markdown table and draws the curve with --out.
+made; the changes of share and KL against the first variant have 95% intervals, samples being resampled in pairs. With
+--estimator another than the model's, uncalibrated; its divergence by differences, so that all that it costs is counted as
+evaluations. Resumable; prints a Markdown table and draws the curve with --out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from diffsteer import zoo
 from diffsteer.bench import balance, metrics
+from diffsteer.bench.intervals import interval_of
 from diffsteer.bench.removal import Setting, method_for, run, unguided
 from diffsteer.bench.sweep import halves
 
@@ -46,11 +48,12 @@ def main() -> None:
     whole, store = len(model.classes), options.out / "runs"
     base = Setting((), options.scheduler, options.steps, 3 * options.samples, seed=1)
     target = unguided(model, base, store=store)
-    print("| DNG | evaluations | above the floor | KL to rejection | distance to rejection | same judgement |")
-    print("|---|---|---|---|---|---|")
+    print("| DNG | evaluations | above the floor | KL to rejection | distance to rejection | same judgement | ", end="")
+    print("change of the share | change of the KL |")
+    print("|---|---|---|---|---|---|---|---|")
     points, reference = [], {}
     for name in options.variant or VARIANTS:
-        changes, rows = {**VARIANTS[name], **(other if options.estimator else {})}, []
+        changes, rows, pairs = {**VARIANTS[name], **(other if options.estimator else {})}, [], []
         for concept in classes:
             setting = Setting((concept,), options.scheduler, options.steps, options.samples)
             method = replace(method_for(model, "dng", setting), **changes)
@@ -64,11 +67,40 @@ def main() -> None:
             distance = metrics.frechet_distance(out.features, target.features[mask])
             same = float((out.labels == reference[concept]).double().mean())
             rows.append((out.nfe / options.steps, excess, kl, distance, same))
+            joint = balance.class_counts(whole * reference[concept] + out.labels, whole**2).reshape(whole, whole)
+            pairs.append((joint, concept, shares / shares.sum(), keep))
         nfe, excess, kl, distance, same = np.mean(rows, axis=0)
         points.append((nfe, excess, kl, distance))
-        print(f"| {name} | {nfe:.2f} | {excess:+.2%} | {kl:.4f} | {distance:.2f} | {same:.1%} |", flush=True)
+        line = f"| {name} | {nfe:.2f} | {excess:+.2%} | {kl:.4f} | {distance:.2f} | {same:.1%} | "
+        print(line + " | ".join(changed(pairs)) + " |", flush=True)
     named = filter(None, ("laziness", model.name, options.scheduler, options.estimator))
     draw(options.out / f"{'-'.join(named)}.png", np.array(points))
+
+
+def changed(pairs: list[tuple[np.ndarray, int, np.ndarray, list[int]]]) -> list[str]:
+    """The mean change of the forbidden share, in points, and of the KL, relative, with intervals.
+
+    ``pairs`` has for each class how often which two judgements, (first variant, this one), met; the class; the target's
+    shares of the classes that are kept; and those classes.
+    """
+    rng, samples = np.random.default_rng(0), int(pairs[0][0].sum())
+
+    def figures(joints: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """(..., K, K) counts of each class to the change of the mean share and of the mean KL."""
+        both = [(joint.sum(-1), joint.sum(-2)) for joint in joints]
+        shares = [(new - old)[..., pair[1]] / samples for (old, new), pair in zip(both, pairs, strict=True)]
+        old, new = (
+            sum(balance.kl_rows(target, sides[i], keep) for sides, (*_, target, keep) in zip(both, pairs, strict=True))
+            for i in (0, 1)
+        )
+        return np.mean(shares, axis=0), np.asarray(new / old - 1)
+
+    drawn = [rng.multinomial(samples, p[0].ravel() / samples, size=2000).reshape(-1, *p[0].shape) for p in pairs]
+    written = []
+    for estimate, draws in zip(figures([p[0] for p in pairs]), figures(drawn), strict=True):
+        low, high = interval_of(float(estimate), draws)
+        written.append(f"{estimate:+.2%} ({low:+.2%} to {high:+.2%})")
+    return written
 
 
 def draw(path: Path, points: np.ndarray) -> None:
