@@ -2,8 +2,8 @@
 
 Sweeps ``patience`` (with every release, and without any) on the reported half of the classes, under the same seeds, and
 measures the forbidden share, the KL to the rejection shares and the feature distance beside the evaluations that are
-made; the changes of share and KL against the first variant have 95% intervals, samples being resampled in pairs.
-With --estimator another than the model's, uncalibrated; its divergence by differences, so that all its cost is counted as
+made; the changes of share and KL against the first variant have 95% intervals, samples being resampled in pairs. With
+--estimator another than the model's, uncalibrated; its divergence by differences, so that all its cost is counted as
 evaluations. Resumable; prints a Markdown table and draws the curve with --out.
 """
 

@@ -115,6 +115,22 @@ def test_few_rows_share_a_forward_where_whole_batches_do_not() -> None:
     assert sorted(net.seen) == [[0, 0, 0, 0], [1, 1, 2]]
 
 
+@pytest.mark.parametrize("batching", [1, 2, 2.5])
+def test_a_network_meets_few_sizes_of_forwards_that_are_shared(batching: float) -> None:
+    """They are filled up as parts of a batch are, with the last row, and hold no more rows than they may."""
+    keywords = {"num_samples": 100, "batch_size": 100, "steps": 40, "dtype": torch.float64}
+    two = ds.DynamicNegativeGuidance(prior=(0.1, 0.1), contexts=("neg", "pos"))
+    out, net = run(two, batching, Net().double(), **keywords)
+    alone, other = run(two, 0, Net().double(), **keywords)
+    sizes = {len(labels) for labels in net.seen}
+    assert any(len(set(labels)) > 1 and len(labels) not in (100, 200) for labels in net.seen)
+    assert max(sizes) <= 100 * batching
+    assert {size % 4 for size in sizes - {100, 200, 250}} == {0}
+    assert len(net.seen) < len(other.seen)
+    assert torch.allclose(out.samples, alone.samples, rtol=0, atol=1e-9)
+    assert torch.equal(out.nfe, alone.nfe)
+
+
 def test_sample_i_depends_on_seed_and_i_alone() -> None:
     many, _ = run(BOTH, 2, num_samples=11)
     few, _ = run(BOTH, 2, num_samples=5)

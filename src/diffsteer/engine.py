@@ -186,9 +186,14 @@ class Engine:
 
     def _forward(self, net: Joining, calls: list[Call]) -> list[Tensor] | None:
         """The network's answers to plain calls by one forward; None where it cannot."""
-        points, numbers = zip(*map(self._point, calls), strict=True)
+        points, numbers = (list(each) for each in zip(*map(self._point, calls), strict=True))
+        sizes = [len(x) for x in points]
+        if any(call.rows is not None for call in calls):
+            room = int(len(self.step.x) * (len(calls) if self.batching == "auto" else self.batching))
+            points[-1], numbers[-1] = self._filled(points[-1], numbers[-1], sum(sizes), room)
         with torch.no_grad():
-            return net.predict_together([c.context for c in calls], points, self.step.level, numbers)
+            answers = net.predict_together([c.context for c in calls], points, self.step.level, numbers)
+        return answers and [answer[:size] for answer, size in zip(answers, sizes, strict=True)]
 
     def _measured(self, net: Joining, calls: list[Call]) -> float:
         """The most rows, in batches, with which one forward is faster than one of each branch; 0 if it never is.
@@ -230,21 +235,22 @@ class Engine:
     def _raw(self, call: Call, net: Denoiser) -> Tensor:
         """The network's answer to a call, in the network's own space."""
         x, numbers = self._point(call)
-        size, spare = len(x), self._spare(call)
+        size = len(x)
         with torch.set_grad_enabled(call.grad):
-            if spare:
-                filled = torch.arange(size + spare).clamp(max=size - 1)
-                x, numbers = x[filled.to(x.device)], numbers[filled]
+            if call.rows is not None and call.perturb is None:
+                x, numbers = self._filled(x, numbers, size, len(self.step.x))
             return net.predict(call.context, x, call.level or self.step.level, numbers, call.perturb)[:size]
 
-    def _spare(self, call: Call) -> int:
-        """How often the last row of a part of the batch is repeated, so that networks meet few different sizes: what
-        they and PyTorch prepare and keep for each would grow with the run.
+    def _filled(self, x: Tensor, numbers: Tensor, rows: int, room: int) -> tuple[Tensor, Tensor]:
+        """The last samples of a forward of ``rows``, the very last one repeated while there is ``room``.
+
+        So networks meet few different sizes: what they and PyTorch prepare and keep for each would grow with the run.
         """
-        if call.rows is None or call.perturb is not None:
-            return 0
-        whole, rows = len(self.step.x), len(call.rows)
-        return min(-rows % math.ceil(whole / _SIZES), whole - rows)
+        spare = min(-rows % math.ceil(len(self.step.x) / _SIZES), max(room - rows, 0))
+        if not spare:
+            return x, numbers
+        filled = torch.arange(len(x) + spare).clamp(max=len(x) - 1)
+        return x[filled.to(x.device)], numbers[filled]
 
     def _one(self, call: Call) -> Tensor:
         if call.model not in self.nets:
