@@ -1,0 +1,77 @@
+"""What DNG's laziness costs with prompts: `python benchmarks/laziness_prompts.py [--sampler euler-a:30] [--scale 7.5]`.
+
+The related pairs of `diffsteer bench prompts` that are reported, on the shapes pipeline, with every evaluation and by
+default, under the same seeds; the changes have 95% intervals, pictures being resampled in pairs. Resumable: with the
+folder of `diffsteer bench prompts` as --out its calibrations and runs are read. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import diffsteer as ds
+from diffsteer.bench.intervals import bootstrap
+from diffsteer.bench.judges import judge_of
+from diffsteer.bench.prompt_runs import GRID, Bench, Plan, kl_to, parse_sampler
+from diffsteer.generate import load_pipeline
+
+
+class Eager(Bench):
+    """The same with every evaluation."""
+
+    def tracker(self, *which: Any) -> ds.DynamicNegativeGuidance:
+        return replace(super().tracker(*which), lazy=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sampler", default="euler-a:30")
+    parser.add_argument("--scale", type=float, default=7.5)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--rollouts", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=Path("runs/prompts-shapes"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    sampler, plan = parse_sampler(options.sampler), Plan(samples=options.samples, rollouts=options.rollouts)
+    given = load_pipeline("shapes", "cpu", "float32"), judge_of("shapes", ""), plan, options.out / "runs"
+    benches = {"every evaluation": Eager(*given), "lazy, the default": Bench(*given)}
+    pairs = [pair for pair in GRID if pair.related and pair.reported]
+    targets = [Bench(*given).verdict(pair, sampler, "rejection", 0.0, target=True) for pair in pairs]
+
+    def figures(arrays: Sequence[np.ndarray]) -> tuple[float, float]:
+        """The mean share of forbidden pictures, and the mean KL, from what is forbidden and what is shown, by pair."""
+        forbidden, shown = arrays[: len(pairs)], arrays[len(pairs) :]
+        kls = [kl_to(target)(attributes) for target, attributes in zip(targets, shown, strict=True)]
+        return float(np.mean([f.mean() for f in forbidden])), float(np.mean(kls))
+
+    def change(which: int, *arrays: np.ndarray) -> float:
+        before, after = (figures(part)[which] for part in (arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]))
+        return after / before - 1 if which else after - before
+
+    print("| DNG | evaluations | forbidden | KL to rejection | change of the share | change of the KL |")
+    print("|---|---|---|---|---|---|")
+    reference: list[np.ndarray] = []
+    for name, bench in benches.items():
+        verdicts = [bench.verdict(pair, sampler, "dng", options.scale) for pair in pairs]
+        seen = [*(v.forbidden for v in verdicts), *(v.attributes for v in verdicts)]
+        reference = reference or seen
+        nfe = np.mean([bench.run(pair, sampler, "dng", options.scale).nfe for pair in pairs]) / sampler[1]
+        share, kl = figures(seen)
+        cells = [f"{name} | {nfe:.2f} | {share:.2%} | {kl:.3f}"]
+        for which in (0, 1):
+            statistic = partial(change, which)
+            low, high = bootstrap(statistic, [*reference, *seen], n=500)
+            cells.append(f"{statistic(*reference, *seen):+.1%} ({low:+.1%} to {high:+.1%})")
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
