@@ -296,7 +296,9 @@ def train(
     out
         The model's folder, by default runs/<dataset>; pass it to `diffsteer remove --model`.
     part
-        Only these: denoiser, weak (its twin), judge, features, noisy_classifier, unconditional, only_<label> (a class).
+        Only these: denoiser, marginal (its second stage, which makes its branch without a label the mixture of the
+        labelled ones, and takes its place), weak (its twin), judge, features, noisy_classifier, unconditional,
+        only_<label> (a class).
     seed
         Of the initial weights and every batch.
     steps, batch_size, lr

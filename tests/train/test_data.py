@@ -93,7 +93,7 @@ def test_a_folder_of_images_is_cropped_resized_and_split(tmp_path: Path, monkeyp
         assert data.images.shape == (18, 1 if mode == "L" else 3, 8, 8)
         assert len(data.heldout_labels) == 2
         assert data.images[data.labels == 1, 0].min() > data.images[data.labels == 0, 0].max()
-        assert set(for_images(tuple(data.images.shape[1:]), 2)) >= {"denoiser", "judge", "only_1"}
+        assert set(for_images(tuple(data.images.shape[1:]), 2)) >= {"denoiser", "marginal", "judge", "only_1"}
 
 
 def test_a_folder_of_one_class_is_refused(tmp_path: Path, monkeypatch) -> None:

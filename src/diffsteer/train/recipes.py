@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -98,14 +98,18 @@ def _classifiers(image_size: int, channels: int, classes: int, steps: int, width
 
 
 def _denoisers(network: Mapping[str, Any], small: Mapping[str, Any], only: list[int], **training: Any) -> list[Recipe]:
-    """The conditional denoiser, and the unconditional and single-class ones, which have one label for everything.
+    """The conditional denoiser and its second stage, and the unconditional and single-class ones, which have one label.
 
-    These are smaller and see fewer images: half of the steps for all classes together, a third for one.
+    The second stage has four steps for every seven of the first. The others are smaller and see fewer images: half of
+    the steps for all classes together, a third for one.
     """
     steps = training["steps"]
     alone = {key: value for key, value in training.items() if key != "label_dropout"} | {"network": small}
+    denoiser = Recipe(part="denoiser", network=network, **training)
+    second = {"steps": 4 * steps // 7, "lr": denoiser.lr / 2, "warmup": 50, "ema": 0.998, "label_dropout": 0.6}
     return [
-        Recipe(part="denoiser", network=network, **training),
+        denoiser,
+        replace(denoiser, part="marginal", **second),
         Recipe(part="unconditional", **alone | {"steps": steps // 2}),
         *(Recipe(part=f"only_{label}", **alone | {"steps": steps // 3}) for label in only),
     ]
@@ -177,16 +181,6 @@ _MNIST = (
         lr=2e-3,
         warmup=200,
         label_dropout=0.15,
-    ),
-    Recipe(
-        part="marginal",
-        network=_unet(28, 1, 11, [40, 80], patch=2),
-        steps=4000,
-        batch_size=128,
-        lr=1e-3,
-        warmup=50,
-        ema=0.998,
-        label_dropout=0.6,
     ),
     *_classifiers(28, 1, 10, steps=4000, width=24),
 )
