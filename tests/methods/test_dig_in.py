@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -163,6 +165,29 @@ def test_the_checkpointed_gradient_is_that_of_the_stored_chain() -> None:
     # seen: the check of the energy, the start and what the one step led to
     torch.testing.assert_close(seen[-1], by_hand, rtol=0, atol=1e-4)
     assert float(again.trace["energy"][1].sum()) == pytest.approx(float(ENERGY(by_hand).sum()), abs=1e-3)
+
+
+def test_memory_holds_one_step_at_a_time() -> None:
+    """How many of the network's activations are alive when it has made another one, forward and on the way back."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Any] = []
+            self.most = 0
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            inside = 2 * x
+            self.seen = [ref for ref in (*self.seen, weakref.ref(inside)) if ref() is not None]
+            self.most = max(self.most, len(self.seen))
+            return inside.sin() * (1 + t[:, None] / 1000)  # whose derivative keeps it
+
+    for steps in (5, 20):
+        net = Counting()
+        gc.collect()
+        method = ds.DiGIN(ENERGY, num_optimization_steps=2, contexts=(), base="null")
+        ds.optimize_latents(ds.denoiser(net, shape=(2,)), method, **{**RUN, "steps": steps})
+        assert net.most <= 2, steps
 
 
 @pytest.mark.parametrize(

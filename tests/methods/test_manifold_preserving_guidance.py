@@ -8,7 +8,7 @@ from case import Case, Row, branch
 from energies import Waves, clean, coordinates, landing, slope
 
 import diffsteer as ds
-from diffsteer.core import drive
+from diffsteer.core import Run
 from diffsteer.errors import ParameterError
 from diffsteer.testing import Script, script
 
@@ -41,16 +41,13 @@ CASE = Case(
 )
 
 
-def test_no_graph_through_the_network() -> None:
-    scene, asked = script(steps=1), []
-    step = ds.Step(torch.as_tensor(scene.points[0]), *scene.levels, 0, 1, "eps")
-
-    def answer(calls: list[ds.Call]) -> list[torch.Tensor]:
-        asked.extend(calls)
-        return [torch.zeros_like(step.x) for _ in calls]
-
-    drive(ds.ManifoldPreservingGuidance(WAVES), step, None, answer)
-    assert [call.grad for call in asked] == [False]
+@pytest.mark.parametrize("method", [ds.ManifoldPreservingGuidance(WAVES), ds.Dreamguider(WAVES)])
+def test_no_graph_through_the_network(method: ds.Guidance) -> None:
+    scene = script(steps=1)
+    x = torch.as_tensor(scene.points[0])
+    state = method.start(Run(x, scene.levels, 1.0, ("null",)))
+    calls = next(method.guide(ds.Step(x, *scene.levels, 0, 1, "eps"), state))
+    assert [call.grad for call in calls] == [False]
 
 
 def test_refuses() -> None:

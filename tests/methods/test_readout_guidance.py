@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -137,10 +139,10 @@ def unet() -> UNet2DModel:
     ).double().eval()  # fmt: skip
 
 
-def run(unet: UNet2DModel, method: Any) -> ds.Result:
+def run(unet: UNet2DModel, method: Any, steps: int = 4) -> ds.Result:
     den = ds.denoiser(unet, contexts={"null": {"class_labels": 0}, "pos": {"class_labels": 1}})
     return ds.sample(
-        den, method, scheduler=DDIMScheduler(clip_sample=False), num_samples=3, steps=4, dtype=torch.float64
+        den, method, scheduler=DDIMScheduler(clip_sample=False), num_samples=3, steps=steps, dtype=torch.float64
     )
 
 
@@ -190,6 +192,24 @@ def test_more_guidance_reads_more_of_what_is_wanted(unet: UNet2DModel) -> None:
     assert bool((energies[2] < energies[1]).all() and (energies[1] < energies[0]).all())
 
 
+def test_memory_is_that_of_one_step(unet: UNet2DModel) -> None:
+    """How many of the inputs of a layer before those that are read are alive when it is called."""
+    for steps in (4, 12):
+        seen: list[Any] = []
+        most = []
+
+        def watch(layer: Any, given: Any, seen: list[Any] = seen, most: list[int] = most) -> None:
+            seen.append(weakref.ref(given[0]))
+            most.append(sum(ref() is not None for ref in seen))
+
+        hook = unet.mid_block.resnets[0].register_forward_pre_hook(watch)
+        gc.collect()
+        run(unet, ds.ReadoutGuidance(bright, ("up_blocks.0",), num_optimizer_steps=2, window=(0.0, 1.0)), steps)
+        hook.remove()
+        assert len(most) == 3 * steps
+        assert max(most) <= 3  # those of one step
+
+
 def test_beside_another_method_it_corrects_its_bases_reference() -> None:
     """At scale 0 it adds nothing to what is there."""
     scene = script(steps=3)
@@ -217,3 +237,8 @@ def test_refuses(unet: UNet2DModel) -> None:
         run(unet, ds.ReadoutGuidance(bright, ("nowhere",)))
     with pytest.raises(ParameterError, match="one number per sample"):
         run(unet, ds.ReadoutGuidance(lambda features, level: torch.zeros(()), ("up_blocks.0",)))
+    for coupled in (lambda v: v - v.mean(), lambda v: v * v[:1]):
+        with pytest.raises(ParameterError, match="couples the batch"):
+            run(unet, ds.ReadoutGuidance(lambda psi, level, c=coupled: c(bright(psi, level)), ("up_blocks.0",)))
+    with pytest.raises(UnsupportedError, match="no gradient path"):
+        run(unet, ds.ReadoutGuidance(lambda psi, level: bright(psi, level).detach(), ("up_blocks.0",)))

@@ -81,15 +81,28 @@ def check(energy: Callable[..., Tensor], x: Tensor, *arguments: Any) -> None:
     at = _leaf(x)
     with torch.enable_grad():
         values = energy(at, *arguments)
-        one = values[0] if isinstance(values, Tensor) and values.shape == (len(at),) else None
-    if one is not None and one.requires_grad and len(at) > 1:
-        (first,) = torch.autograd.grad(one, at, retain_graph=True, allow_unused=True)
-        if first is not None and bool((first[1:].nan_to_num(0.0) != 0).any()):
-            raise ParameterError(
-                "this energy couples the batch: one sample's number depends on the other samples; reduce over a "
-                "sample's own dimensions alone, and put networks with batch normalisation in eval()"
-            )
+    uncoupled(values, [at])
     descent(values, at)
+
+
+def uncoupled(values: Tensor, seen: Sequence[Tensor]) -> None:
+    """Refuse energies, (B,), that depend on other samples than their own in what they were computed from, (B, ...).
+
+    Those with even numbers must not depend on samples with odd ones, nor the other way round. Whatever else is wrong
+    with them is for :func:`descent` to say.
+    """
+    seen = [x for x in seen if x.requires_grad]
+    sound = isinstance(values, Tensor) and values.requires_grad and bool(seen) and values.shape == (len(seen[0]),)
+    if not sound:
+        return
+    even = (torch.arange(len(values), device=values.device) % 2 == 0).to(values)
+    for own in (even, 1 - even) if len(values) > 1 else ():
+        for gradient in torch.autograd.grad(values, seen, own, retain_graph=True, allow_unused=True):
+            if gradient is not None and bool((gradient[own == 0].nan_to_num(0.0) != 0).any()):
+                raise ParameterError(
+                    "this energy couples the batch: one sample's number depends on the other samples; reduce over a "
+                    "sample's own dimensions alone, and put networks with batch normalisation in eval()"
+                )
 
 
 def clean_force(energy: CleanEnergy, x0: Tensor) -> Force:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import After, Call, Guidance, Info, Plan, Run, State, Step, guide_in
-from diffsteer.energy.forces import descent, reference, unit
+from diffsteer.energy.forces import descent, reference, uncoupled, unit
 from diffsteer.energy.steps import Inside, Landing, alphas, is_noise, land_around
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
@@ -129,7 +129,9 @@ class ReadoutGuidance(Guidance):
             yield [Call(c, x=at, grad=True, perturb=r) for c, r in zip(self.contexts, records, strict=True)]
             with torch.enable_grad():
                 values = torch.stack([self.energy(r.maps, step.level) for r in records]).sum(0)
-            before = values.detach() if before is None else before
+            if before is None:
+                uncoupled(values, [features for r in records for features in r.maps.values()])
+                before = values.detach()
             gradient = -unit(step.level) * descent(values, at).to(x)
             first = _BETAS[0] * first + (1 - _BETAS[0]) * gradient
             second = _BETAS[1] * second + (1 - _BETAS[1]) * gradient**2
