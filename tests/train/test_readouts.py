@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import types
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ from torch import Tensor
 
 import diffsteer as ds
 from diffsteer.errors import ParameterError
+from diffsteer.testing import mutants
 from diffsteer.train import readouts
 from diffsteer.train.readouts import ReadoutEnergy, ReadoutHead, train_readout
 
@@ -67,31 +71,45 @@ def test_it_reads_pictures_that_it_has_not_seen(head: ReadoutHead, den: Any) -> 
     assert left[50.0] < 1.5 * spread
 
 
-def test_training_noises_pictures_to_the_schedulers_levels(monkeypatch: pytest.MonkeyPatch, den: Any) -> None:
+def check_training(module: Any) -> None:
+    """What is read is noised to the scheduler's levels, all of them; what is wanted belongs to it."""
     seen: list[tuple[Tensor, ds.Level]] = []
-    record = readouts._features
+    record, plain, wanted = module._features, torch.nn.functional.mse_loss, []
 
     def watched(net: Any, x: Tensor, level: ds.Level, *more: Any) -> dict[str, Tensor]:
         seen.append((x, level))
         return record(net, x, level, *more)
 
-    monkeypatch.setattr(readouts, "_features", watched)
-    flat = torch.full((4, 1, 8, 8), 0.7)
+    def loss(found: Tensor, targets: Tensor) -> Tensor:
+        wanted.append(targets)
+        return plain(found, targets)
+
+    flat = torch.tensor([0.7, 0.5, -0.3, -0.6])[:, None, None, None].expand(4, 1, 8, 8)
     before = torch.random.get_rng_state()
-    head = train_readout(den, flat, flat, LAYERS, scheduler=SCHEDULER, width=4, iterations=30, batch_size=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_features", watched)
+        patch.setattr(module.F, "mse_loss", loss)
+        head = module.train_readout(
+            ds.denoiser(network()), flat, flat, LAYERS, scheduler=SCHEDULER, width=4, iterations=30, batch_size=8
+        )
     assert torch.equal(torch.random.get_rng_state(), before)
     assert not head.training
     assert not any(p.requires_grad for p in head.parameters())
     kept = torch.cumprod(1 - SCHEDULER.betas.double(), 0)
     assert [len(x) for x, _ in seen[1:]] == [8] * 30  # the first look tells the number of channels
-    for x, level in seen[1:]:
+    assert len(torch.cat(wanted)[:, 0, 0, 0].unique()) == 4
+    for (x, level), targets in zip(seen[1:], wanted, strict=True):
         assert float((kept - level.alpha**2).abs().min()) < 1e-9
         assert level.alpha**2 + level.sigma**2 == pytest.approx(1)
-        left = (x - 0.7 * level.alpha) / level.sigma
+        left = (x - level.alpha * targets) / level.sigma
         assert abs(float(left.mean())) < 0.25
         assert float(left.std()) == pytest.approx(1, abs=0.2)
     drawn = torch.tensor([float((kept - level.alpha**2).abs().argmin()) for _, level in seen[1:]]) / len(kept)
     assert bool((torch.histc(drawn, 4, 0, 1) >= 3).all())  # of 30, as many everywhere
+
+
+def test_training_noises_pictures_to_the_schedulers_levels() -> None:
+    check_training(readouts)
 
 
 def test_the_network_looks_under_the_context_that_was_asked_for() -> None:
@@ -127,10 +145,10 @@ def test_repeats_itself_and_leaves_the_network_alone(den: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, den.net.parameters(), strict=True))
 
 
-def test_the_map_is_the_weighted_sum_over_layers() -> None:
+def check_head(module: Any) -> None:
     """By hand: each bottleneck on its own, the softmax in NumPy."""
     torch.manual_seed(1)
-    head = ReadoutHead({"a": 3, "b": 5}, 2, (8, 6), width=8).double()
+    head = module.ReadoutHead({"a": 3, "b": 5}, 2, (8, 6), width=8).double()
     features = {"a": torch.randn(2, 3, 8, 6).double(), "b": torch.randn(2, 5, 4, 3).double()}
     level = ds.Level(0.8, 0.6)
     with torch.no_grad():
@@ -147,10 +165,14 @@ def test_the_map_is_the_weighted_sum_over_layers() -> None:
             assert bool(torch.isfinite(head(features, level)).all())
 
 
-def test_a_bottleneck_is_scaled_and_shifted_by_the_level() -> None:
+def test_the_map_is_the_weighted_sum_over_layers() -> None:
+    check_head(readouts)
+
+
+def check_bottleneck(module: Any) -> None:
     """By hand, in NumPy, of 1 x 1 pixels, where a convolution is a matrix and a group has two numbers."""
     torch.manual_seed(2)
-    block = readouts._Bottleneck(3, 8).double()
+    block = module._Bottleneck(3, 8).double()
     psi, embedding = torch.randn(2, 3, 1, 1).double(), torch.randn(8).double()
 
     def dense(layer: Any, x: np.ndarray) -> np.ndarray:
@@ -170,12 +192,16 @@ def test_a_bottleneck_is_scaled_and_shifted_by_the_level() -> None:
     np.testing.assert_allclose(block(psi, embedding).detach().numpy()[..., 0, 0], expected, rtol=1e-10)
 
 
-def test_the_energy_is_the_mean_square_with_an_exact_gradient() -> None:
+def test_a_bottleneck_is_scaled_and_shifted_by_the_level() -> None:
+    check_bottleneck(readouts)
+
+
+def check_energy(module: Any) -> None:
     torch.manual_seed(1)
-    head = ReadoutHead({"a": 3}, 1, (4, 4), width=4).double().requires_grad_(False)
+    head = module.ReadoutHead({"a": 3}, 1, (4, 4), width=4).double().requires_grad_(False)
     target, level = torch.randn(1, 4, 4).double(), ds.Level(0.8, 0.6)
     psi = torch.randn(2, 3, 4, 4).double().requires_grad_()
-    energy = ReadoutEnergy(head, target)
+    energy = module.ReadoutEnergy(head, target)
     found = head({"a": psi}, level).detach().numpy()
     np.testing.assert_allclose(
         energy({"a": psi}, level).detach(), [((f - target.numpy()) ** 2).mean() for f in found], rtol=1e-12
@@ -183,6 +209,49 @@ def test_the_energy_is_the_mean_square_with_an_exact_gradient() -> None:
     assert torch.autograd.gradcheck(lambda x: energy({"a": x}, level), psi)
     (gradient,) = torch.autograd.grad(energy({"a": psi}, level)[0], psi)
     assert float(gradient[1].abs().max()) == 0  # samples are their own
+
+
+def test_the_energy_is_the_mean_square_with_an_exact_gradient() -> None:
+    check_energy(readouts)
+
+
+CHECKS: tuple[Callable[[Any], None], ...] = (check_head, check_bottleneck, check_energy, check_training)
+SOURCE = inspect.getsource(readouts)
+CHANGES = [*mutants(SOURCE, ("forward", "__call__", "train_readout"))] + [
+    (f"{before} -> {after}", SOURCE.replace(before, after))
+    for before, after in {
+        "2.0 ** -torch": "2.0 ** torch",
+        "self.logits.softmax(0)": "self.logits.softmax(0).flip(0)",
+        "F.silu(self.first(self.reduce(features)))": "self.first(self.reduce(features))",
+        "self.expand(F.silu(": "self.expand((",
+        "self.out(F.silu(mixed))": "self.out(mixed)",
+        "[angles.sin(), angles.cos()]": "[angles.cos(), angles.sin()]",
+        ".square().mean(1)": ".square().sum(1)",
+        ".flatten(1).square().mean(1)": ".flatten(1).square().mean().expand(len(found))",
+        "targets[rows].to": "targets[rows.flip(0)].to",
+        "clean = images[rows]": "clean = images[:1].expand(batch_size, *images.shape[1:])",
+        "view.levels[:-1]": "view.levels[:10]",
+        "len(levels), ()": "len(levels) // 2, ()",
+        "torch.randn(clean.shape": "torch.rand(clean.shape",
+        "torch.random.fork_rng(devices=[])": "torch.enable_grad()",
+        "head.eval()": "head",
+        "head.eval().requires_grad_(False)": "head.eval()",
+    }.items()
+]
+
+
+@pytest.mark.parametrize("index", [pytest.param(i, id=told[:70]) for i, (told, _) in enumerate(CHANGES)])
+def test_a_changed_formula_is_noticed(index: int) -> None:
+    told, source = CHANGES[index]
+    assert source != SOURCE, told
+    module = types.ModuleType("diffsteer.train.readouts")
+    exec(compile(source, module.__name__, "exec"), module.__dict__)
+    for check in CHECKS:
+        try:
+            check(module)
+        except Exception:
+            return
+    pytest.fail(f"no check notices {told}")
 
 
 def test_guidance_moves_what_is_read_to_what_is_wanted(head: ReadoutHead, den: Any) -> None:
