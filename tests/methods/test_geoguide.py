@@ -36,7 +36,7 @@ CASE = Case(
         ({"energy": WAVES, "scale": 0.0}, {"coordinates": "flow", "steps": 2}),
     ],
     contract=[(ds.GeoGuide(WAVES), 1.0)],
-    formulas=[("methods.geoguide", ("guide",)), ("energy.forces", ("unit_norm", "_times"))],
+    formulas=[("methods.geoguide", ("guide",)), ("energy.forces", ("unit_norm",))],
     exempt=("agreeing_contexts_change_nothing",),  # an energy acts on one context alone
 )
 

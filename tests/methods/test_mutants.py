@@ -87,6 +87,13 @@ def all_mutants() -> Iterator[tuple[str, str, str, str]]:
 MUTANTS = list(all_mutants())
 
 
+def test_every_formula_is_where_its_case_says() -> None:
+    for name, module, functions in FORMULAS:
+        tree = ast.parse(inspect.getsource(importlib.import_module(f"diffsteer.{module}")))
+        there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert set(functions) <= there, f"{name}: {set(functions) - there} not in {module}"
+
+
 def test_the_unchanged_source_survives() -> None:
     for name, module, _ in FORMULAS:
         path = Path(inspect.getfile(importlib.import_module(f"diffsteer.{module}")))
