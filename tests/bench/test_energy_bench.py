@@ -77,6 +77,16 @@ def test_the_linear_restoration_is_the_regression_on_the_measurement(model, real
         np.testing.assert_allclose(task.linear().flatten(1).numpy(), expected, atol=2e-4)
 
 
+def test_scales_of_a_norm_grow_with_the_norm_of_an_image(model, real) -> None:
+    digits, _ = tasks_of(model, "inpainting", TINY, real)
+    assert digits.trials == INVERSE
+    large = replace(digits, truth=digits.truth.repeat(1, 3, 2, 2))
+    pairs = {key: zip(trial.scales, INVERSE[key].scales, strict=True) for key, trial in large.trials.items()}
+    factors = {key: [a / b for a, b in found if b] for key, found in pairs.items()}
+    assert factors["dps"] == pytest.approx([12**0.5] * 4)
+    assert factors["mpgd"] == [1.0] * 3  # of the square
+
+
 def test_measures_of_perfect_and_of_useless_answers(model, real) -> None:
     task, report = tasks_of(model, "inpainting", TINY, real)
     perfect = task.measure(kept(task.truth))

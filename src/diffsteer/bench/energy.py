@@ -55,6 +55,7 @@ class Trial:
     build : callable
         The method from an energy and a scale.
     scales : tuple of float
+        Of inverse problems: for 8 x 8 pixels, see :class:`Inverse`.
     form : {"plain", "noisy", "squared"}
         Which energy it takes: of clean images (labels: -log p; inverse problems: the norm of the residual), of noisy
         ones, or half the residual's square.
@@ -146,14 +147,25 @@ class Labels:
 
 @dataclass(frozen=True)
 class Inverse:
-    """Half of the images, to be restored from a noisy measurement of each."""
+    """Half of the images, to be restored from a noisy measurement of each.
+
+    The force of a residual's norm has norm 1 however many pixels share it, so scales of such an energy grow with the
+    norm of an image, the root of the number of its pixels.
+    """
 
     model: Model
     truth: Tensor  # (N, C, H, W)
     wanted: Tensor  # their classes, (N,)
     training: Tensor  # the images that the linear restoration knows, (M, C, H, W)
     name: str
-    trials: Mapping[str, Trial] = field(default_factory=lambda: INVERSE)
+
+    @property
+    def trials(self) -> Mapping[str, Trial]:
+        size = math.sqrt(self.truth[0].numel() / 64)
+        return {
+            key: replace(trial, scales=tuple(size * w for w in trial.scales)) if trial.form == "plain" else trial
+            for key, trial in INVERSE.items()
+        }
 
     @property
     def size(self) -> int:
