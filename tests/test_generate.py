@@ -189,7 +189,7 @@ def test_the_student_of_shapes_has_settings_of_its_own(tmp_path: Path) -> None:
 
 def test_shapes_without_what_was_not_wanted(tmp_path: Path) -> None:
     results = generate("a circle", pipeline="shapes", negative="red", steps=3, num=1, calibrate=40, out=tmp_path)
-    assert list(results) == ["cfg:1.5+dng:7.5", "negative prompt", "no negative"]
-    assert results["cfg:1.5+dng:7.5"].record["method"]["methods"][1]["calibration"] is not None
+    assert list(results) == ["cfg:1.5+dng:15,late=1", "negative prompt", "no negative"]
+    assert results["cfg:1.5+dng:15,late=1"].record["method"]["methods"][1]["calibration"] is not None
     with pytest.raises(ParameterError, match="cat"):
         generate("a circle", pipeline="shapes", negative="cat", out=tmp_path)

@@ -157,7 +157,7 @@ def prompts(
     samples
         Pictures per pair, method and scale.
     method
-        Only these: np, replace, sld, dng, dng-baseline, dng-any.
+        Only these: np, replace, sld, dng, dng-baseline, dng-late, dng-any.
     sampler
         Only these, as name:steps: ddpm:250, euler-a:30, ddim:50, dpm++:25.
     guidance_scale
@@ -361,7 +361,7 @@ def generate(
         What not to draw; several separated by |.
     method
         Terms joined by +: a name of `diffsteer methods`, then : and values, such as cfg:7.5+dng:2,prior=0.01; by
-        default cfg:7.5+dng:1,prior=0.01; on shapes cfg:1.5+dng:7.5; on shapes-lcm, with a negative, nasa:0.8.
+        default cfg:7.5+dng:1,prior=0.01; on shapes cfg:1.5+dng:15,late=1; on shapes-lcm, with a negative, nasa:0.8.
     steps
         Inference steps of the pipeline's own scheduler; by default 30, and 4 of shapes-lcm, which has 8 at most.
     seed

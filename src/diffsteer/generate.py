@@ -29,7 +29,7 @@ from diffsteer.methods import ClassifierFreeGuidance, DynamicNegativeGuidance, N
 from diffsteer.sampling import Result
 from diffsteer.shapes import share
 
-_OF_SHAPES = "cfg:1.5+dng:7.5"
+_OF_SHAPES = "cfg:1.5+dng:15,late=1"
 
 
 def generate(
@@ -58,8 +58,8 @@ def generate(
         "shapes", its few-step student "shapes-lcm", the folder of a diffusers pipeline, or its name on the Hugging Face
         hub. Safetensors only.
     method : str, optional
-        See :func:`diffsteer.methods.parse_method`; default: "cfg:7.5+dng:1,prior=0.01", on "shapes" "cfg:1.5+dng:7.5",
-        on "shapes-lcm", whose guidance is its own, "nasa:0.8" with a negative.
+        See :func:`diffsteer.methods.parse_method`; default: "cfg:7.5+dng:1,prior=0.01", on "shapes"
+        "cfg:1.5+dng:15,late=1", on "shapes-lcm", whose guidance is its own, "nasa:0.8" with a negative.
     steps : int, optional
         By default 30, and 4 of "shapes-lcm".
     seed, num, batch_size

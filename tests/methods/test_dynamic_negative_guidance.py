@@ -91,7 +91,9 @@ def oracle(method: Any, scene: Script) -> list[Row]:
             believed = {c: p * ratio / (1 - p + p * ratio) for c, p in ps.items()}
         posterior = np.minimum(sum(believed.values()), method.p_max)
         idle = {c: method.baseline * prior / (1 - sum(priors.values())) for c, prior in priors.items()}
-        weights = {c: method.scale * np.maximum(p / (1 - posterior) - idle[c], 0) for c, p in believed.items()}
+        signal = level.alpha / np.hypot(level.alpha, level.sigma)
+        scale = 1 + (method.scale - 1) * signal**method.late if method.scale > 1 else method.scale
+        weights = {c: scale * np.maximum(p / (1 - posterior) - idle[c], 0) for c, p in believed.items()}
         prediction = null - sum(wide(weights[c], null) * away[c] for c in method.contexts)
         rows.append({"prediction": prediction, "posterior": posterior, "scale": sum(weights.values())})
     return rows
@@ -215,6 +217,10 @@ CASE = Case(
     # nothing without evidence
     (_CALM | {"baseline": 1.0, "scale": 2.0}, {"coordinates": "ve", "seed": 33}),
     (_CALM | {"contexts": ("neg", "neg2"), "prior": (0.1, 0.3), "baseline": 0.6}, {"seed": 34}),
+    # the scale comes with the signal, but for what of it is below 1
+    (_CALM | {"late": 1.0, "scale": 4.0}, {"coordinates": "ve", "seed": 35}),
+    (_CALM | {"late": 2.0, "scale": 3.0, "baseline": 0.5}, {"coordinates": "flow", "stochastic": 0.0, "seed": 36}),
+    (_CALM | {"late": 1.0, "scale": 0.4}, {"coordinates": "vp", "seed": 37}),
     # clamped, at both ends
     (_CALM | {"temperature": 0.3, "p_min": 0.05, "p_max": 0.6}, {"stochastic": 0.0, "seed": 20}),
     (_CALM | {"temperature": 1.0, "p_min": 0.1, "p_max": 0.8}, {"coordinates": "ve", "seed": 21}),
@@ -243,7 +249,10 @@ CASE = Case(
     (ds.DynamicNegativeGuidance(prior=0.1, contexts=("neg", "neg2")), 1.0),
 ],
     formulas=[
-        ("methods.dynamic_negative_guidance", ("guide", "_baselines", "_witnessed", "_due", "_visit", "_expected")),
+        (
+            "methods.dynamic_negative_guidance",
+            ("guide", "_scale_at", "_baselines", "_witnessed", "_due", "_visit", "_expected"),
+        ),
         (
             "posterior",
             ("kernel_increment", "ito_increment", "against_complement", "gain", "_increment", "_follow", "_add",
@@ -477,6 +486,18 @@ def test_pure_noise_tells_nothing():
     assert float((played[2].info["posterior"] - 0.2).abs().max()) > 1e-6
 
 
+@pytest.mark.parametrize("prior", [0.07, 0.6])
+def test_late_scales_push_at_pure_noise_by_the_odds_alone(prior):
+    scene = script(coordinates="flow")
+    networks = {c: (lambda x, alpha, sigma, g=g: g * x) for c, g in (("null", 0.5), ("neg", 0.8))}
+    scene = replace(scene, networks=networks, levels=(ds.Level(0.0, 1.0), *scene.levels[1:]))
+    played = play(DNG(scale=15.0, late=1.0, prior=prior, temperature=0.0), scene)
+    odds, last = prior / (1 - prior), scene.levels[-2]
+    np.testing.assert_allclose(played[0].info["scale"], odds, rtol=1e-12)
+    grown = 1 + 14 * last.alpha / np.hypot(last.alpha, last.sigma)
+    np.testing.assert_allclose(played[-1].info["scale"], grown * odds, rtol=1e-12)
+
+
 def test_doubt_leaves_samples_in_doubt_alone():
     """The divergence is spared where the posterior is below ``doubt``, and nowhere else."""
     scene = script(stochastic=0.0, batch=20)
@@ -653,6 +674,7 @@ def test_positive_prompt_and_dynamic_negative():
         {"estimator": "exact"}, {"divergence": "hutchinson"}, {"contexts": ()}, {"contexts": "neg"},
         {"negligible": 1.0}, {"negligible": -0.1}, {"patience": -1.0}, {"patience": float("nan")},
         {"baseline": 1.1}, {"baseline": -0.1}, {"baseline": float("nan")},
+        {"late": -1.0}, {"late": float("inf")}, {"late": float("nan")},
     ],
     ids=str,
 )  # fmt: skip

@@ -62,6 +62,7 @@ NAMES = {
     "sld": "Safe latent diffusion",
     "dng": "DNG",
     "dng-baseline": "DNG, baseline 0.5",
+    "dng-late": "DNG, late scale",
     "dng-any": "DNG, calibrated for any prompt",
 }
 SCALES: Mapping[str, tuple[float, ...]] = {
@@ -70,10 +71,16 @@ SCALES: Mapping[str, tuple[float, ...]] = {
     "sld": (0.5, 2.0, 10.0, 1000.0),
     "dng": (2.5, 5.0, 7.5, 10.0),
     "dng-baseline": (5.0, 10.0, 15.0, 20.0),
+    "dng-late": (7.5, 10.0, 15.0, 20.0),
     "dng-any": (1.0, 2.5, 5.0, 10.0),
 }
-DYNAMIC: Mapping[str, tuple[bool, float]] = {"dng": (True, 0.0), "dng-baseline": (True, 0.5), "dng-any": (False, 0.0)}
-"""Whether it is calibrated on the prompt, and its baseline."""
+DYNAMIC: Mapping[str, tuple[bool, Mapping[str, float]]] = {
+    "dng": (True, {}),
+    "dng-baseline": (True, {"baseline": 0.5}),
+    "dng-late": (True, {"late": 1.0}),
+    "dng-any": (False, {}),
+}
+"""Whether it is calibrated on the prompt, and its other parameters."""
 
 
 @dataclass(frozen=True)
@@ -191,8 +198,8 @@ def method_for(name: str, scale: float, *, guidance_scale: float, dng: DynamicNe
         A key of ``NAMES``.
     scale : float
         What is swept: lambda of negative prompting, the guidance scale where the negative replaces the empty prompt,
-        s_S of safe latent diffusion (its "medium" configuration otherwise), lambda_0 of DNG, with the baseline
-        of ``DYNAMIC``.
+        s_S of safe latent diffusion (its "medium" configuration otherwise), lambda_0 of DNG, with the
+        parameters of ``DYNAMIC``.
     guidance_scale : float
     dng : DynamicNegativeGuidance
         At any scale.
@@ -210,7 +217,7 @@ def method_for(name: str, scale: float, *, guidance_scale: float, dng: DynamicNe
         medium = SafeLatentDiffusion.preset("medium", scale=guidance_scale)
         return replace(medium, safety_scale=scale, warmup=round(medium.warmup * steps / 50))
     if name in DYNAMIC:
-        return cfg + replace(dng, scale=scale, baseline=DYNAMIC[name][1])
+        return cfg + replace(dng, scale=scale, **DYNAMIC[name][1])
     raise UnknownNameError("method", name, NAMES)
 
 

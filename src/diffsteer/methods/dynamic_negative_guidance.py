@@ -85,6 +85,11 @@ class DynamicNegativeGuidance(Guidance):
         paper's: an unwanted concept repels from pure noise on, as much as it is likely to come. At 1 nothing moves
         until there is evidence of it, so samples that never come near it stay as they were; what is missing early
         asks for a larger ``scale`` later.
+    late : float
+        >= 0. A scale above 1 makes up for what the tracker misses; at pure noise, where there is nothing to miss, it
+        would push by that many times the prior's odds. What of it exceeds 1 is multiplied by ``a**late``,
+        ``a = alpha / sqrt(alpha**2 + sigma**2)``: at 1 the weight grows from the odds at pure noise to ``scale`` times
+        the odds. 0 is the paper's: ``scale`` at every level.
     calibration : Calibration or tuple of Calibration, one per context, optional
         Reads the tracked log-odds through a map fitted on rollouts, see :func:`diffsteer.calibrate`.
     evidence : callable, optional
@@ -128,6 +133,7 @@ class DynamicNegativeGuidance(Guidance):
     rho_min: float = 0.0
     softening: float = 0.1
     baseline: float = 0.0
+    late: float = 0.0
     calibration: Calibration | tuple[Calibration, ...] | None = None
     evidence: Callable[[Tensor, Level], Tensor] | None = None
     contexts: tuple[str, ...] = ("neg",)
@@ -138,6 +144,7 @@ class DynamicNegativeGuidance(Guidance):
     def __post_init__(self) -> None:
         check_scale(self.scale)
         check_scale(self.patience, "patience")
+        check_scale(self.late, "late")
         if not 0 <= self.negligible < 1:
             raise ParameterError(f"negligible is a posterior in [0, 1), got {self.negligible}; 0: never release")
         if isinstance(self.contexts, str) or not self.contexts or len(set(self.contexts)) < len(self.contexts):
@@ -227,7 +234,7 @@ class DynamicNegativeGuidance(Guidance):
             null = null.index_copy(0, rows, ref)
         posteriors = (torch.stack([f.odds for f in followed]) + self._witnessed(step, null)).sigmoid()
         total = posteriors.sum(0).clamp(max=self.p_max)
-        weights = self.scale * (posteriors / (1 - total) - self._baselines.to(total)).clamp(min=0)
+        weights = self._scale_at(step.level) * (posteriors / (1 - total) - self._baselines.to(total)).clamp(min=0)
         prediction = null
         for weight, difference in zip(weights, away, strict=True):
             prediction = prediction - like(weight, null) * difference
@@ -235,6 +242,10 @@ class DynamicNegativeGuidance(Guidance):
         for context, p, f in zip(self.contexts, posteriors, followed, strict=True):
             info |= {f"posterior:{context}": p, f"log_odds:{context}": f.tracked.log_odds}
         return prediction, tuple(followed), info
+
+    def _scale_at(self, level: Level) -> float:
+        """What the odds are multiplied by: ``scale``, but for what of it comes late."""
+        return self.scale - max(self.scale - 1, 0) * (1 - (1 + level.rho**2) ** (-self.late / 2))
 
     @cached_property
     def _baselines(self) -> Tensor:
