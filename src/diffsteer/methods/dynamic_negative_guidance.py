@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -245,7 +246,8 @@ class DynamicNegativeGuidance(Guidance):
 
     def _scale_at(self, level: Level) -> float:
         """What the odds are multiplied by: ``scale``, but for what of it comes late."""
-        return self.scale - max(self.scale - 1, 0) * (1 - (1 + level.rho**2) ** (-self.late / 2))
+        signal = 1 / math.hypot(1, level.rho)
+        return self.scale - max(self.scale - 1, 0) * (1 - math.pow(signal, self.late))
 
     @cached_property
     def _baselines(self) -> Tensor:
