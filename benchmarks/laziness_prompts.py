@@ -20,7 +20,7 @@ import torch
 import diffsteer as ds
 from diffsteer.bench.intervals import bootstrap
 from diffsteer.bench.judges import judge_of
-from diffsteer.bench.prompt_runs import GRID, Bench, Plan, kl_to, parse_sampler
+from diffsteer.bench.prompt_runs import DYNAMIC, GRID, Bench, Plan, kl_to, parse_sampler
 from diffsteer.generate import load_pipeline
 
 
@@ -34,6 +34,7 @@ class Eager(Bench):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sampler", default="euler-a:30")
+    parser.add_argument("--method", default="dng", choices=DYNAMIC)
     parser.add_argument("--scale", type=float, default=7.5)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--rollouts", type=int, default=128)
@@ -42,14 +43,15 @@ def main() -> None:
     torch.set_num_threads(1)
     sampler, plan = parse_sampler(options.sampler), Plan(samples=options.samples, rollouts=options.rollouts)
     given = load_pipeline("shapes", "cpu", "float32"), judge_of("shapes", ""), plan, options.out / "runs"
-    benches = {"every evaluation": Eager(*given), "lazy, the default": Bench(*given)}
+    lazy = Bench(*given)
+    benches = {"every evaluation": Eager(*given), "lazy, the default": lazy}
     pairs = [pair for pair in GRID if pair.related and pair.reported]
-    targets = [Bench(*given).verdict(pair, sampler, "rejection", 0.0, target=True) for pair in pairs]
+    to_target = [kl_to(lazy.verdict(pair, sampler, "rejection", 0.0, target=True)) for pair in pairs]
 
     def figures(arrays: Sequence[np.ndarray]) -> tuple[float, float]:
         """The mean share of forbidden pictures, and the mean KL, from what is forbidden and what is shown, by pair."""
         forbidden, shown = arrays[: len(pairs)], arrays[len(pairs) :]
-        kls = [kl_to(target)(attributes) for target, attributes in zip(targets, shown, strict=True)]
+        kls = [kl(attributes) for kl, attributes in zip(to_target, shown, strict=True)]
         return float(np.mean([f.mean() for f in forbidden])), float(np.mean(kls))
 
     def change(which: int, *arrays: np.ndarray) -> float:
@@ -60,10 +62,10 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     reference: list[np.ndarray] = []
     for name, bench in benches.items():
-        verdicts = [bench.verdict(pair, sampler, "dng", options.scale) for pair in pairs]
+        verdicts = [bench.verdict(pair, sampler, options.method, options.scale) for pair in pairs]
         seen = [*(v.forbidden for v in verdicts), *(v.attributes for v in verdicts)]
         reference = reference or seen
-        nfe = np.mean([bench.run(pair, sampler, "dng", options.scale).nfe for pair in pairs]) / sampler[1]
+        nfe = np.mean([bench.run(pair, sampler, options.method, options.scale).nfe for pair in pairs]) / sampler[1]
         share, kl = figures(seen)
         cells = [f"{name} | {nfe:.2f} | {share:.2%} | {kl:.3f}"]
         for which in (0, 1):
