@@ -1,8 +1,9 @@
 """What DNG's laziness costs with prompts: `python benchmarks/laziness_prompts.py [--sampler euler-a:30] [--scale 7.5]`.
 
-The related pairs of `diffsteer bench prompts` that are reported, on the shapes pipeline, with every evaluation and by
-default, under the same seeds; the changes have 95% intervals, pictures being resampled in pairs. Resumable: with the
-folder of `diffsteer bench prompts` as --out its calibrations and runs are read. Prints a Markdown table.
+The related pairs of `diffsteer bench prompts` that are reported, on the shapes pipeline, with every evaluation, lazily,
+and with laziness of other kinds, under the same seeds; the changes have 95% intervals, pictures being resampled in
+pairs. Resumable: with the folder of `diffsteer bench prompts` as --out its calibrations and runs are read. Prints a
+Markdown table.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ from diffsteer.bench.prompt_runs import DYNAMIC, GRID, Bench, Plan, kl_to, parse
 from diffsteer.generate import load_pipeline
 
 
-class Eager(Bench):
-    """The same with every evaluation."""
+class Changed(Bench):
+    """The same with other parameters of DNG."""
+
+    def __init__(self, *given: Any, **changes: Any) -> None:
+        super().__init__(*given)
+        self.changes = changes
 
     def tracker(self, *which: Any) -> ds.DynamicNegativeGuidance:
-        return replace(super().tracker(*which), lazy=False)
+        return replace(super().tracker(*which), **self.changes)
 
 
 def main() -> None:
@@ -36,6 +41,8 @@ def main() -> None:
     parser.add_argument("--sampler", default="euler-a:30")
     parser.add_argument("--method", default="dng", choices=DYNAMIC)
     parser.add_argument("--scale", type=float, default=7.5)
+    parser.add_argument("--patience", type=float, nargs="*", default=(), help="besides 0 and the default")
+    parser.add_argument("--choosing", action="store_true", help="on the pairs for choosing")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--rollouts", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path("runs/prompts-shapes"))
@@ -44,8 +51,13 @@ def main() -> None:
     sampler, plan = parse_sampler(options.sampler), Plan(samples=options.samples, rollouts=options.rollouts)
     given = load_pipeline("shapes", "cpu", "float32"), judge_of("shapes", ""), plan, options.out / "runs"
     lazy = Bench(*given)
-    benches = {"every evaluation": Eager(*given), "lazy, the default": lazy}
-    pairs = [pair for pair in GRID if pair.related and pair.reported]
+    benches = {
+        "every evaluation": Changed(*given, lazy=False),
+        "releases only": Changed(*given, patience=0.0),
+        **{f"patience {p:g}": Changed(*given, patience=p) for p in options.patience},
+        "lazy, the default": lazy,
+    }
+    pairs = [pair for pair in GRID if pair.related and pair.reported != options.choosing]
     to_target = [kl_to(lazy.verdict(pair, sampler, "rejection", 0.0, target=True)) for pair in pairs]
 
     def figures(arrays: Sequence[np.ndarray]) -> tuple[float, float]:

@@ -214,6 +214,19 @@ def opinion(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1).sin()
 
 
+@dataclass(frozen=True)
+class Momentum(Guidance):
+    """Carries what it was told from step to step."""
+
+    def start(self, run: Any) -> torch.Tensor:
+        return torch.zeros_like(run.x)
+
+    def guide(self, step: Any, state: torch.Tensor) -> Any:
+        (prediction,) = yield [Call("null")]
+        mean = (state + prediction) / 2
+        return mean, mean, {"mean": mean.flatten(1).mean(1)}
+
+
 @pytest.mark.parametrize(
     "method",
     [
@@ -228,6 +241,7 @@ def opinion(x: torch.Tensor) -> torch.Tensor:
         ds.GuideReplay(opinion, (3,)),
         ds.MotionGuidance(IMAGE, torch.zeros(2, 4, 4), lambda source, image: image[:, [0, 0]] - source, 0.01),
         ds.EconomicalGuidance(ds.UniversalGuidance(waves, 0.01), stride=2, on_skip="reuse"),
+        ds.FreeDoM(waves, 0.01, base=Momentum()),
     ],
     ids=lambda method: type(method).__name__,
 )
@@ -243,6 +257,27 @@ def test_memory_is_that_of_one_step(method: Guidance) -> None:
         )  # fmt: skip
         most.append(net.most)
     assert most[0] == most[1] <= 3
+
+
+def noisy_waves(x: torch.Tensor, level: ds.Level) -> torch.Tensor:
+    """Of what a noise-aware network sees, which has no log-SNR of pure noise."""
+    return waves(x) * (1 + level.log_snr / 100)
+
+
+@pytest.mark.parametrize(
+    "method", [ds.ClassifierGuidance(noisy_waves, 0.1, "score"), ds.GeoGuide(noisy_waves, 0.1)], ids=["cg", "geoguide"]
+)
+def test_an_energy_of_noisy_images_is_not_asked_of_pure_noise(method: Guidance) -> None:
+    """Flow matching starts at alpha = 0, where the log-SNR is infinite."""
+    out = ds.sample(RING, method, scheduler=FlowMatchEulerDiscreteScheduler(), steps=6, num_samples=2)
+    assert bool(torch.isfinite(out.samples).all())
+
+
+def test_an_energy_of_noisy_images_is_no_base() -> None:
+    """The method around it would take its force for a constant."""
+    outer = ds.FreeDoM(waves, 0.1, base=ds.ClassifierGuidance(noisy_waves, 0.1, "score"))
+    with pytest.raises(UnsupportedError, match="add the two methods up"):
+        play(outer, script(steps=4))
 
 
 AROUND = [

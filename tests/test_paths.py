@@ -107,3 +107,20 @@ def test_the_reverse_kernel_is_ddpms(rho: float, ratio: float) -> None:
 def test_the_reverse_kernel_at_both_ends() -> None:
     assert reverse_kernel(Level(0.0, 1.0), Level(1.0, 2.0)) == (0.0, 1.0, 4.0)
     assert reverse_kernel(Level(1.0, 2.0), Level(1.0, 0.0)) == (0.0, 1.0, 0.0)
+
+
+def test_a_schedule_that_ends_in_pure_noise() -> None:
+    """Zero terminal SNR: levels beyond the last but one lie between it and the end, pure noise at the end."""
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", rescale_betas_zero_snr=True)
+    path = VPPath(tuple(scheduler.betas.double().tolist()))
+    alphas = torch.cumprod(1 - scheduler.betas.double(), 0)
+    for t in (0, 500, 998):
+        rho = float(((1 - alphas[t]) / alphas[t]).sqrt())
+        own, time = path.locate(Level(1.0, rho))
+        assert time == t
+        assert own.sigma / own.alpha == pytest.approx(rho)
+    for noise in (Level(0.0, 1.0), Level(1e-12, 1.0)):
+        own, time = path.locate(noise)
+        assert (time, own.sigma) == (999, 1.0)
+        assert own.alpha == pytest.approx(0.0, abs=1e-11)
+    assert path.locate(Level(0.0, 1.0))[0] == Level(0.0, 1.0)

@@ -199,3 +199,11 @@ def test_the_given_scheduler_is_left_alone() -> None:
     before = dict(scheduler.__dict__)
     ds.sample(DEN, scheduler=scheduler, num_samples=2, steps=4)
     assert all(scheduler.__dict__[k] is v or scheduler.__dict__[k] == v for k, v in before.items())
+
+
+@pytest.mark.parametrize("name", ["ddpm", "euler ancestral", "pndm", "ddim eta 0.5"])
+def test_a_users_subclass_is_read_as_what_it_derives_from(name):
+    scheduler, eta, _ = SCHEDULERS[name]
+    mine = type("Mine", (type(scheduler),), {}).from_config(scheduler.config)
+    ours, theirs = (SchedulerView(s, 6, eta) for s in (mine, scheduler))
+    assert (ours.name, ours.stochastic, ours.levels) == (theirs.name, theirs.stochastic, theirs.levels)

@@ -14,7 +14,7 @@ from diffsteer.errors import DiffsteerError
 app = App(
     name="diffsteer",
     version=__version__,
-    help="Guidance for diffusion models: every published method, each proven against an oracle.",
+    help="Guidance for diffusion models: published methods, each proven against an oracle.",
     suppress_keyboard_interrupt=False,  # main() says what is kept
 )
 bench = App(name="bench", help="Compare methods; every command resumes where it was stopped.")
@@ -96,10 +96,10 @@ def removal(
     model
         A shipped model, or the folder of your own.
     tier
-        1: the sweep at 50 steps; of mnist and cifar10 also 2: more steps and ODE samplers on two classes,
-        3: 1000 steps at one operating point, 4: everything, for a GPU.
+        1: the sweep at 50 steps; of mnist also 2: more steps and ODE samplers on two classes, and of cifar10
+        too 3: 1000 steps at one operating point; of mnist 4: everything, for a GPU.
     out
-        Folder for runs, tables and pictures; by default runs/removal-<model>-<tier>.
+        Folder for runs, tables and pictures; by default runs/removal-MODEL-TIER.
     samples
         Per configuration, instead of the tier's; the classes for choosing get half of it.
     method
@@ -124,7 +124,10 @@ def removal(
     if quick:
         few = tuple((kind, 8) for kind, _ in chosen.samplers[:2])
         chosen = replace(chosen, samplers=few, samples=48, final=chosen.final and ("ddpm", 8, 48))
-    chosen = replace(chosen, samples=samples or chosen.samples, methods=tuple(method or chosen.methods))
+    if samples:
+        final = chosen.final and (*chosen.final[:2], chosen.final[2] * samples // chosen.samples)
+        chosen = replace(chosen, samples=samples, final=final)
+    chosen = replace(chosen, methods=tuple(method or chosen.methods))
     folder = out or Path("runs") / f"removal-{Path(model).name}-{tier}"
     sweep(model, chosen, out=folder, separate=separate, device=device)
 
@@ -153,7 +156,7 @@ def prompts(
     pipeline
         shapes, the folder of a Stable Diffusion pipeline, or its name on the Hugging Face hub; safetensors only.
     out
-        Folder for runs, tables and the report; by default runs/prompts-<pipeline>.
+        Folder for runs, tables and the report; by default runs/prompts-PIPELINE.
     samples
         Pictures per pair, method and scale.
     method
@@ -200,8 +203,10 @@ def bench_methods(
         A shipped model, or the folder of your own.
     out
         Folder for runs, table and pictures.
-    samples, steps
-        Per method and scale; half as many samples in twice the steps where a class is left out.
+    samples
+        Per method and scale; half as many where a class is left out.
+    steps
+        Of the sampler; twice as many where a class is left out.
     method
         Only these, by their short names.
     pages
@@ -233,7 +238,8 @@ def bench_energy(
     """Guide a model by an energy: to a class by an ordinary classifier, to the image behind a measurement, to a layout.
 
     The network that guides never judges. Scales are chosen on one half of the classes, or images, and reported on the
-    other. About twenty minutes for the digits on one core. Interrupt it at will: finished runs are kept and read back.
+    other. Ten minutes for the digits on one core, an hour for mnist. Interrupt it at will: finished runs are kept and
+    read back.
 
     Parameters
     ----------
@@ -241,11 +247,13 @@ def bench_energy(
         A shipped model, or the folder of your own. shapes, the text-to-image pipeline, is shown a painted patch, which
         the shape that its prompt names is to cover.
     out
-        Folder for runs, tables and pictures; by default runs/energy-<model>.
+        Folder for runs, tables and pictures; by default runs/energy-MODEL.
     data
         The data that the model was trained on, as in `diffsteer train`; by default what the model says.
-    samples, images
-        Reported of labels, and of each inverse problem.
+    samples
+        Reported of labels.
+    images
+        Reported of each inverse problem.
     choosing
         Samples, or images, by which each scale is chosen.
     steps
@@ -291,18 +299,22 @@ def train(
     Parameters
     ----------
     dataset
-        digits, shapes, shapes-lcm, mnist, cifar10 (from $DIFFSTEER_DATA/<dataset> or the Hugging Face hub), or a folder
+        digits, shapes, shapes-lcm, mnist, cifar10 (from $DIFFSTEER_DATA/DATASET or the Hugging Face hub), or a folder
         of your own with one sub-folder of images per class.
     out
-        The model's folder, by default runs/<dataset>; pass it to `diffsteer remove --model`.
+        The model's folder, by default runs/DATASET; pass it to `diffsteer remove --model`.
     part
         Only these: denoiser, marginal (its second stage, which makes its branch without a label the mixture of the
         labelled ones, and takes its place), weak (its twin), judge, features, noisy_classifier, unconditional,
-        only_<label> (a class).
+        only_LABEL (a class).
     seed
         Of the initial weights and every batch.
-    steps, batch_size, lr
+    steps
         Instead of the recipe's.
+    batch_size
+        Instead of the recipe's.
+    lr
+        Learning rate, instead of the recipe's.
     image_size
         Pixels to which the images of your own folder are resized.
     resume
@@ -366,8 +378,10 @@ def generate(
         Inference steps of the pipeline's own scheduler; by default 30, and 4 of shapes-lcm, which has 8 at most.
     seed
         Picture i depends on (seed, i) alone.
-    num, batch_size
-        How many pictures, and how many at a time.
+    num
+        How many pictures.
+    batch_size
+        How many at a time.
     size
         Width and height in pixels; default: the pipeline's.
     compare
@@ -378,8 +392,10 @@ def generate(
         shapes, elsewhere 0.
     out
         Folder for the pictures.
-    device, dtype
-        Where and in which precision the networks run.
+    device
+        Where the networks run, as PyTorch names it.
+    dtype
+        Their precision.
     """
     from diffsteer.generate import generate as run
 
@@ -409,8 +425,10 @@ def calibrate(
     ----------
     model
         A shipped model, or the folder of your own.
-    scheduler, steps
+    scheduler
         The sampler to calibrate for.
+    steps
+        Its steps.
     rollouts
         Unguided samples.
     seed

@@ -55,6 +55,7 @@ class Step:
     on_trajectory: bool = True  # False at the inner points of a second-order scheduler
     stochastic: float | None = None  # kappa: 1 ancestral, 0 deterministic, eta**2 between; None: unknown
     generators: Sequence[torch.Generator] = ()  # one random stream per sample, apart from the sampler's
+    number: int = 0  # of the scheduler's step, to which its inner points belong; ``index`` where it has none
 
 
 @dataclass

@@ -59,6 +59,8 @@ class Engine:
         self.levels: Sequence[Level] = ()
         self.stochastic: float | None = None
         self.step: Step
+        self.asked: set[str] = set()  # contexts that were evaluated
+        self._inner = 0  # points so far
 
     @property
     def space(self) -> str:
@@ -67,13 +69,14 @@ class Engine:
 
     def start(self, x: Tensor, levels: Sequence[Level], stochastic: float | None) -> Tensor:
         """Begin a run at ``x``, (B, ...), over ``levels``; returns where the method wants to start."""
-        self.levels, self.stochastic = levels, stochastic
+        self.levels, self.stochastic, self._inner = levels, stochastic, 0
         setup = Run(x, levels, stochastic, tuple(self.nets["main"].contexts), self.streams)
         self.state = self.method.start(setup)
         return setup.x
 
     def guide(self, x: Tensor, index: int, on_trajectory: bool = True) -> tuple[Tensor, Info]:
         """The guided prediction at ``levels[index]`` in ``space``, (B, ...), and what the method reports of it."""
+        self._inner += not on_trajectory
         self.step = Step(
             x=x,
             level=self.levels[index],
@@ -84,6 +87,7 @@ class Engine:
             on_trajectory=on_trajectory,
             stochastic=self.stochastic,
             generators=self.streams,
+            number=index - self._inner,
         )
         prediction, self.state, info = drive(
             self.method, self.step, self.state, partial(self._evaluate, answered={}, known={})
@@ -110,6 +114,7 @@ class Engine:
         """Answer a method's calls, each different one once per step and sample, in the step's space."""
         # those with a graph serve the same calls without one, those for all samples the same for some, and those that
         # record something are plain ones otherwise
+        self.asked.update(call.context for call in calls)
         ordered = sorted(calls, key=lambda c: (not c.grad, c.rows is not None, not _records(c)))
         for call in ordered:
             if call.key in answered:

@@ -52,5 +52,9 @@ class CalibrationWarning(UserWarning):
     """A calibration is used (or left out) away from where it was fitted."""
 
 
+class IgnoredPromptWarning(UserWarning):
+    """A prompt was given that the attached method never asks for."""
+
+
 class UnverifiedWarning(UserWarning):
     """Something that should work by its code, but that no test of ours has shown to work."""

@@ -202,7 +202,15 @@ def load_pipeline(pipeline: str, device: str, dtype: str) -> Any:
 
 def _strict(record: Mapping[str, Any]) -> dict[str, Any]:
     """A run record in strict JSON, which knows no infinity: null, where there is no noise or nothing else."""
-    return {**record, "log_snr": [value if math.isfinite(value) else None for value in record["log_snr"]]}
+    return {name: _finite(value) for name, value in record.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _positive_scale(method: Guidance) -> float:

@@ -139,13 +139,19 @@ class VPPath(Path):
         rhos: Tensor = self._rho  # type: ignore[attr-defined]
         last = len(rhos) - 1
         upper = min(max(int(torch.searchsorted(rhos, level.rho)), 1), last)
-        low, high = float(rhos[upper - 1]), float(rhos[upper])
-        time = min(max(upper - 1 + (level.rho - low) / (high - low), 0.0), float(last))
+        low, high, here = float(rhos[upper - 1]), float(rhos[upper]), level.rho
+        if math.isinf(high):  # a schedule that ends in pure noise
+            low, high, here = (_noise_share(rho) for rho in (low, high, here))
+        time = min(max(upper - 1 + (here - low) / (high - low), 0.0), float(last))
         if abs(time - round(time)) < 2e-3:  # schedulers keep sigmas in single precision
             time = float(round(time))
         rho = level.rho if math.isfinite(level.rho) else float(rhos[-1])  # pure noise: the noisiest that it knows
-        scale = math.hypot(1.0, rho)
-        return Level(1 / scale, rho / scale), time
+        return Level(1 / math.hypot(1.0, rho), _noise_share(rho)), time
+
+
+def _noise_share(rho: float) -> float:
+    """sigma of variance-preserving coordinates; 1 in pure noise."""
+    return rho / math.hypot(1.0, rho) if math.isfinite(rho) else 1.0
 
 
 @dataclass(frozen=True)

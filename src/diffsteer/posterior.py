@@ -344,7 +344,7 @@ class PosteriorTracker:
             k_then, k_now = (level.rho**2 + self.softening for level in (t, s))
             c = k_then / k_now if math.isfinite(self.softening) else 1.0
             gain = (c * then.gain(dx, dv) + now.gain(dx, dv) / c) / 2
-        return self.temperature * gain + self.offset / (2 * variance * s.alpha**2)
+        return self.temperature * gain + self.offset * (1 + s.rho**2) / (2 * variance)
 
     def _follow(
         self, log_odds: Tensor, then: Point, now: Point, t: Level, s: Level, kind: str, stochastic: float | None

@@ -80,7 +80,8 @@ class ScheduleReading:
 
     def __init__(self, scheduler: Any, eta: float = 0.0) -> None:
         self.scheduler, self.eta = scheduler, eta
-        self.name, self.kind = type(scheduler).__name__.removesuffix("Scheduler"), _kind(scheduler)
+        own = (c.__name__ for c in type(scheduler).__mro__ if c.__module__.startswith("diffusers."))
+        self.name, self.kind = next(own, type(scheduler).__name__).removesuffix("Scheduler"), _kind(scheduler)
         config = scheduler.config
         for option in ("clip_sample", "thresholding"):
             if config.get(option, False):

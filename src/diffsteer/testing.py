@@ -165,6 +165,7 @@ def play(
                 space=space,
                 stochastic=scene.stochastic,
                 generators=[streams[i] for i in present],
+                number=index,
             )
             asked: dict[Any, tuple[Call, Tensor]] = {}
             prediction, state, info = drive(method, step, state, partial(_answers, scene, step, asked))

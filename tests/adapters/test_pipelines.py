@@ -9,6 +9,7 @@ pytest.importorskip("transformers", reason="pipelines need transformers: pip ins
 import copy
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from test_stable_diffusion import SCHEDULERS, with_scheduler
 
 import diffsteer as ds
 from diffsteer.adapters.specs import UNVERIFIED, VERIFIED
-from diffsteer.errors import UnsupportedError, UnverifiedWarning
+from diffsteer.errors import IgnoredPromptWarning, ParameterError, UnsupportedError, UnverifiedWarning
 from diffsteer.paths import convert
 
 pytestmark = pytest.mark.filterwarnings("ignore:this denoiser was distilled")  # Flux
@@ -804,3 +805,53 @@ def test_a_class_without_encode_prompt_is_refused() -> None:
     stranger = type("StableDiffusionPipeline", (), {"unet": tiny.unet()})()
     with pytest.raises(UnsupportedError, match=r"no encode_prompt\(\)"):
         ds.attach(stranger, ds.ClassifierFreeGuidance(5.0))
+
+
+def test_a_video_that_begins_midway_has_its_own_levels() -> None:
+    """Wan's, which never tells its scheduler where it begins: the levels are those that the network is told."""
+    pipe, row = ROWS["WanVideoToVideoPipeline"].make(), ROWS["WanVideoToVideoPipeline"]
+    told: list[float] = []
+    steps: list[ds.Step] = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda m, a, given: told.append(float(given["timestep"].flatten()[0])), with_kwargs=True
+    )
+
+    class Watch(ds.Guidance):
+        def guide(self, step, state):
+            steps.append(step)
+            (cond,) = yield [ds.Call("pos")]
+            return cond, state, {}
+
+    with ds.attach(pipe, Watch()):
+        run(pipe, row, strength=0.5)
+    assert [step.level.sigma for step in steps] == pytest.approx([t / 1000 for t in told], abs=1e-3)
+    assert all(a.level_next == b.level for a, b in itertools.pairwise(steps))
+    assert steps[0].num_steps == len(steps) == len(told)
+
+
+def test_a_prompt_that_nothing_asks_for_is_told() -> None:
+    pipe, row = ROWS["StableDiffusion3Pipeline"].make(), ROWS["StableDiffusion3Pipeline"]
+    with ds.attach(pipe, ds.DynamicNegativeGuidance()), pytest.warns(IgnoredPromptWarning, match="ClassifierFree"):
+        run(pipe, row, negative_prompt="dog")
+
+
+def test_an_own_guidance_scale_is_refused_even_at_its_default() -> None:
+    pipe, row = ROWS["StableDiffusion3Pipeline"].make(), ROWS["StableDiffusion3Pipeline"]
+    default = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+    with ds.attach(pipe, ds.ClassifierFreeGuidance(2.0)), pytest.raises(ParameterError, match="leave guidance_scale"):
+        run(pipe, row, guidance_scale=default)
+
+
+def test_a_denoiser_that_is_called_twice_in_a_step_is_refused() -> None:
+    pipe, row = ROWS["StableDiffusion3Pipeline"].make(), ROWS["StableDiffusion3Pipeline"]
+    step = pipe.scheduler.step
+
+    def twice(*args: Any, **keywords: Any) -> Any:
+        pipe.transformer(**seen[-1])
+        return step(*args, **keywords)
+
+    seen: list[dict[str, Any]] = []
+    pipe.transformer.register_forward_pre_hook(lambda m, a, given: seen.append(given), with_kwargs=True)
+    pipe.scheduler.step = twice
+    with ds.attach(pipe, ds.ClassifierFreeGuidance(2.0)), pytest.raises(UnsupportedError, match="twice in one step"):
+        run(pipe, row)

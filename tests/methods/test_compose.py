@@ -479,3 +479,16 @@ def test_needs_the_conditional_context(outer):
         ds.sample(
             laws, outer(ds.ClassifierFreeGuidance(0.5)), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1
         )
+
+
+def test_a_closed_window_leaves_samples_alone():
+    @dataclass(frozen=True)
+    class Moving(ds.ClassifierFreeGuidance):
+        def after(self, step, x_next, state):
+            return x_next + 1, state
+
+    scene = script()
+    closed, free = (play(m, scene) for m in (ds.Window(Moving(3.0), high=0.0), ds.Unguided("null")))
+    for a, b in zip(closed, free, strict=True):
+        assert torch.equal(a.x_next, b.x_next)
+    assert not torch.equal(play(ds.Window(Moving(3.0)), scene)[0].x_next, free[0].x_next)

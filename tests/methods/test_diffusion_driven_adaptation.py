@@ -23,10 +23,21 @@ EACH = torch.stack([IMAGE.roll(k, 1) for k in range(5)])
 
 
 def matrix(factor: int) -> np.ndarray:
-    """phi of a 4 x 4 image, from its columns."""
-    unit = torch.eye(16, dtype=torch.float64).reshape(16, *SHAPE)
-    small = torch.nn.functional.interpolate(unit, scale_factor=1 / factor, mode="bicubic", antialias=True)
-    return torch.nn.functional.interpolate(small, (4, 4), mode="bicubic").reshape(16, 16).T.numpy()
+    """phi of a 4 x 4 image: Keys' cubic kernel (a = -1/2), as wide as the coarser of both grids, rows and columns."""
+
+    def line(size: int, new: int) -> np.ndarray:
+        weights = np.zeros((new, size))
+        for i in range(new):
+            for j in range(size):
+                d = abs((j + 0.5 - (i + 0.5) * size / new) / max(size / new, 1))
+                if d < 2:
+                    weights[i, j] = 1.5 * d**3 - 2.5 * d**2 + 1 if d < 1 else -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2
+        return weights / weights.sum(1, keepdims=True)
+
+    if factor == 1:
+        return np.eye(16)
+    both = line(4 // factor, 4) @ line(4, 4 // factor)
+    return np.kron(both, both)
 
 
 def oracle(method: Any, scene: Script) -> list[Row]:

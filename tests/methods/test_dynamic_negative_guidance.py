@@ -66,7 +66,8 @@ def oracle(method: Any, scene: Script) -> list[Row]:
             due = ~released[c]
             if lazy and kind not in ("ode", "surrogate") and i > 0 and not frozen and scene.levels[i + 1].sigma > 0:
                 spread = ps[c] / (1 - ps[c]) * np.sqrt(_variation(scene, c, seen[c], i + 1))
-                due &= spread > method.patience * np.sqrt(priors[c] * (1 - priors[c]) / (len(scene.levels) - 1))
+                usual = np.sqrt(priors[c] * (1 - priors[c]) / (len(scene.levels) - 1))
+                due &= spread * max(1, scale_at(method, level)) > method.patience * usual
             p = ps[c].copy()
             if callable(kind):
                 p = kind(torch.from_numpy(x), level).numpy()
@@ -89,19 +90,27 @@ def oracle(method: Any, scene: Script) -> list[Row]:
             clean = (x - level.sigma * null) / level.alpha
             ratio = np.exp(method.evidence(torch.from_numpy(clean), level).numpy())
             believed = {c: p * ratio / (1 - p + p * ratio) for c, p in ps.items()}
-        posterior = np.minimum(sum(believed.values()), method.p_max)
+        together = sum(believed.values())
+        posterior = np.minimum(together, method.p_max)
+        believed = {c: np.where(together > posterior, p * posterior / together, p) for c, p in believed.items()}
         idle = {c: method.baseline * prior / (1 - sum(priors.values())) for c, prior in priors.items()}
-        signal = level.alpha / np.hypot(level.alpha, level.sigma)
-        scale = 1 + (method.scale - 1) * signal**method.late if method.scale > 1 else method.scale
+        scale = scale_at(method, level)
         weights = {c: scale * np.maximum(p / (1 - posterior) - idle[c], 0) for c, p in believed.items()}
         prediction = null - sum(wide(weights[c], null) * away[c] for c in method.contexts)
         rows.append({"prediction": prediction, "posterior": posterior, "scale": sum(weights.values())})
     return rows
 
 
+def scale_at(method: Any, level: ds.Level) -> float:
+    """What the odds are multiplied by at a level."""
+    signal = level.alpha / np.hypot(level.alpha, level.sigma)
+    return 1 + (method.scale - 1) * signal**method.late if method.scale > 1 else method.scale
+
+
 def _moved(method: Any, kind: str, scene: Script, c: str, j: int, i: int, p: np.ndarray) -> np.ndarray:
     """The posterior at point i of samples that had ``p`` when last seen at point j; (B,)."""
-    delta = method.offset / (2 * _transition(scene, j, i)[1])
+    end = scene.levels[i]
+    delta = method.offset / (2 * _transition(scene, j, i)[1] / (end.alpha**2 + end.sigma**2))
     if kind == "odds":
         rise = method.temperature * _log_ratio(method, kind, scene, c, j, i, p) + delta
         return 1 / (1 + (1 - p) / p * np.exp(np.minimum(-rise, 100)))
@@ -234,9 +243,13 @@ CASE = Case(
     (_LAZY | {"contexts": ("neg", "neg2"), "prior": (0.02, 0.4)}, {"seed": 30}),
     (_LAZY | {"estimator": "ito", "rho_min": 1.0}, {"seed": 31}),
     (_LAZY | {"estimator": "surrogate"}, {"stochastic": 0.0, "seed": 32}),
+    (_LAZY | {"estimator": "ito", "scale": 3.0, "late": 0.5}, {"coordinates": "ve", "seed": 38}),
+    (_LAZY | {"estimator": "ito", "scale": 0.5}, {"coordinates": "vp", "seed": 39}),
     # told from outside, clamped
     ({"estimator": told, "p_min": 0.05, "p_max": 0.4, "scale": 2.0}, {"stochastic": 0.0, "seed": 23}),
     (_CALM | {"estimator": "ito", "evidence": witness}, {"coordinates": "vp", "seed": 33}),
+    (_CALM | {"estimator": "ito", "evidence": witness, "p_max": 0.4}, {"coordinates": "vp", "seed": 40}),
+    (_CALM | {"contexts": ("neg", "neg2"), "prior": (0.3, 0.3), "p_max": 0.5}, {"coordinates": "vp", "seed": 41}),
     (_LAZY | {"estimator": "ito", "evidence": witness, "scale": 0.6}, {"coordinates": "flow", "seed": 34}),
 ],
     contract=[
@@ -399,12 +412,12 @@ def test_kernel_is_ito_times_a_ratio_of_levels(coordinates):
     np.testing.assert_allclose(kernel, (rho[:-1] / rho[1:])[:, None] ** 2 * ito, rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("coordinates", ["vp", "flow"])
+@pytest.mark.parametrize("coordinates", ["vp", "ve", "flow"])
 def test_offset_is_in_units_of_the_kernel_variance(coordinates):
     scene = script(coordinates=coordinates)
     rise = steps_of(DNG(temperature=0.0, offset=1e-4, prior=0.1, estimator="ito"), scene)
     for i, (t, s) in enumerate(itertools.pairwise(scene.levels[:-1])):
-        beta_tilde = s.sigma**2 * (1 - (t.alpha * s.sigma / (s.alpha * t.sigma)) ** 2)
+        beta_tilde = s.sigma**2 / (s.alpha**2 + s.sigma**2) * (1 - (t.alpha * s.sigma / (s.alpha * t.sigma)) ** 2)
         np.testing.assert_allclose(rise[i], 1e-4 / (2 * beta_tilde), rtol=1e-9)
 
 

@@ -114,3 +114,23 @@ def test_inner_points_do_as_their_step() -> None:
 def test_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ParameterError, match=message):
         ds.EconomicalGuidance(**({"method": INNER} | change))
+
+
+def test_steps_of_a_second_order_sampler_are_counted_once() -> None:
+    """Stride 2 of Heun: both evaluations of every other one of its 5 steps, the last of which has one."""
+    count = []
+
+    def energy(x: torch.Tensor, level: ds.Level) -> torch.Tensor:
+        count.append(level)
+        return x.square().sum(1)
+
+    method = ds.EconomicalGuidance(ds.ClassifierGuidance(energy, 0.1, "score"), stride=2)
+    vp = {"beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000}
+    ds.sample(ds.toy.ring().denoiser({"null": None}), method, scheduler=HeunDiscreteScheduler(**vp), steps=5,
+              num_samples=2)  # fmt: skip
+    assert len(count) == 1 + 2 + 2 + 1  # the check, and steps 0, 2 and 4
+
+
+def test_a_window_without_a_step_is_refused() -> None:
+    with pytest.raises(ParameterError, match="widen the window"):
+        play(ds.EconomicalGuidance(INNER, 0.51, 0.55), script(steps=10))

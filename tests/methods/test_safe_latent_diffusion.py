@@ -81,8 +81,8 @@ CASE = Case(
         ({}, {"steps": 14, "seed": 2}),
     ],
     contract=[
-        (ds.SafeLatentDiffusion.preset("removal", scale=1.5, positive="null"), 1.0),
         (ds.SafeLatentDiffusion(warmup=3), 1.0),
+        (ds.SafeLatentDiffusion.preset("removal", scale=1.5, positive="null"), 1.0),
     ],
     formulas=[("methods.safe_latent_diffusion", ("guide",))],
 )
@@ -248,3 +248,24 @@ def test_needs_its_contexts(missing):
     laws = {c: (0.0, 1.0) for c in ("null", "pos", "neg") if c != missing}
     with pytest.raises(MissingContextError, match=missing):
         ds.sample(Gaussians(laws), ACTIVE, scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)
+
+
+def test_inner_points_are_no_steps():
+    """Heun's: the momentum stays, and they are warm where their step is."""
+    scene, method = script(steps=12), replace(ACTIVE, warmup=1)
+    x = torch.as_tensor(scene.points[0])
+    state = torch.ones_like(x)
+    for number, index, on_trajectory in ((0, 0, True), (0, 1, False), (1, 2, True), (1, 3, False)):
+        step = ds.Step(
+            x, scene.levels[index], scene.levels[index + 1], index, 12, "eps", on_trajectory, 1.0, number=number
+        )
+        plan = method.guide(step, state)
+        calls = next(plan)
+        answers = [(k + 1) * torch.ones_like(x) for k in range(len(calls))]
+        with pytest.raises(StopIteration) as done:
+            plan.send(answers)
+        prediction, after, _ = done.value.value
+        cold = answers[2] + method.scale * (answers[0] - answers[2])
+        assert torch.equal(prediction, cold) == (number == 0)
+        assert torch.equal(after, state) == (not on_trajectory)
+        state = after

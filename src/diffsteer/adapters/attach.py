@@ -23,7 +23,7 @@ from diffsteer.adapters.specs import Spec, spec_of
 from diffsteer.adapters.steps import check_needs
 from diffsteer.core import Guidance
 from diffsteer.engine import Batching, check_batching, every_kth
-from diffsteer.errors import ParameterError, StateError, UnsupportedError, UnverifiedWarning
+from diffsteer.errors import IgnoredPromptWarning, ParameterError, StateError, UnsupportedError, UnverifiedWarning
 from diffsteer.methods import Renorm
 from diffsteer.sampling import Result
 
@@ -161,9 +161,21 @@ class Attached:
                 answer = native(**arguments)
             if self.run.engine is None and not getattr(self.pipe, "interrupt", False):
                 raise StateError(f"the pipeline never called {' or '.join(self.spec.denoisers)}; nothing was guided")
+            self._check_prompt(arguments.get("prompt"))
             return answer
         finally:
             self.last, self.run = self.run.result(), None
+
+    def _check_prompt(self, prompt: Any) -> None:
+        """Say so where a prompt was not asked for."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt or []
+        if self.run is not None and self.run.engine is not None and "pos" not in self.run.engine.asked and any(prompts):
+            warnings.warn(
+                f"the prompt {prompts[0]!r} had no effect: {type(self.method).__name__} does not ask for it; attach "
+                "ClassifierFreeGuidance(7.5) + the method",
+                IgnoredPromptWarning,
+                stacklevel=4,
+            )
 
 
 @functools.cache
@@ -192,8 +204,8 @@ def _switch_off(spec: Spec, cls: type, native: functools.partial[Any], arguments
     scaled = _setting(pipe, spec, "time_cond_proj_dim")  # there the scale is an input
     off = {} if scaled else {name: value for name, value in spec.off.items() if name in parameters}
     for name in (*off, *spec.refused):
-        given = arguments.get(name, unguided.get(name))
-        if given not in (unguided.get(name), off.get(name, unguided.get(name))):
+        given = arguments.get(name, off.get(name, unguided.get(name)))
+        if given != off.get(name, unguided.get(name)):
             raise ParameterError(
                 f"{name}={given} was passed to {cls.__name__}, but the attached method guides it; leave {name} out and "
                 "give the method its scale (ClassifierFreeGuidance(7.5)), or detach"

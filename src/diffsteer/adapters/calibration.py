@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,10 +15,9 @@ from diffsteer.adapters.contexts import separate
 from diffsteer.calibration import LikelihoodRatio, read_off, watching
 from diffsteer.core import Guidance
 from diffsteer.engine import stream
-from diffsteer.errors import ParameterError
+from diffsteer.errors import IgnoredPromptWarning, ParameterError
 from diffsteer.methods import ClassifierFreeGuidance, DynamicNegativeGuidance
 from diffsteer.sampling import Result, advancing
-from diffsteer.schedulers import SchedulerView
 
 _PASSES = 3  # the rollouts, their likelihood ratio, and the tracker along with them
 
@@ -103,7 +103,6 @@ def calibrate_pipeline(
             f"{number} negative prompts for {len(method.contexts)} contexts of the method; name as many, such as "
             'contexts=("neg", "neg2") for two'
         )
-    view = SchedulerView(pipe.scheduler, num_inference_steps, arguments.get("eta", 0.0))
     batches = [range(first, min(first + batch_size, num_rollouts)) for first in range(0, num_rollouts, batch_size)]
 
     def along(guide: Guidance, numbers: range, **negative: str) -> Result:
@@ -122,13 +121,13 @@ def calibrate_pipeline(
         idle = beside or ClassifierFreeGuidance(0.0)
         ratios = []
         for numbers in batches:
-            samples = along(idle, numbers).samples
-            ratios.append(along(LikelihoodRatio(samples, method.contexts), numbers, **unwanted).trace)
+            ended = along(idle, numbers)
+            ratios.append(along(LikelihoodRatio(ended.samples, method.contexts), numbers, **unwanted).trace)
         members = [torch.cat([r[f"log_ratio:{context}"][-1] for r in ratios]) > 0 for context in method.contexts]
         shares = torch.stack([*members, torch.stack(members).any(0)]).double().sum(1).add(0.5) / (num_rollouts + 1)
         priors = shares[:-1] * shares[-1] / shares[:-1].sum()  # together as many as show any: they may overlap
         method = replace(method, prior=tuple(priors.tolist()) if number > 1 else float(priors))
-        watch = watching(method, view.stochastic)
+        watch = watching(method, ended.record["stochastic"])
         tracked = [along(watch if beside is None else beside + watch, numbers, **unwanted) for numbers in batches]
     trace = {name: torch.cat([t.trace[name] for t in tracked], 1) for name in tracked[0].trace}
     return read_off(method, watch, trace, tracked[0].record, members)
@@ -136,10 +135,12 @@ def calibrate_pipeline(
 
 @contextmanager
 def _quiet(pipe: Any) -> Iterator[None]:
-    """Without the pipeline's own progress bars, one for each batch."""
+    """Without the pipeline's own progress bars, one for each batch; a likelihood ratio may not ask for the prompt."""
     before = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", IgnoredPromptWarning)
+            yield
     finally:
         pipe.set_progress_bar_config(**before)

@@ -17,9 +17,11 @@ from diffsteer.adapters.specs import Spec
 from diffsteer.adapters.steps import GuidedSteps, entry, wide
 from diffsteer.core import Guidance
 from diffsteer.engine import Batching
-from diffsteer.errors import StateError
+from diffsteer.errors import StateError, UnsupportedError
 from diffsteer.patching import patched
 from diffsteer.sampling import Result
+
+_SAME_TIME = 4.0  # of 1000, between what the scheduler says and what a network is told, in half precision
 
 
 class GuidedRun(GuidedSteps):
@@ -110,7 +112,9 @@ class GuidedRun(GuidedSteps):
         x = self._sample(call)
         if self.spec.grid:
             x = on_grid(x, self.spec.grid(call.arguments))
-        level = self.locate(self.scheduler, self.scaled_at)
+        if self.guided:
+            raise UnsupportedError("the denoiser was called twice in one step, by a callback or by the pipeline itself")
+        level = self.locate(self.scheduler, self.scaled_at if self.scaled_at is not None else self._told(call))
         nets = {
             name: PipelineNet(own, self.control, self.bundles, x, self._rescale(), self.reading, level, self.spec)
             for name, own in call.by_name(self.models).items()
@@ -148,6 +152,16 @@ class GuidedRun(GuidedSteps):
             return wide(shown)
         assert self.x is not None
         return wide(self.x)
+
+    def _told(self, call: Invocation) -> Any:
+        """The scheduler's timestep by what the network is told, of a first step that nothing else places."""
+        told = call.arguments.get("timestep")
+        if self.index or told is None:
+            return None
+        shift, slope = self.spec.time
+        times = self.scheduler.timesteps
+        away = (times.double().cpu() - (float(torch.as_tensor(told).flatten()[0]) - shift) / slope).abs()
+        return times[int(away.argmin())] if float(away.min()) <= _SAME_TIME else None
 
     def _rescale(self) -> Callable[[Tensor], Tensor]:
         """From the scheduler's coordinates to the network's, at this step."""

@@ -86,7 +86,9 @@ INVERSE: Mapping[str, Trial] = {
     "lgd": Trial(ds.LossGuidedDiffusion, (0.5, 1.0, 2.0, 4.0)),
     "freedom": Trial(lambda energy, w: ds.FreeDoM(energy, w, num_recurrences=2), (0.5, 1.0, 2.0, 4.0)),
     "mpgd": Trial(ds.ManifoldPreservingGuidance, (1.0, 1.8, 4.0), "squared"),
-    "ugd": Trial(lambda energy, w: ds.UniversalGuidance(energy, w, num_x0_iterations=4, x0_lr=0.1), (3.0, 10.0, 30.0)),
+    "ugd": Trial(
+        lambda energy, w: ds.UniversalGuidance(energy, w, num_x0_iterations=4, x0_lr=w / 100), (3.0, 10.0, 30.0)
+    ),
     "tfg": Trial(lambda energy, w: ds.TrainingFreeGuidance(energy, w, w), (0.2, 0.5, 1.0)),
 }
 OPERATORS: Mapping[str, Callable[[Tensor], Tensor]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -123,7 +123,18 @@ def held_force(energy: CleanEnergy, x0: Tensor, level: Level) -> Force:
 
 
 def noisy_force(energy: NoisyEnergy, step: Step) -> Force:
-    """The force of a noise-aware energy on x_t, in variance-preserving coordinates, no denoiser in the graph."""
+    """The force of a noise-aware energy on x_t, in variance-preserving coordinates, no denoiser in the graph.
+
+    Raises
+    ------
+    UnsupportedError
+        Inside of another method, which would differentiate through it.
+    """
+    if step.x.requires_grad:
+        raise UnsupportedError(
+            "there is no way through a noise-aware energy's force to x_t, along which the method around it "
+            "differentiates; give one method both energies, or add the two methods up"
+        )
     at = _leaf(step.x)
     with torch.enable_grad():
         values = energy(at, step.level)
@@ -196,7 +207,20 @@ def estimate(
             )
     with torch.set_grad_enabled(grad):
         x0 = convert(_wide(prediction), _wide(at), step.level, step.space, "x0")
-    return Estimate(prediction.detach(), x0, at, unit(step.level), state, info)
+    return Estimate(prediction.detach(), x0, at, unit(step.level), _detached(state), _detached(info))
+
+
+def _detached(state: Any) -> Any:
+    """The same without graphs: what is kept from step to step must not keep the steps."""
+    if isinstance(state, Tensor):
+        return state.detach()
+    if isinstance(state, dict):
+        return {name: _detached(value) for name, value in state.items()}
+    if isinstance(state, tuple):
+        return tuple(map(_detached, state))
+    if is_dataclass(state) and not isinstance(state, (type, Level)):
+        return replace(state, **{f.name: _detached(getattr(state, f.name)) for f in fields(state)})
+    return state
 
 
 def _from(at: Tensor, call: Call) -> Call:

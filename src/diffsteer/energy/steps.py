@@ -30,7 +30,7 @@ from diffsteer.paths import convert, reverse_kernel
 Mode = Literal["score", "mean", "x0_rederive", "x0_keep_eps", "jump"]
 MODES: tuple[str, ...] = ("score", "mean", "x0_rederive", "x0_keep_eps", "jump")
 
-_PURE_NOISE = 1e3  # sigma / alpha from which on x_t says nothing of x0
+PURE_NOISE = 1e3  # sigma / alpha from which on x_t says nothing of x0
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def alphas(step: Step) -> tuple[float, float]:
 
 def is_noise(step: Step) -> bool:
     """Whether the step starts at pure noise, where an energy of x0 has nothing to say."""
-    return step.level.rho > _PURE_NOISE
+    return step.level.rho > PURE_NOISE
 
 
 def needs_of(mode: str) -> frozenset[str]:
@@ -200,8 +200,10 @@ class EnergyGuidance(Guidance):
         return self.base if isinstance(self.base, str) else self.base.reference
 
     def start(self, run: Run) -> Any:
-        x = run.x / unit(run.levels[0])
-        check(self.energy, *((run.x, run.levels[0]) if self.noisy else (x,)))
+        start = run.levels[0]
+        x = run.x / unit(start)
+        level = next((level for level in run.levels if level.rho <= PURE_NOISE), start)  # where it is asked first
+        check(self.energy, *((x * unit(level), level) if self.noisy else (x,)))
         return Landing()
 
     def after(self, step: Step, x_next: Tensor, state: Any) -> After:

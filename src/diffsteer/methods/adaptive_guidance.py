@@ -103,5 +103,5 @@ class AdaptiveGuidance(Guidance):
         if step.on_trajectory and step.index >= self.warmup:
             a, b = (convert(e, step.x, step.level, step.space, self.compare_in) for e in (cond, null))
             agreed = off | (inner(a, b) / (inner(a, a) * inner(b, b)).sqrt() >= self.threshold)  # 0 / 0: not stopped
-        scale = torch.where(off, 1.0, self.scale)
+        scale = torch.where(off, 1.0, torch.full(off.shape, self.scale, dtype=torch.float64, device=off.device))
         return null + like(scale, null) * (cond - null), Agreement(off, agreed), {"scale": scale}

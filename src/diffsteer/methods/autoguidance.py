@@ -67,6 +67,8 @@ class Autoguidance(Guidance):
         check_scale(self.scale)
         if not 0 <= self.dropout < 1:
             raise ParameterError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.layers and not self.dropout:
+            raise ParameterError("layers are those under dropout; give dropout above 0 too, or leave them out")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]

@@ -88,7 +88,7 @@ class Window(_Around):
 
     def after(self, step: Step, x_next: Tensor, state: tuple[bool, State]) -> After:
         inside, inner = state
-        return within(self.method.after(step, x_next, inner), lambda own: (inside, own))
+        return within(self.method.after(step, x_next, inner), lambda own: (inside, own)) if inside else (x_next, state)
 
 
 @dataclass(frozen=True)

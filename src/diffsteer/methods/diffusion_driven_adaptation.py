@@ -114,12 +114,12 @@ class DiffusionDrivenAdaptation(EnergyGuidance):
 
 
 def coarse(x: Tensor, factor: int) -> Tensor:
-    """phi: made smaller and larger again by the factor, bicubic, the smaller without aliases; (B, C, H, W)."""
+    """phi: made smaller and larger again by the factor, bicubic, antialiased; (B, C, H, W)."""
     if factor == 1:
         return x
     size = (x.shape[2] // factor, x.shape[3] // factor)
     small = torch.nn.functional.interpolate(x, size, mode="bicubic", antialias=True)
-    return torch.nn.functional.interpolate(small, tuple(x.shape[2:]), mode="bicubic")
+    return torch.nn.functional.interpolate(small, tuple(x.shape[2:]), mode="bicubic", antialias=True)
 
 
 def self_ensemble(classifier: Callable[[Tensor], Tensor], original: Tensor, adapted: Tensor) -> Tensor:

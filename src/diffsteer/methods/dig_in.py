@@ -47,8 +47,9 @@ class DiGIN(LatentOptimizer):
     Parameters
     ----------
     energy : callable
-        E: final samples (B, ...) to (B,), to lower; decoding and cut-outs, if any, are inside. A confidence to raise
-        is -p, the disagreement of two networks p2 - p1, a neuron its activation with a minus.
+        E: final samples (B, ...) to (B,), to lower; decoding and cut-outs, if any, are inside. The best iterate is
+        chosen by it too, so random cut-outs must be the same in every call. A confidence to raise is -p, the
+        disagreement of two networks p2 - p1, a neuron its activation with a minus.
     lr : float
         Of the shifts of embeddings, >= 0: 0.01.
     latent_lr : float

@@ -107,7 +107,7 @@ class DiscriminatorGuidance(EnergyGuidance):
             return prediction, Landing(), {}
         force, energy = noisy_force(self.energy, step)
         weight = torch.full_like(energy, scale)
-        if step.index % self.boost_period == 0:
+        if step.number % self.boost_period == 0:
             weight = torch.where(energy > 0, self.boost * weight, weight)
         prediction, jump = act(self.mode, step, prediction, like(weight, force) * force)
         return prediction, Landing(jump), {"log_ratio": -energy}

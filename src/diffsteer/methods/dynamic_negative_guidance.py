@@ -60,7 +60,8 @@ class DynamicNegativeGuidance(Guidance):
     temperature : float
         tau >= 0, multiplies every increment of the log-ratio; below 1 slows the estimate.
     offset : float
-        delta, added as delta / (2 variance) at each step (positive keeps the posterior alive).
+        delta, added as delta / (2 variance) at each step, the variance being that of the reverse kernel in
+        variance-preserving coordinates (positive keeps the posterior alive).
     p_min, p_max : float
         The carried posterior is clamped to this range; the largest weight is scale * p_max / (1 - p_max).
     estimator : {"auto", "odds", "kernel", "ito", "ode", "surrogate"} or callable
@@ -108,10 +109,10 @@ class DynamicNegativeGuidance(Guidance):
         concept with probability p. This is therefore the share that laziness can leave behind, at most. A twentieth
         of the prior is used where that is less.
     patience : float
-        >= 0: how far the odds, and the weight with them, may move unseen, in units of the posterior's usual step. It
-        ends at 0 or 1, so its variance grows by prior (1 - prior) over a run, and by an even share of that in a step: a
-        sample waits while its odds could not have moved by ``patience`` times the root of that share. Nothing waits
-        under "ode" and "surrogate": on trained networks their errors grow with the length of a step.
+        >= 0: how far the odds, or the weight where the scale exceeds 1, may move unseen, in units of the posterior's
+        usual step. It ends at 0 or 1, so its variance grows by prior (1 - prior) over a run, and by an even share of
+        that in a step: a sample waits while they could not have moved by ``patience`` times the root of that share.
+        Nothing waits under "ode" and "surrogate": on trained networks their errors grow with the length of a step.
 
     Notes
     -----
@@ -140,7 +141,7 @@ class DynamicNegativeGuidance(Guidance):
     contexts: tuple[str, ...] = ("neg",)
     lazy: bool = True
     negligible: float = 5e-3
-    patience: float = 0.8
+    patience: float = 1.2
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
@@ -234,7 +235,8 @@ class DynamicNegativeGuidance(Guidance):
             (ref,) = yield [Call("null", rows=rows)]
             null = null.index_copy(0, rows, ref)
         posteriors = (torch.stack([f.odds for f in followed]) + self._witnessed(step, null)).sigmoid()
-        total = posteriors.sum(0).clamp(max=self.p_max)
+        together = posteriors.sum(0)
+        posteriors, total = posteriors * (self.p_max / together).clamp(max=1), together.clamp(max=self.p_max)
         weights = self._scale_at(step.level) * (posteriors / (1 - total) - self._baselines.to(total)).clamp(min=0)
         prediction = null
         for weight, difference in zip(weights, away, strict=True):
@@ -276,7 +278,8 @@ class DynamicNegativeGuidance(Guidance):
         # a sum over noise holds over any stride, an integral needs its points
         waits = self._patient and tracker.resolve(step.stochastic) not in ("ode", "surrogate")
         if waits and f.tracked.last is not None and tracker.moves(step) and step.level_next.rho > 0:
-            gained = (2 * f.odds).exp() * f.tracked.variation(step.level_next)
+            reach = max(1.0, self._scale_at(step.level)) * f.odds.exp()
+            gained = reach**2 * f.tracked.variation(step.level_next)
             share = tracker.prior * (1 - tracker.prior) / step.num_steps
             due = due & (gained > self.patience**2 * share)
         return due.nonzero()[:, 0]

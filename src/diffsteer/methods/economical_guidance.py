@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -21,6 +21,7 @@ class Held:
     inner: State
     does: str = "nothing"  # "guide", "reuse" or "nothing"
     vector: Tensor | None = None
+    first: int | None = None  # number of the first step inside the window
 
 
 @register(
@@ -81,27 +82,33 @@ class EconomicalGuidance(_Around):
             )
 
     def start(self, run: Run) -> Held:
+        n = len(run.levels) - 1
+        if not any(self._inside(i, n) for i in range(n)):
+            raise ParameterError(f"none of {n} steps is in [{self.start_at}, {self.stop_at}); widen the window")
         return Held(self.method.start(run))
 
     def guide(self, step: Step, state: Held) -> Plan:
-        does = self._plan(step) if step.on_trajectory else state.does
+        first, does = self._plan(step, state.first) if step.on_trajectory else (state.first, state.does)
         if does == "guide":
             guided, inner, info, base = yield from _beside(self.method, step, state.inner, self.reference)
             vector = score_of(step, guided - base) if self.on_skip == "reuse" else None
-            return guided, Held(inner, does, vector), info
+            return guided, Held(inner, does, vector, first), info
         (prediction,) = yield [Call(self.reference)]
         if does == "reuse" and state.vector is not None:
             prediction, _ = act("score", step, prediction, state.vector)
-        return prediction, Held(state.inner, does, state.vector), {}
+        return prediction, Held(state.inner, does, state.vector, first), {}
 
-    def _plan(self, step: Step) -> str:
-        n = step.num_steps
-        inside = [i for i in range(n) if self.start_at <= i / n < self.stop_at]
-        if step.index not in inside:
-            return "nothing"
-        return "guide" if (step.index - inside[0]) % self.stride == 0 else self.on_skip
+    def _inside(self, index: int, num_steps: int) -> bool:
+        return self.start_at <= index / num_steps < self.stop_at
+
+    def _plan(self, step: Step, first: int | None) -> tuple[int | None, str]:
+        """The number of the first step inside the window, and what this step does."""
+        if not self._inside(step.index, step.num_steps):
+            return first, "nothing"
+        first = step.number if first is None else first
+        return first, "guide" if (step.number - first) % self.stride == 0 else self.on_skip
 
     def after(self, step: Step, x_next: Tensor, state: Any) -> After:
         if state.does != "guide":
             return x_next, state
-        return within(self.method.after(step, x_next, state.inner), lambda own: Held(own, state.does, state.vector))
+        return within(self.method.after(step, x_next, state.inner), lambda own: replace(state, inner=own))

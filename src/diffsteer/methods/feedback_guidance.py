@@ -89,7 +89,7 @@ class FeedbackGuidance(Guidance):
     2 evaluations per step (1 for pi = 1); beside them, on samplers that are not ancestral, one vector-Jacobian
     product. Affine with a scale per sample: the same in eps, x0 and v. Information, (B,) each: "scale", lambda, and
     "log_ratio", log r. Defaults: the paper's optimum of FID for Stable Diffusion 2 on MS-COCO; ImageNet-512 with
-    EDM2-XS: pi 0.999 and, of 64 steps, t_start 0.43, t_peak 0.33.
+    EDM2-XS: pi 0.999 and, of 64 steps, t_start 0.42, t_peak 0.36.
     The paper's hybrids with a constant scale w_0 are sums, ``FeedbackGuidance(max_scale=m - w_0 + 1) +
     ClassifierFreeGuidance(w_0 - 1)``, or that with a :class:`diffsteer.Window` around the second term.
     Signs and the floor follow the official code; the printed algorithm has other signs and another last line. Unlike

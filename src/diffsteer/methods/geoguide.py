@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from diffsteer.core import Call, Plan, Step
 from diffsteer.energy.forces import NoisyEnergy, noisy_force, unit_norm
-from diffsteer.energy.steps import EnergyGuidance, Landing, act
+from diffsteer.energy.steps import EnergyGuidance, Landing, act, is_noise
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
 
@@ -49,7 +49,7 @@ class GeoGuide(EnergyGuidance):
     1 evaluation per step, and one gradient of the energy; none through the denoiser. The whole path of pushes is at
     most s sqrt(D) long, whatever the number of steps. Samplers that make each step from one evaluation; the paper's is
     ancestral (the official DDIM path scales otherwise and is not this method). Where the gradient is zero, nothing is
-    pushed. Information, (B,): "energy".
+    pushed. No guidance at pure noise. Information, (B,): "energy".
     """
 
     noisy: ClassVar[bool] = True
@@ -64,7 +64,7 @@ class GeoGuide(EnergyGuidance):
 
     def guide(self, step: Step, state: Landing) -> Plan:
         (prediction,) = yield [Call(self.base)]
-        if self.scale == 0:
+        if self.scale == 0 or is_noise(step):
             return prediction, Landing(), {}
         force, energy = noisy_force(self.energy, step)
         length = self.scale * math.sqrt(step.x[0].numel()) / step.num_steps

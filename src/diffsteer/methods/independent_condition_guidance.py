@@ -74,16 +74,16 @@ class IndependentConditionGuidance(Guidance):
             return cond, state, {}
         if state is None or (self.resample and step.on_trajectory):
             state = torch.stack([torch.randint(2**63 - 1, (), generator=g) for g in step.generators])
-        calls = self._calls(state)
+        calls = self._calls(state, step.x.device)
         cond, *parts = yield [Call("pos"), *calls]
         independent = torch.empty_like(cond)
         for call, part in zip(calls, parts, strict=True):
             independent[slice(None) if call.rows is None else call.rows] = part
         return independent + self.scale * (cond - independent), state, {}
 
-    def _calls(self, drawn: Tensor) -> list[Call]:
+    def _calls(self, drawn: Tensor, device: torch.device) -> list[Call]:
         """What evaluates every sample's own condition, given one random number of each, (B,)."""
         if not self.contexts:
             return [Call("pos", perturb=ContextNoise(0.0, 1.0, 1.0, drawn))]
-        rows = [(drawn % len(self.contexts) == k).nonzero()[:, 0] for k in range(len(self.contexts))]
+        rows = [(drawn % len(self.contexts) == k).nonzero()[:, 0].to(device) for k in range(len(self.contexts))]
         return [Call(context, rows=r) for context, r in zip(self.contexts, rows, strict=True) if len(r)]

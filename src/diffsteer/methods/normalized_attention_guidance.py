@@ -56,7 +56,8 @@ class NormalizedAttentionGuidance(Guidance):
     its text by cross- or joint attention, see :data:`diffsteer.perturb.ARCHITECTURES`. In joint attention both texts go
     their own ways through the network, both under the prompt's pooled embedding. In a sum with other methods its
     correction of the prompt's prediction counts. The paper is nearly as good when it stops after the first quarter of
-    the time: :class:`Window`. Its code for Flux divides by zero where an attention output is zero; here it stays zero.
+    the time: :class:`Window`, which goes on with the prompt alone, so at a guidance scale of 1. Its code for Flux
+    divides by zero where an attention output is zero; here it stays zero.
     """
 
     reference: ClassVar[str] = "pos"

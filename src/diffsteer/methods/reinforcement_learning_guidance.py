@@ -71,7 +71,7 @@ class ReinforcementLearningGuidance(Guidance):
             )
 
     def guide(self, step: Step, state: State) -> Plan:
-        scale = self.scale if step.index >= self.start_step else 1.0
+        scale = self.scale if step.number >= self.start_step else 1.0
         base, tuned = "main" if scale != 1 else "tuned", "tuned" if scale else "main"  # equal calls are evaluated once
         null, pos = "null" if self.cfg_scale != 1 else "pos", "pos" if self.cfg_scale else "null"
         ref_null, ref_cond, rl_null, rl_cond = yield [Call(c, model=m) for m in (base, tuned) for c in (null, pos)]

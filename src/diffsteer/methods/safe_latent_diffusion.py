@@ -26,7 +26,7 @@ _PRESETS = {
 @register(
     "sld",
     title="Safe latent diffusion",
-    nfe=2,
+    nfe=3,
     asks=("pos", "null", "neg"),
     bibtex="""
 @inproceedings{schramowski2023safe,
@@ -117,6 +117,7 @@ class SafeLatentDiffusion(Guidance):
         difference = cond - neg
         gate = (self.safety_scale * difference.abs()).clamp(max=1) * (difference < self.threshold)
         safety = gate * (neg - null) + self.momentum_scale * state
-        state = self.momentum_beta * state + (1 - self.momentum_beta) * safety
-        applied = safety if step.index >= self.warmup else torch.zeros_like(safety)
+        if step.on_trajectory:
+            state = self.momentum_beta * state + (1 - self.momentum_beta) * safety
+        applied = safety if step.number >= self.warmup else torch.zeros_like(safety)
         return null + self.scale * ((cond - null) - applied), state, {}

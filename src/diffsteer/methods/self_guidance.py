@@ -22,12 +22,13 @@ Values = tuple[tuple[Tensor, ...], ...]
 """Of every edit, in every layer, its property: (B, tokens, ...)."""
 
 PROPERTIES = ("centroid", "size", "shape", "appearance")
+_RESCALED = 1000.0  # in half precision the gradients of means would vanish
 
 
 class PropertyMemory:
     """The properties of another run, step by step: written by a run with ``scale=0``, read by any other.
 
-    The other run has as many samples, in one batch, or one for all; and the same steps.
+    The other run has as many samples, in one batch, or one for all; and the same steps. It is written once.
     """
 
     def __init__(self) -> None:
@@ -184,17 +185,23 @@ class SelfGuidance(Guidance):
         with torch.set_grad_enabled(guided):
             found = self._properties(seen.maps, {} if features is None else features.maps, step.x.shape[2:])
         if self.memory is not None and writes:
+            if step.index in self.memory.steps:
+                raise ParameterError(
+                    f"the memory has step {step.index} of a run already: write it by one run in one batch, and take "
+                    "a new PropertyMemory() for another"
+                )
             self.memory.steps[step.index] = found
             return prediction, state, {}
         with torch.enable_grad():
             values = self._energy(found, None if state is None else state[step.index])
-        force = unit(step.level) * descent(values, at)
+            larger = _RESCALED * values
+        force = unit(step.level) / _RESCALED * descent(larger, at)
         guided_prediction, _ = act("score", step, prediction.detach(), self.scale * force)
         return guided_prediction, state, {"energy": values.detach()}
 
     def _in_turn(self, step: Step) -> bool:
         share = step.index / step.num_steps
-        return share < self.always or (share < self.stop and step.index % 2 == 0)
+        return share < self.always or (share < self.stop and step.number % 2 == 0)
 
     def _properties(self, maps: Mapping[str, Tensor], features: Mapping[str, Tensor], size: Sequence[int]) -> Values:
         layers = [m.mT.reshape(len(m), m.shape[2], *grid(m.shape[1], size)) for m in maps.values()]

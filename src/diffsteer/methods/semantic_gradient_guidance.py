@@ -60,9 +60,9 @@ class SemanticGradientGuidance(EnergyGuidance):
     Notes
     -----
     L is the cross-entropy, the mean over all labelled pixels of a sample, so that regions add up to the whole. 1
-    evaluation per step, and one gradient of the segmenter, in local steps one for each class that is there; none
-    through the denoiser. All regions share the step's one noise. The paper starts from a noised source image, and
-    brings the model to its domain in stages. No guidance at pure noise. Information, (B,): "energy", of the whole.
+    evaluation per step, and one gradient of the segmenter, in local steps one more for each class that is there; none
+    through the denoiser. All regions share the step's one noise. Left out: the paper starts from a noised source image,
+    and brings the model to its domain in stages. No guidance at pure noise. Information, (B,): "energy", of the whole.
     """
 
     noisy: ClassVar[bool] = True
@@ -86,7 +86,8 @@ class SemanticGradientGuidance(EnergyGuidance):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return needs_of(self.mode)
+        counted = {"first_order"} if self.pattern == "alternate" else ()  # steps, not evaluations
+        return needs_of(self.mode) | frozenset(counted)
 
     def _labelled(self) -> Tensor:
         return (self.labels >= 0) & (self.labels != 255)

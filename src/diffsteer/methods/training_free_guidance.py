@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -101,7 +100,7 @@ class TrainingFreeGuidance(EnergyGuidance):
     iteration), universal guidance (modes "score" and "x0_rederive", constant schedules). The paper's scripts take 4
     iterations and 1 displacement. x0 is not clipped, as the official code has it inside the graph for pixel models.
     Jumps do not shrink with the step: scales must be tuned anew for another number of steps, and with few steps
-    recurrence alone narrows what is sampled. No guidance at pure noise. Information, (B,): "energy", before smoothing.
+    recurrence alone narrows what is sampled. No guidance at pure noise. Information, (B,): "energy", smoothed.
     """
 
     energy: CleanEnergy
@@ -188,8 +187,11 @@ class TrainingFreeGuidance(EnergyGuidance):
 
 
 def rates(run: Run, scale: float, schedule: str) -> tuple[float, ...]:
-    """``scale`` over the steps, its mean kept: proportional to a**2, to 1 - a**2, or constant."""
+    """``scale`` over the steps, its mean kept: proportional to a**2, to 1 - a**2, or constant.
+
+    Of a level that a second-order sampler visits twice, both visits have the a of the step that leaves it.
+    """
     signal = [1 / (1 + level.rho**2) for level in run.levels]
-    shares = [now / then for now, then in pairwise(signal)]
+    shares = [now / next((s for s in signal[i:] if s != now), now) for i, now in enumerate(signal[:-1])]
     shares = {"increase": shares, "decrease": [1 - a for a in shares], "constant": [1.0] * len(shares)}[schedule]
     return tuple(float(scale) * share * len(shares) / sum(shares) for share in shares)

@@ -167,6 +167,10 @@ class CombinationLoss(Denoise):
 
     scale: float = 2.0
 
+    def __post_init__(self) -> None:
+        if self.dropout:
+            raise ParameterError("the combination trains both branches on every image; set label dropout to 0")
+
     def loss(self, net: nn.Module, *batch: Tensor) -> Tensor:
         x_t, t, labels, noise = batch
         nothing = torch.full_like(labels, self.null_label)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffsteer.core import Call, Guidance, Plan, Run, State, Step, guide_in, like
 from diffsteer.denoisers import Denoiser
 from diffsteer.energy.forces import unit
+from diffsteer.energy.steps import PURE_NOISE
 from diffsteer.engine import stream
 from diffsteer.errors import ParameterError
 from diffsteer.methods import SLCD
@@ -147,12 +148,12 @@ def _seed(seed: int, number: int, purpose: int) -> int:
 
 
 def _noised(x0: Tensor, bins: Tensor, levels: Sequence[Level], generator: torch.Generator) -> States:
-    """Round 0: clean samples noised to every level but the last."""
-    parts = []
-    for level in levels[:-1]:
+    """Round 0: clean samples noised to every level but the last, and pure noise, where nobody is guided."""
+    parts, levels = [], [level for level in levels[:-1] if level.rho <= PURE_NOISE]
+    for level in levels:
         noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
         parts.append((level.alpha * x0 + level.sigma * noise) / unit(level))
-    return torch.cat(parts), _log_snr(levels[:-1], len(x0)), bins.repeat(len(parts))
+    return torch.cat(parts), _log_snr(levels, len(x0)), bins.repeat(len(parts))
 
 
 def _rolled(
