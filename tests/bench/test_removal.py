@@ -163,3 +163,10 @@ def test_a_model_is_calibrated_in_its_own_folder(model, tmp_path: Path) -> None:
     calibrate_model(mine, "ddim", steps=3, rollouts=110)
     assert mine.calibration(3, "sde") == before
     assert mine.calibration(3, "ode").steps == 3
+
+
+def test_an_unknown_method_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    tier = replace(sweeping.TIERS["digits"][1], methods=("np", "magic"))
+    with pytest.raises(UnknownNameError, match="magic"):
+        sweeping.sweep("digits", tier, out=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -191,3 +191,8 @@ def test_a_weak_network_on_digits(scheduler, prediction):
     torch.testing.assert_close(result.samples, expected.samples, rtol=0, atol=1e-4 * scale)
     assert float((expected.samples - alone.samples).abs().max()) > 0.1
     assert result.nfe.tolist() == [10] * 3
+
+
+def test_refuses_layers_that_nothing_is_done_to():
+    with pytest.raises(ParameterError, match="dropout above 0"):
+        ds.Autoguidance(layers=("up",))

@@ -248,3 +248,11 @@ def test_refuses(unet: UNet2DConditionModel) -> None:
         run(unet, ds.SelfGuidance((Edit("size", (1,)),), memory=other_run(4, 2, (1,))))
     with pytest.raises(ParameterError, match="with positions"):
         play(ds.SelfGuidance((GROW,)), script(shape=(3,)))
+
+
+def test_a_memory_is_written_once() -> None:
+    memory = PropertyMemory()
+    method = ds.SelfGuidance((Edit("size", (1,)),), 0.0, memory=memory)
+    play(method, script())
+    with pytest.raises(ParameterError, match=r"new PropertyMemory\(\)"):
+        play(method, script(seed=1))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 import diffsteer as ds
@@ -145,3 +145,14 @@ def test_is_repeatable_and_refuses() -> None:
         train_slcd(den, reward, (0.0, 1.0), lambda: Net(2), **{**small, "etas": (2.0, 1.0)})
     with pytest.raises(ParameterError, match="3 bins"):
         train_slcd(den, reward, (0.0, 0.5, 1.0), lambda: Net(2), **small)
+
+
+def test_flow_matching_starts_at_pure_noise() -> None:
+    """There is nothing to learn of it, and its log-SNR is infinite."""
+    den, run = MIXTURE.denoiser({"null": None}), {"scheduler": FlowMatchEulerDiscreteScheduler(), "steps": 5}
+    slcd = train_slcd(
+        den, reward, (0.0, 1.0), lambda: Net(2), run=run, num_rounds=1, num_rollouts=20, epochs=1, etas=(1.0, 2.0)
+    )
+    assert all(bool(torch.isfinite(p).all()) for p in slcd.classifier.net.parameters())
+    out = ds.sample(den, slcd, num_samples=3, **run)
+    assert bool(torch.isfinite(out.samples).all())
