@@ -137,7 +137,7 @@ def test_mistakes_are_named():
 
 
 def task(kind, **options):
-    return kind(digits(), DDPMScheduler(**SCHEDULE), null_label=10, dropout=0.5, **options)
+    return kind(digits(), DDPMScheduler(**SCHEDULE), null_label=10, **{"dropout": 0.5, **options})
 
 
 def test_model_guidance_changes_labelled_rows_of_the_quieter_levels_alone():
@@ -160,7 +160,9 @@ def test_model_guidance_wants_a_null_branch():
 
 
 def test_the_combination_is_trained_at_the_same_noisy_images():
-    job, net = task(CombinationLoss, scale=2.0), Table(11)
+    with pytest.raises(ParameterError, match="label dropout to 0"):
+        task(CombinationLoss)
+    job, net = task(CombinationLoss, scale=2.0, dropout=0.0), Table(11)
     _, _, labels, noise = drawn = job.draw(16, torch.Generator().manual_seed(0))
     values = net.values.detach()
     cond, null = values[labels].reshape(-1, 1, 1, 1).expand(noise.shape), values[10].expand(noise.shape)

@@ -86,9 +86,10 @@ def draw_fronts(out: Path, entries: Sequence[Entry]) -> None:
                 axis.set(xscale="log", yscale="log")
                 axis.grid(alpha=0.25, which="both", lw=0.4)
             axes[0, 0].set_ylabel("KL to the rejection shares")
-            axes[1, 0].set_ylabel("feature distance to the rejection set")
+            axes[1, 0].set_ylabel("distance to the rejection set")
             handles, labels = axes[0, 0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+            columns = min(len(labels), max(2, 2 * len(concepts) - 3))  # as many labels as the panels are wide
+            figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
             figure.savefig(out / f"fronts-{kind}.png", dpi=150, metadata={"Software": None})
 
 

@@ -86,8 +86,7 @@ class SemanticGradientGuidance(EnergyGuidance):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        counted = {"first_order"} if self.pattern == "alternate" else ()  # steps, not evaluations
-        return needs_of(self.mode) | frozenset(counted)
+        return needs_of(self.mode)
 
     def _labelled(self) -> Tensor:
         return (self.labels >= 0) & (self.labels != 255)
@@ -114,9 +113,8 @@ class SemanticGradientGuidance(EnergyGuidance):
         if self.scale == 0 or is_noise(step):
             return prediction, Landing(), {}
         force, energy = noisy_force(self.energy, step)
-        in_whole = (
-            step.index in range(step.num_steps)[::-2] if self.pattern == "alternate" else self.pattern == "global"
-        )
+        in_turn = (step.num_steps - 1 - step.number) % 2 == 0  # the last step, but of second-order samplers
+        in_whole = in_turn if self.pattern == "alternate" else self.pattern == "global"
         if not in_whole:
             force = torch.zeros_like(force)
             for label in sorted(set(self.labels[self._labelled()].tolist())):
