@@ -113,7 +113,7 @@ class SemanticGradientGuidance(EnergyGuidance):
         if self.scale == 0 or is_noise(step):
             return prediction, Landing(), {}
         force, energy = noisy_force(self.energy, step)
-        in_turn = (step.num_steps - 1 - step.number) % 2 == 0  # the last step, but of second-order samplers
+        in_turn = step.number in range(step.num_steps)[::-2]
         in_whole = in_turn if self.pattern == "alternate" else self.pattern == "global"
         if not in_whole:
             force = torch.zeros_like(force)
