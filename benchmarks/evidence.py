@@ -21,7 +21,7 @@ from torch.special import logit
 
 from diffsteer import zoo
 from diffsteer.bench import balance, metrics
-from diffsteer.bench.removal import Setting, method_for, run, unguided
+from diffsteer.bench.removal import Setting, method_for, rejection_shares, run, unguided
 from diffsteer.bench.sweep import halves
 from diffsteer.paths import Level
 
@@ -59,10 +59,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, store = zoo.load(options.model), options.out / "runs"
-    classes, whole = halves(model)[not options.choosing], len(model.classes)
+    classes = halves(model)[not options.choosing]
     base = Setting((), options.scheduler, options.steps, 3 * options.samples, seed=1)
     target = unguided(model, base, store=store)
-    seen = model.features(pictures(target), "judge")
+    seen = model.features(target.pixels, "judge")
     print("| posterior | scale | forbidden | above the floor | KL to rejection | distance to rejection | evaluations |")
     print("|---|---|---|---|---|---|---|")
     variants: dict[str, Any] = {"tracked": None, **{f"tracked, and a witness trusted {t:g}": t for t in options.trust}}
@@ -77,23 +77,16 @@ def main() -> None:
                 elif name != "tracked":
                     method = replace(method, estimator=model.posterior(concept), calibration=None)
                 out = run(model, setting, method, store=store)
-                keep = [c for c in range(whole) if c != concept]
-                mask = target.kept((concept,))
-                shares = balance.class_counts(target.labels[mask], whole)[keep]
+                shares, keep = rejection_shares(model, target, (concept,))
                 share = float((out.labels == concept).double().mean())
-                kl = balance.kl_shares(shares, balance.class_counts(out.labels, whole), keep)
-                distance = metrics.frechet_distance(model.features(pictures(out), "judge"), seen[mask])
+                kl = balance.kl_shares(shares, balance.class_counts(out.labels, len(model.classes)), keep)
+                distance = metrics.frechet_distance(model.features(out.pixels, "judge"), seen[target.kept((concept,))])
                 rows.append((share, share - model.floor([concept]), kl, distance, out.nfe / options.steps))
             share, excess, kl, distance, nfe = np.mean(rows, axis=0)
             line = (
                 f"| {name} | {method.scale:g} | {share:.2%} | {excess:+.2%} | {kl:.4f} | {distance:.2f} | {nfe:.2f} |"
             )
             print(line, flush=True)
-
-
-def pictures(outcome: Any) -> Tensor:
-    """The pictures of a run in [-1, 1]."""
-    return outcome.images.float() / 127.5 - 1
 
 
 if __name__ == "__main__":

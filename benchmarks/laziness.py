@@ -19,7 +19,7 @@ import torch
 from diffsteer import zoo
 from diffsteer.bench import balance, metrics
 from diffsteer.bench.intervals import interval_of
-from diffsteer.bench.removal import Setting, method_for, run, unguided
+from diffsteer.bench.removal import Setting, method_for, rejection_shares, run, unguided
 from diffsteer.bench.sweep import halves
 
 VARIANTS = {
@@ -59,12 +59,10 @@ def main() -> None:
             method = replace(method_for(model, "dng", setting), **changes)
             out = run(model, setting, method, store=store)
             reference.setdefault(concept, out.labels)
-            keep = [c for c in range(whole) if c != concept]
-            mask = target.kept((concept,))
-            shares = balance.class_counts(target.labels[mask], whole)[keep]
+            shares, keep = rejection_shares(model, target, (concept,))
             excess = float((out.labels == concept).double().mean()) - model.floor([concept])
             kl = balance.kl_shares(shares, balance.class_counts(out.labels, whole), keep)
-            distance = metrics.frechet_distance(out.features, target.features[mask])
+            distance = metrics.frechet_distance(out.features, target.features[target.kept((concept,))])
             same = float((out.labels == reference[concept]).double().mean())
             rows.append((out.nfe / options.steps, excess, kl, distance, same))
             joint = balance.class_counts(whole * reference[concept] + out.labels, whole**2).reshape(whole, whole)

@@ -223,15 +223,20 @@ def on_rows(plan: Generator[list[Call], Sequence[Tensor], Any], rows: Tensor) ->
         return done.value
 
 
+def map_state(change: Callable[[Tensor], Tensor], state: State) -> State:
+    """The state with every tensor changed."""
+    if isinstance(state, Tensor):
+        return change(state)
+    if isinstance(state, tuple):
+        return tuple(map_state(change, part) for part in state)
+    if is_dataclass(state) and not isinstance(state, (type, Level)):
+        return replace(state, **{f.name: map_state(change, getattr(state, f.name)) for f in fields(state)})
+    return state
+
+
 def gather(state: State, rows: Tensor) -> State:
     """The state of a subset of the batch; (len(rows), ...) for every per-sample tensor."""
-    if isinstance(state, Tensor):
-        return state[rows]
-    if isinstance(state, tuple):
-        return tuple(gather(part, rows) for part in state)
-    if is_dataclass(state) and not isinstance(state, (type, Level)):
-        return replace(state, **{f.name: gather(getattr(state, f.name), rows) for f in fields(state)})
-    return state
+    return map_state(lambda values: values[rows], state)
 
 
 def scatter(state: State, rows: Tensor, part: State) -> State:

@@ -204,8 +204,9 @@ def _switch_off(spec: Spec, cls: type, native: functools.partial[Any], arguments
     scaled = _setting(pipe, spec, "time_cond_proj_dim")  # there the scale is an input
     off = {} if scaled else {name: value for name, value in spec.off.items() if name in parameters}
     for name in (*off, *spec.refused):
-        given = arguments.get(name, off.get(name, unguided.get(name)))
-        if given != off.get(name, unguided.get(name)):
+        idle = off.get(name, unguided.get(name))
+        given = arguments.get(name, idle)
+        if given != idle:
             raise ParameterError(
                 f"{name}={given} was passed to {cls.__name__}, but the attached method guides it; leave {name} out and "
                 "give the method its scale (ClassifierFreeGuidance(7.5)), or detach"

@@ -133,7 +133,7 @@ def _draw_samples(out: Path, model: Model, lines: Sequence[Line], shown: Sequenc
         panels = [
             MethodPanel(
                 label=f"{line['trial']} {line['scale']:g}",
-                images=outcome.images.float() / 127.5 - 1,
+                images=outcome.pixels,
                 forbidden=TRIALS[line["trial"]].task.framed(model, outcome),
                 class_shares=balance.class_shares(outcome.labels, int(outcome.labels.max()) + 1),
             )

@@ -192,7 +192,7 @@ class Inverse:
         return Residual(self.measurement, self.operator, squared=form == "squared")
 
     def measure(self, outcome: Outcome) -> dict[str, Any]:
-        images = restored(outcome)
+        images = outcome.pixels
         left = (self.operator(images) - self.measurement).flatten(1).square().mean(1).sqrt()
         each = psnr(images, self.truth)
         return {"psnr": float(each.mean()), "psnr_interval": _interval(each), "residual": float(left.mean())}
@@ -220,12 +220,6 @@ class Inverse:
         else:
             shown = torch.nn.functional.interpolate(seen, size=self.truth.shape[2:])
         return [Picture("truth", self.truth), Picture("measurement", shown)]
-
-
-def restored(outcome: Outcome) -> Tensor:
-    """The images of a run in [-1, 1], as they are kept: 8 bits, which alone would give 59 dB."""
-    assert outcome.images is not None
-    return outcome.images.float() / 127.5 - 1
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:
@@ -353,8 +347,7 @@ def bench_energy(
                 found["linear"] = _measure(report, "linear", 0.0, True, linear), linear
             lines += _against(report, found)
             pictures[kind] = report.pictures() + [
-                Picture(line.label, restored(outcome), outcome.labels != report.wanted)
-                for line, outcome in found.values()
+                Picture(line.label, outcome.pixels, outcome.labels != report.wanted) for line, outcome in found.values()
             ]
     write(out, model, lines, pictures, steps=plan.steps, noise=NOISE, diverged=diverged)
     console.print((out / "energy.md").read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
@@ -442,7 +435,7 @@ def _against(task: Labels | Inverse, found: Mapping[str, tuple[Line, Outcome]]) 
     """The lines with what each gains, image by image, on no guidance and on diffusion posterior sampling."""
     if isinstance(task, Labels):
         return [line for line, _ in found.values()]
-    each = {key: psnr(restored(outcome), task.truth) for key, (_, outcome) in found.items()}
+    each = {key: psnr(outcome.pixels, task.truth) for key, (_, outcome) in found.items()}
     lines = []
     for key, (line, _) in found.items():
         for base in ("unguided", "dps"):

@@ -165,8 +165,7 @@ def run_layout(
                 if (done := run(key, scale, True)) is not None:
                     tally, outcome = done
                     tallies.append(tally)
-                    assert outcome.images is not None
-                    shown.append(Picture(tally.label, outcome.images.float() / 127.5 - 1, outcome.labels < 3))
+                    shown.append(Picture(tally.label, outcome.pixels, outcome.labels < 3))
     record = {"pipeline": str(name), "steps": steps, "near": NEAR, "side": SIDE, "lines": [asdict(t) for t in tallies]}
     write_text(out / "layout.json", json.dumps(record, indent=1) + "\n")
     write_text(out / "layout.md", "\n".join([*_table(tallies), ""]))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -77,6 +78,12 @@ class Outcome:
     def kept(self, concepts: Sequence[int]) -> Tensor:
         """Mask of the samples that the judge does not call forbidden; (N,)."""
         return ~torch.isin(self.labels, torch.tensor(list(concepts)))
+
+    @property
+    def pixels(self) -> Tensor:
+        """The images in [-1, 1], as they are kept: 8 bits, which alone would give 59 dB; (N, C, H, W)."""
+        assert self.images is not None
+        return self.images.float() / 127.5 - 1
 
 
 def kind_of(name: str) -> str:
@@ -249,10 +256,9 @@ def measure(
         The unguided run under the same seeds, for the share of samples left untouched.
     """
     forbidden = set(setting.concepts)
-    keep = [c for c in range(len(model.classes)) if c not in forbidden]
+    shares, keep = rejection_shares(model, target, setting.concepts)
     mask = target.kept(setting.concepts)
     rejection = target.features[mask]
-    shares = balance.class_counts(target.labels[mask], len(model.classes))[keep]
     counts = balance.class_counts(outcome.labels, len(model.classes))
     bad, n = int((~outcome.kept(setting.concepts)).sum()), len(outcome.labels)
     reference = model.reference
@@ -291,6 +297,12 @@ def measure(
         untouched=untouched,
         **overlap._asdict(),
     )
+
+
+def rejection_shares(model: Model, target: Outcome, concepts: Sequence[int]) -> tuple[NDArray[Any], list[int]]:
+    """How often each class that stays comes in the rejection set, (K,), and these classes."""
+    keep = [c for c in range(len(model.classes)) if c not in concepts]
+    return balance.class_counts(target.labels[target.kept(concepts)], len(model.classes))[keep], keep
 
 
 def reject(outcome: Outcome, concepts: Sequence[int]) -> Outcome:

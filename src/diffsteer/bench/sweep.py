@@ -345,7 +345,7 @@ def _grids(out: Path, model: Model, setting: Setting, points: Mapping[str, float
     panels = [
         MethodPanel(
             label=NAMES[method],
-            images=outcome.images.float() / 127.5 - 1,
+            images=outcome.pixels,
             forbidden=~outcome.kept(setting.concepts),
             class_shares=balance.class_shares(outcome.labels, len(model.classes)),
         )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Info, Step, guide_in, like
+from diffsteer.core import Call, Guidance, Info, Step, guide_in, like, map_state
 from diffsteer.errors import NonFiniteError, ParameterError, UnsupportedError
 from diffsteer.paths import Level, convert
 
@@ -207,20 +207,9 @@ def estimate(
             )
     with torch.set_grad_enabled(grad):
         x0 = convert(_wide(prediction), _wide(at), step.level, step.space, "x0")
-    return Estimate(prediction.detach(), x0, at, unit(step.level), _detached(state), _detached(info))
-
-
-def _detached(state: Any) -> Any:
-    """The same without graphs: what is kept from step to step must not keep the steps."""
-    if isinstance(state, Tensor):
-        return state.detach()
-    if isinstance(state, dict):
-        return {name: _detached(value) for name, value in state.items()}
-    if isinstance(state, tuple):
-        return tuple(map(_detached, state))
-    if is_dataclass(state) and not isinstance(state, (type, Level)):
-        return replace(state, **{f.name: _detached(getattr(state, f.name)) for f in fields(state)})
-    return state
+    # what is kept from step to step must not keep the steps' graphs
+    state, info = map_state(Tensor.detach, state), {name: value.detach() for name, value in info.items()}
+    return Estimate(prediction.detach(), x0, at, unit(step.level), state, info)
 
 
 def _from(at: Tensor, call: Call) -> Call:
