@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from diffsteer.bench.prompts import bench_prompts
 from diffsteer.cli import app
 from diffsteer.engine import stream
 from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
-from diffsteer.generate import generate, load_pipeline
+from diffsteer.generate import _strict, generate, load_pipeline
 
 sys.path.insert(0, str(Path(__file__).parent / "adapters"))
 import tiny
@@ -193,3 +194,8 @@ def test_shapes_without_what_was_not_wanted(tmp_path: Path) -> None:
     assert results["cfg:1.5+dng:15,late=1"].record["method"]["methods"][1]["calibration"] is not None
     with pytest.raises(ParameterError, match="cat"):
         generate("a circle", pipeline="shapes", negative="cat", out=tmp_path)
+
+
+def test_a_record_is_strict_json_however_deep_infinity_lies() -> None:
+    found = _strict({"log_snr": [-math.inf, 1.0], "method": {"calibration": {"log_snr": (math.inf, 2.0)}}})
+    assert found == {"log_snr": [None, 1.0], "method": {"calibration": {"log_snr": [None, 2.0]}}}

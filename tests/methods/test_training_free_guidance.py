@@ -16,6 +16,7 @@ import diffsteer as ds
 from diffsteer.core import Run, Step
 from diffsteer.energy.forces import smoothed
 from diffsteer.errors import NonFiniteError, ParameterError, UnsupportedError
+from diffsteer.methods.training_free_guidance import rates
 from diffsteer.schedulers import SchedulerView
 from diffsteer.testing import Script, contract, play, script
 
@@ -422,3 +423,15 @@ def test_linear_gaussian_posterior() -> None:
     covariance = torch.linalg.inv(torch.eye(3, dtype=a.dtype) + a.T @ a / s**2)
     assert torch.allclose(mean, covariance @ a.T @ y / s**2, atol=0.01)
     assert torch.allclose(spread @ spread.T, covariance, atol=0.01)
+
+
+@pytest.mark.parametrize("schedule", ["increase", "decrease", "constant"])
+def test_both_visits_of_a_level_have_one_rate(schedule: str) -> None:
+    """Heun's levels: the first once, every other one by a corrector and by the next step's predictor."""
+    levels = script(steps=5).levels
+    twice = [levels[0], *(level for level in levels[1:-1] for _ in range(2)), levels[-1]]
+    found = rates(ds.Run(torch.zeros(1, 2), twice, 0.0, ("null",)), 2.0, schedule)
+    assert found[1::2] == found[2::2]
+    assert sum(found) / len(found) == pytest.approx(2.0)
+    once = rates(ds.Run(torch.zeros(1, 2), levels, 0.0, ("null",)), 2.0, schedule)
+    np.testing.assert_allclose(np.array(found)[::2] / found[0], np.array(once) / once[0])
