@@ -80,6 +80,7 @@ def removal(
     tier: int = 1,
     out: Path | None = None,
     samples: int | None = None,
+    concepts: int | None = None,
     method: Annotated[list[str] | None, Parameter(negative="")] = None,
     sampler: Annotated[list[str] | None, Parameter(negative="")] = None,
     separate: bool = False,
@@ -102,6 +103,8 @@ def removal(
         Folder for runs, tables and pictures; by default runs/removal-MODEL-TIER.
     samples
         Per configuration, instead of the tier's; the classes for choosing get half of it.
+    concepts
+        How many of the reported classes, the first ones, instead of the tier's.
     method
         Only these: np, sld, sld-medium, dng, dng-paper, ceiling.
     sampler
@@ -127,7 +130,7 @@ def removal(
     if samples:
         final = chosen.final and (*chosen.final[:2], chosen.final[2] * samples // chosen.samples)
         chosen = replace(chosen, samples=samples, final=final)
-    chosen = replace(chosen, methods=tuple(method or chosen.methods))
+    chosen = replace(chosen, methods=tuple(method or chosen.methods), concepts=concepts or chosen.concepts)
     folder = out or Path("runs") / f"removal-{Path(model).name}-{tier}"
     sweep(model, chosen, out=folder, separate=separate, device=device)
 
@@ -148,13 +151,14 @@ def prompts(
 ) -> None:
     """Run negative prompts, related and unrelated to the prompt, under every method, and count what is left.
 
-    On "shapes" the pictures are read exactly; on any other Stable Diffusion pipeline CLIP scores them. Hours on 2
-    cores. Interrupt it at will: finished runs are kept and read back.
+    On "shapes" and "shapes-flow" the pictures are read exactly; on any other Stable Diffusion pipeline CLIP scores
+    them. Hours on 2 cores. Interrupt it at will: finished runs are kept and read back.
 
     Parameters
     ----------
     pipeline
-        shapes, the folder of a Stable Diffusion pipeline, or its name on the Hugging Face hub; safetensors only.
+        shapes, shapes-flow, the folder of a Stable Diffusion pipeline, or its name on the Hugging Face hub;
+        safetensors only.
     out
         Folder for runs, tables and the report; by default runs/prompts-PIPELINE.
     samples
@@ -162,7 +166,7 @@ def prompts(
     method
         Only these: np, replace, sld, dng, dng-baseline, dng-late, dng-any.
     sampler
-        Only these, as name:steps: ddpm:250, euler-a:30, ddim:50, dpm++:25.
+        Only these, as name:steps: ddpm:250, euler-a:30, ddim:50, dpm++:25; of a flow flow-euler:28.
     guidance_scale
         Of the prompt, for every method.
     prior
@@ -291,16 +295,17 @@ def train(
 ) -> None:
     """Train a model: a conditional denoiser, a judge, a feature network and a noise-aware classifier.
 
-    `diffsteer train shapes` trains a tiny text-to-image pipeline on drawings instead, and `diffsteer train shapes-lcm`
-    distils the shipped one into a student that draws in one to eight steps.
+    `diffsteer train shapes` trains a tiny text-to-image pipeline on drawings instead, `diffsteer train shapes-lcm`
+    distils the shipped one into a student that draws in one to eight steps, and `diffsteer train shapes-flow` trains a
+    flow transformer, a tiny Stable Diffusion 3, beside it.
 
     A killed run resumes to the same weights as an uninterrupted one. Needs `pip install "diffsteer[train]"`.
 
     Parameters
     ----------
     dataset
-        digits, shapes, shapes-lcm, mnist, cifar10 (from $DIFFSTEER_DATA/DATASET or the Hugging Face hub), or a folder
-        of your own with one sub-folder of images per class.
+        digits, shapes, shapes-lcm, shapes-flow, mnist, cifar10 (from $DIFFSTEER_DATA/DATASET or the Hugging Face hub),
+        or a folder of your own with one sub-folder of images per class.
     out
         The model's folder, by default runs/DATASET; pass it to `diffsteer remove --model`.
     part
@@ -332,6 +337,11 @@ def train(
         from diffsteer.train.students import train_student
 
         train_student(folder, seed=seed, steps=steps, batch_size=batch_size, lr=lr, resume=resume)
+        return
+    if dataset == "shapes-flow":
+        from diffsteer.train.flow import train_flow
+
+        train_flow(folder, seed=seed, steps=steps, batch_size=batch_size, lr=lr, resume=resume)
         return
     run(
         dataset, folder, parts=part, seed=seed, steps=steps, batch_size=batch_size, lr=lr, image_size=image_size,
@@ -367,8 +377,8 @@ def generate(
     prompt
         What to draw.
     pipeline
-        shapes, its few-step student shapes-lcm, the folder of a pipeline, or its name on the Hugging Face hub;
-        safetensors only.
+        shapes, its few-step student shapes-lcm, its twin by flow matching shapes-flow, the folder of a pipeline, or
+        its name on the Hugging Face hub; safetensors only.
     negative
         What not to draw; several separated by |.
     method
