@@ -17,12 +17,16 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
+from diffsteer.bench import prompt_runs
+from diffsteer.bench.intervals import share_interval
 from diffsteer.bench.judges import ClipJudge, ReaderJudge, Verdict
 from diffsteer.bench.prompt_report import summary
 from diffsteer.bench.prompt_runs import (
     DYNAMIC,
+    FLOW_SAMPLERS,
     GRID,
     NAMES,
+    SAMPLERS,
     SCALES,
     Bench,
     Line,
@@ -33,9 +37,10 @@ from diffsteer.bench.prompt_runs import (
     measure,
     method_for,
     parse_sampler,
+    scheduler,
 )
 from diffsteer.bench.prompts import bench_prompts, operating_points
-from diffsteer.errors import ParameterError, UnknownNameError, WeightsError
+from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
 from diffsteer.methods import DynamicNegativeGuidance
 from diffsteer.shapes import Scene, Shape, draw, holds, scene
 
@@ -132,6 +137,24 @@ def test_rejection_throws_away_and_pays(bench: Bench) -> None:
     assert line.kl < none.kl
 
 
+def test_intervals_know_how_little_was_seen(bench: Bench) -> None:
+    """None forbidden of n is no proof of none, and a small rejection set moves the KL."""
+
+    class Clean(Bright):
+        def __call__(self, pictures, prompt, negative) -> Verdict:
+            seen = super().__call__(pictures, prompt, negative)
+            return replace(seen, forbidden=np.zeros_like(seen.forbidden))
+
+    bench.judge = Clean()
+    line = measure(bench, SAMPLER, "related", PLAN.grid[:1], "none", 0.0)
+    assert line.forbidden_interval == (0.0, pytest.approx(share_interval(0, 3)[1]))
+    sure = [np.repeat([[1.0, 0.0], [0.0, 1.0]], 1000, axis=0), np.repeat([[1.0, 0.0], [0.0, 1.0]], 10, axis=0)]
+    groups = [(0, 2)]
+    _, (_, few) = prompt_runs._mean([(prompt_runs._kl(groups), *sure)])
+    _, (_, many) = prompt_runs._mean([(prompt_runs._kl(groups), sure[0], sure[0][::-1])])
+    assert few > 5 * many
+
+
 def test_kl_is_added_up_over_attributes_and_counts_what_leaks() -> None:
     def verdict(rows: list[list[float]]) -> Verdict:
         n = len(rows)
@@ -226,6 +249,20 @@ def test_methods_have_their_own_names_and_wrong_ones_are_refused() -> None:
     with pytest.raises(ParameterError, match="ddim:50"):
         parse_sampler("ddim")
     assert parse_sampler("dpm++:25") == ("dpm++", 25)
+
+
+def test_a_flow_has_samplers_of_its_own(pipe) -> None:
+    flow = tiny.stable_diffusion_3()
+    assert Plan().on(flow).samplers == FLOW_SAMPLERS
+    assert Plan().on(pipe).samplers == SAMPLERS
+    assert Plan.quick().on(flow).samplers == (("flow-euler", 10),)
+    assert PLAN.on(pipe) == PLAN
+    assert parse_sampler("flow-euler:28") == FLOW_SAMPLERS[0]
+    assert type(scheduler(flow, "flow-euler")) is type(flow.scheduler)
+    with pytest.raises(UnsupportedError, match="choose of flow-euler"):
+        scheduler(flow, "ddim")
+    with pytest.raises(UnsupportedError, match="ddpm, euler-a, ddim"):
+        scheduler(pipe, "flow-euler")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -26,7 +26,7 @@ from diffsteer.bench.judges import Judge, Verdict
 from diffsteer.bench.removal import digest
 from diffsteer.core import Guidance
 from diffsteer.engine import describe, plain, stream
-from diffsteer.errors import ParameterError, UnknownNameError
+from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
 from diffsteer.files import whole, write_text
 from diffsteer.methods import (
     ClassifierFreeGuidance,
@@ -37,6 +37,7 @@ from diffsteer.methods import (
 from diffsteer.posterior import Calibration
 
 __all__ = [
+    "FLOW_SAMPLERS",
     "GRID",
     "NAMES",
     "SAMPLERS",
@@ -49,11 +50,14 @@ __all__ = [
     "kl_to",
     "measure",
     "method_for",
+    "parse_sampler",
     "sampler_name",
     "scheduler",
 ]
 
 SAMPLERS = (("ddpm", 250), ("euler-a", 30), ("ddim", 50), ("dpm++", 25))
+FLOW_SAMPLERS = (("flow-euler", 28),)
+"""Of pipelines that predict a flow's velocity."""
 NAMES = {
     "none": "No negative prompt",
     "rejection": "Rejection",
@@ -125,7 +129,9 @@ class Plan:
     ----------
     grid : tuple of Pair
     samplers : tuple of (str, int)
-        Schedulers and steps.
+        Schedulers and steps; by default ``SAMPLERS``, of a flow ``FLOW_SAMPLERS``.
+    steps : int, optional
+        Of every sampler, instead of its own.
     samples : int
         Pictures per run, under the same seeds for every method; the rejection set has four times as many, of others.
     guidance_scale : float
@@ -141,7 +147,8 @@ class Plan:
     """
 
     grid: tuple[Pair, ...] = GRID
-    samplers: tuple[tuple[str, int], ...] = SAMPLERS
+    samplers: tuple[tuple[str, int], ...] = ()
+    steps: int | None = None
     samples: int = 64
     guidance_scale: float = 1.5
     methods: tuple[str, ...] = tuple(SCALES)
@@ -153,7 +160,12 @@ class Plan:
     @classmethod
     def quick(cls) -> Plan:
         """A few pictures and steps, to see that everything works."""
-        return cls(samples=4, samplers=(("euler-a", 10), ("ddim", 10)), rollouts=64, batch_size=16)
+        return cls(samples=4, steps=10, rollouts=64, batch_size=16)
+
+    def on(self, pipe: Any) -> Plan:
+        """The same with the samplers of a pipeline."""
+        samplers = self.samplers or (FLOW_SAMPLERS if _is_flow(pipe) else SAMPLERS)
+        return self.but(samplers=tuple((name, self.steps or steps) for name, steps in samplers))
 
     def but(self, **changes: Any) -> Plan:
         """The same with other values, where they are not None."""
@@ -224,13 +236,20 @@ def method_for(name: str, scale: float, *, guidance_scale: float, dng: DynamicNe
 def parse_sampler(text: str) -> tuple[str, int]:
     """ "ddim:50" as ("ddim", 50)."""
     name, _, steps = text.partition(":")
-    if name not in dict(SAMPLERS) or not steps.isdigit():
-        raise ParameterError(f"{text!r} is no sampler and steps such as ddim:50; samplers: {', '.join(dict(SAMPLERS))}")
+    names = dict(SAMPLERS + FLOW_SAMPLERS)
+    if name not in names or not steps.isdigit():
+        raise ParameterError(f"{text!r} is no sampler and steps such as ddim:50; samplers: {', '.join(names)}")
     return name, int(steps)
 
 
 def scheduler(pipe: Any, name: str) -> Any:
-    """A scheduler with the schedule of the pipeline's own."""
+    """A scheduler with the schedule of the pipeline's own.
+
+    Raises
+    ------
+    UnsupportedError
+        It is a flow's, and the pipeline predicts noise, or the other way round.
+    """
     import diffusers as d
 
     kinds = {
@@ -238,8 +257,17 @@ def scheduler(pipe: Any, name: str) -> Any:
         "euler-a": d.EulerAncestralDiscreteScheduler,
         "ddim": d.DDIMScheduler,
         "dpm++": d.DPMSolverMultistepScheduler,
+        "flow-euler": d.FlowMatchEulerDiscreteScheduler,
     }
-    return kinds[name].from_config({**pipe.scheduler.config, "clip_sample": False})
+    if _is_flow(pipe) != (name in dict(FLOW_SAMPLERS)):
+        own = dict(FLOW_SAMPLERS if _is_flow(pipe) else SAMPLERS)
+        raise UnsupportedError(f"{name} does not fit what {type(pipe).__name__} predicts; choose of {', '.join(own)}")
+    unclipped = {} if _is_flow(pipe) else {"clip_sample": False}
+    return kinds[name].from_config({**pipe.scheduler.config, **unclipped})
+
+
+def _is_flow(pipe: Any) -> bool:
+    return type(pipe.scheduler).__name__.startswith("FlowMatch")
 
 
 @dataclass(frozen=True)
@@ -252,10 +280,12 @@ class Run:
 
 
 class Bench:
-    """A pipeline with a plan: makes runs, or reads them back."""
+    """A pipeline with a plan: makes runs, or reads them back. ``arguments`` go to every call of the pipeline."""
 
-    def __init__(self, pipe: Any, judge: Judge, plan: Plan, store: Path) -> None:
-        self.pipe, self.judge, self.plan, self.store = pipe, judge, plan, store
+    def __init__(
+        self, pipe: Any, judge: Judge, plan: Plan, store: Path, arguments: Mapping[str, Any] | None = None
+    ) -> None:
+        self.pipe, self.judge, self.plan, self.store, self.arguments = pipe, judge, plan, store, arguments or {}
         self.fingerprint = fingerprint(pipe)
         self._read: dict[Path, Run] = {}
         pipe.set_progress_bar_config(disable=True)
@@ -270,7 +300,7 @@ class Bench:
         context = {
             "model": self.fingerprint, "prompt": pair.prompt, "negative": "" if method == "none" else pair.negative,
             "sampler": [kind, steps], "method": describe(guide), "batch_size": plan.batch_size,
-            "seed": plan.seed + target, "samples": plan.samples * (4 if target else 1),
+            "seed": plan.seed + target, "samples": plan.samples * (4 if target else 1), **self.arguments,
         }  # fmt: skip
         path = self.store / f"{digest(context)}.png"
         if path not in self._read:
@@ -286,7 +316,7 @@ class Bench:
         context = {
             "model": self.fingerprint, "prompt": prompt, "negative": negative, "sampler": [kind, steps],
             "method": describe(method), "beside": beside and describe(beside), "batch_size": plan.batch_size,
-            "seed": plan.seed + 2, "rollouts": plan.rollouts,
+            "seed": plan.seed + 2, "rollouts": plan.rollouts, **self.arguments,
         }  # fmt: skip
         path = self.store / f"{digest(context)}.json"
         if not path.is_file():
@@ -294,7 +324,7 @@ class Bench:
                 fitted = calibrate_pipeline(
                     self.pipe, method, prompt=prompt, beside=beside, negative_prompt=negative,
                     num_inference_steps=steps, num_rollouts=plan.rollouts, batch_size=plan.batch_size,
-                    seed=plan.seed + 2,
+                    seed=plan.seed + 2, **self.arguments,
                 )  # fmt: skip
             path.parent.mkdir(parents=True, exist_ok=True)
             facts = {name: getattr(fitted, name) for name in ("prior", "estimator", "p_min")}
@@ -322,7 +352,7 @@ class Bench:
                 last = min(first + context["batch_size"], context["samples"])
                 answer = self.pipe(
                     prompt=[context["prompt"]] * (last - first), num_inference_steps=steps, output_type="np",
-                    generator=[stream(context["seed"], i) for i in range(first, last)], **negative,
+                    generator=[stream(context["seed"], i) for i in range(first, last)], **negative, **self.arguments,
                 )  # fmt: skip
                 assert guided.last is not None
                 parts.append((answer.images * 255).round().astype(np.uint8))
@@ -392,12 +422,17 @@ def measure(
     if bench.judge.decides:
         targets = [bench.verdict(pair, sampler, "rejection", 0.0, target=True) for pair in among]
         if all((~v.undecided).any() for v in (*verdicts, *targets)):  # else there is nothing to compare
-            kl, kl_interval = _mean([(kl_to(t), v.attributes) for v, t in zip(verdicts, targets, strict=True)])
+            both = zip(verdicts, targets, strict=True)
+            kl, kl_interval = _mean([(_kl(t.groups), v.attributes, t.attributes) for v, t in both])
         undecided = float(np.mean([v.undecided.mean() for v in verdicts]))
     if method not in ("none", "rejection"):
         moved = [bench.moved(pair, sampler, method, scale) for pair in among]
         distance, distance_interval = _mean([(np.mean, m) for m in moved])
     forbidden, forbidden_interval = _mean([(np.mean, v.forbidden) for v in verdicts])
+    if bench.judge.decides:  # of none in so many the bootstrap knows nothing
+        seen = np.concatenate([v.forbidden for v in verdicts])
+        low, high = intervals.share_interval(int(seen.sum()), len(seen))
+        forbidden_interval = (min(low, forbidden_interval[0]), max(high, forbidden_interval[1]))
     price = [len(r.pictures) / max(1, len(v.forbidden)) for r, v in zip(runs, verdicts, strict=True)]  # of rejecting
     return Line(
         sampler=sampler_name(sampler), pairs=pairs, method=method, scale=scale,
@@ -410,14 +445,16 @@ def measure(
     )  # fmt: skip
 
 
-def _mean(parts: Sequence[tuple[Callable[..., Any], NDArray[np.float64]]]) -> tuple[float, intervals.Interval]:
-    """The mean of one statistic per pair, with its interval; equal seeds are resampled together."""
+def _mean(parts: Sequence[tuple[Any, ...]]) -> tuple[float, intervals.Interval]:
+    """The mean over pairs of a statistic of arrays, with its interval; equal seeds are resampled together."""
+    counts = [len(arrays) for _, *arrays in parts]
+    starts = np.cumsum([0, *counts])
 
     def statistic(*arrays: NDArray[np.float64]) -> float:
-        return float(np.mean([fn(array) for (fn, _), array in zip(parts, arrays, strict=True)]))
+        return float(np.mean([fn(*arrays[i : i + n]) for (fn, *_), i, n in zip(parts, starts, counts, strict=False)]))
 
-    arrays = [array for _, array in parts]
-    return statistic(*arrays), intervals.bootstrap(statistic, arrays, n=200)
+    flat = [array for _, *arrays in parts for array in arrays]
+    return statistic(*flat), intervals.bootstrap(statistic, flat, n=200)
 
 
 def kl_to(target: Verdict) -> Callable[[NDArray[np.float64]], float]:
@@ -426,11 +463,15 @@ def kl_to(target: Verdict) -> Callable[[NDArray[np.float64]], float]:
 
     Pictures that nobody can read do not count, forbidden ones do: what leaks is missing elsewhere.
     """
-    groups = target.groups
-    shares = target.attributes.sum(0)
+    kl = _kl(target.groups)
+    return lambda attributes: kl(attributes, target.attributes)
 
-    def kl(attributes: NDArray[np.float64]) -> float:
-        counts, total = attributes.sum(0), 0.0
+
+def _kl(groups: Sequence[tuple[int, int]]) -> Callable[[NDArray[np.float64], NDArray[np.float64]], float]:
+    """:func:`kl_to` as a function of both sets' attributes."""
+
+    def kl(attributes: NDArray[np.float64], wanted: NDArray[np.float64]) -> float:
+        counts, shares, total = attributes.sum(0), wanted.sum(0), 0.0
         for start, stop in groups:
             kept = [i for i in range(stop - start) if shares[start + i] > 0]
             if kept:

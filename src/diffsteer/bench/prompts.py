@@ -19,7 +19,7 @@ from diffsteer.bench.sweep import bars
 from diffsteer.errors import UnsupportedError
 from diffsteer.files import check_writable
 from diffsteer.generate import load_pipeline
-from diffsteer.zoo import few_steps
+from diffsteer.zoo import call_arguments, few_steps
 
 __all__ = ["bench_prompts", "operating_points"]
 
@@ -33,8 +33,8 @@ def bench_prompts(pipeline: str, plan: Plan, *, out: Path, clip: str = CLIP, dev
     Parameters
     ----------
     pipeline : str
-        "shapes", whose pictures are read exactly, or any Stable Diffusion pipeline (a folder, or a name on the hub),
-        which CLIP scores.
+        "shapes" or "shapes-flow", whose pictures are read exactly, or any Stable Diffusion pipeline (a folder, or a
+        name on the hub), which CLIP scores.
     plan : Plan
     clip : str
         A CLIP model on the hub, or its folder.
@@ -45,7 +45,8 @@ def bench_prompts(pipeline: str, plan: Plan, *, out: Path, clip: str = CLIP, dev
             "a few-step student is no denoiser for other schedulers; diffsteer bench methods tries it"
         )
     pipe = load_pipeline(pipeline, device, "float32")
-    bench = Bench(pipe, judge_of(pipeline, clip), plan, out / "runs")
+    plan = plan.on(pipe)
+    bench = Bench(pipe, judge_of(pipeline, clip), plan, out / "runs", call_arguments(pipeline))
     choosing = [p for p in plan.grid if p.related and not p.reported]
     groups = {
         "related": [p for p in plan.grid if p.related and p.reported],
