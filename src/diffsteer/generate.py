@@ -55,8 +55,8 @@ def generate(
     ----------
     prompt, negative : str
     pipeline : str
-        "shapes", its few-step student "shapes-lcm", the folder of a diffusers pipeline, or its name on the Hugging Face
-        hub. Safetensors only.
+        "shapes", its few-step student "shapes-lcm", its twin by flow matching "shapes-flow", the folder of a diffusers
+        pipeline, or its name on the Hugging Face hub. Safetensors only.
     method : str, optional
         See :func:`diffsteer.methods.parse_method`; default: "cfg:7.5+dng:1,prior=0.01", on "shapes"
         "cfg:1.5+dng:15,late=1", on "shapes-lcm", whose guidance is its own, "nasa:0.8" with a negative.
@@ -103,7 +103,8 @@ def generate(
     if calibrate is None:
         calibrate = 128 if drawn and negatives and _tracks(guidance) else 0
     if calibrate:
-        guidance = _calibrated(pipe, guidance, prompt, negatives, steps, calibrate, seed)
+        spared = zoo.call_arguments(pipeline)
+        guidance = _calibrated(pipe, guidance, prompt, negatives, steps, calibrate, seed, spared)
     w = 1.0 if student else _positive_scale(guidance)  # the student's guidance is its own
     rows: dict[str, tuple[Guidance, str]] = {method: (guidance, negative)}
     if compare and negative:
@@ -112,7 +113,7 @@ def generate(
             negative.replace("|", ", "),
         )
         rows["no negative"] = (ClassifierFreeGuidance(w), "")
-    arguments: dict[str, Any] = {"num_inference_steps": steps}
+    arguments: dict[str, Any] = {"num_inference_steps": steps, **zoo.call_arguments(pipeline)}
     if size is not None:
         arguments |= {"width": size[0], "height": size[1]}
     pictures: dict[str, list[Any]] = {}
@@ -152,8 +153,9 @@ def _terms(method: Guidance) -> Sequence[Guidance]:
 
 
 def _calibrated(
-    pipe: Any, method: Guidance, prompt: str, negatives: Sequence[str], steps: int, rollouts: int, seed: int
-) -> Guidance:
+    pipe: Any, method: Guidance, prompt: str, negatives: Sequence[str], steps: int, rollouts: int, seed: int,
+    arguments: Mapping[str, Any],
+) -> Guidance:  # fmt: skip
     """The method with its DNG calibrated for the prompt and the negatives, from other noise than the pictures'."""
     if not negatives or not _tracks(method):
         raise ParameterError("calibration wants DNG in the method and a negative; give both, or leave calibrate out")
@@ -163,7 +165,7 @@ def _calibrated(
         calibrate_pipeline(
             pipe, replace(term, contexts=numbered(len(negatives))), negative_prompt="|".join(negatives),
             prompt=prompt if beside else "", beside=beside, num_inference_steps=steps, num_rollouts=rollouts,
-            batch_size=min(rollouts, 32), seed=seed + 1, progress=True,
+            batch_size=min(rollouts, 32), seed=seed + 1, progress=True, **arguments,
         )
         if isinstance(term, DynamicNegativeGuidance)
         else term

@@ -30,7 +30,10 @@ from diffsteer.shapes.world import Scene
 from diffsteer.train.loop import accelerator, averaged, fit, read_checkpoint
 from diffsteer.train.recipes import SCHEDULE, Recipe
 
-__all__ = ["POOL", "RECIPES", "Captions", "export", "save_pipeline", "scenes_of", "tokenizer", "train_shapes"]
+__all__ = [
+    "POOL", "RECIPES", "Captions", "encode", "export", "pictures_of", "save_pipeline", "scenes_of", "tokenizer",
+    "train_shapes",
+]  # fmt: skip
 
 _WIDTH = 64  # of the text encoder
 _LENGTH = 16  # tokens of a caption
@@ -95,6 +98,12 @@ def scenes_of(number: int, seed: int) -> list[Scene]:
     """Scenes of the world, drawn at random."""
     rng = np.random.default_rng(seed)
     return [scene(rng) for _ in range(number)]
+
+
+def pictures_of(scenes: list[Scene]) -> Tensor:
+    """Drawings of scenes, (N, 3, 64, 64) uint8."""
+    parts = (scenes[first : first + 512] for first in range(0, len(scenes), 512))
+    return torch.cat([((draw(part) + 1) * 127.5).round().byte() for part in parts])
 
 
 @dataclass(frozen=True)
@@ -198,7 +207,7 @@ def train_shapes(
     checkpoints = out / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     scenes = scenes_of(pool, seed)
-    pictures = torch.cat([((draw(scenes[i : i + 512]) + 1) * 127.5).round().byte() for i in range(0, pool, 512)])
+    pictures = pictures_of(scenes)
 
     def run(part: str, net: nn.Module, task: Any) -> None:
         record = {"dataset": "shapes", "seed": seed, "pool": pool, "recipe": asdict(recipes[part])}
@@ -207,9 +216,9 @@ def train_shapes(
 
     run("vae", _seeded(_stream(seed, "vae"), Autoencoder, recipes["vae"].network), Autoencode(pictures))
     vae = _averaged(Autoencoder(recipes["vae"].network), checkpoints / "vae.safetensors").vae
-    standardise(vae, _encode(vae, pictures))
+    standardise(vae, encode(vae, pictures))
     words = tokenizer()
-    task = Describe(Captions(scenes, words, recipes["denoiser"].label_dropout), _encode(vae, pictures))
+    task = Describe(Captions(scenes, words, recipes["denoiser"].label_dropout), encode(vae, pictures))
     run("denoiser", _seeded(_stream(seed, "denoiser"), TextToImage, recipes["denoiser"].network, words), task)
     if accelerator().is_main_process:
         trained = _averaged(TextToImage(recipes["denoiser"].network, words), checkpoints / "denoiser.safetensors")
@@ -236,8 +245,8 @@ def _averaged(net: Any, checkpoint: Path) -> Any:
 
 
 @torch.inference_mode()
-def _encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Latents of pictures, (N, 4, 8, 8): the means, which a sample should look like."""
+def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Latents of pictures, (N, 3, 64, 64) uint8: the means, (N, 4, 8, 8), which a sample should look like."""
     return torch.cat([vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in pictures.split(128)]).clone()
 
 

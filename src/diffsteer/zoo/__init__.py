@@ -3,8 +3,9 @@
 A model is a folder: ``config.json``, ``denoiser.safetensors``, ``judge.safetensors``, ``features.safetensors``,
 ``reference.safetensors`` (what the judge and the feature network say of real images, so that no data set is needed)
 and, optionally, ``noisy_classifier.safetensors`` and ``calibration.json``. ``diffsteer train`` writes one.
-"shapes" is a whole text-to-image pipeline instead, in diffusers' own folder format (``diffsteer train shapes``), and
-"shapes-lcm" its student, which draws in one to eight steps (``diffsteer train shapes-lcm``).
+"shapes" is a whole text-to-image pipeline instead, in diffusers' own folder format (``diffsteer train shapes``),
+"shapes-lcm" its student, which draws in one to eight steps (``diffsteer train shapes-lcm``), and "shapes-flow" its twin
+by flow matching, a Stable Diffusion 3 (``diffsteer train shapes-flow``).
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ from diffsteer.posterior import Calibration
 from diffsteer.zoo.networks import build
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 __all__ = [
     "PIPELINES",
     "Model",
     "available",
+    "call_arguments",
     "draws_shapes",
     "few_steps",
+    "flow_parts",
     "load",
     "load_model",
     "pipeline_folder",
@@ -45,8 +48,8 @@ __all__ = [
 ]
 
 _ROOT = Path(__file__).parent
-_STUDENT = "shapes-lcm"
-PIPELINES = ("shapes", _STUDENT)
+_STUDENT, _FLOW = "shapes-lcm", "shapes-flow"
+PIPELINES = ("shapes", _STUDENT, _FLOW)
 """Names of the shipped text-to-image pipelines."""
 
 
@@ -65,8 +68,12 @@ def available() -> list[str]:
 @overload
 def load(name: Literal["shapes", "shapes-lcm"], *, device: str | torch.device = ...) -> StableDiffusionPipeline: ...
 @overload
+def load(name: Literal["shapes-flow"], *, device: str | torch.device = ...) -> StableDiffusion3Pipeline: ...
+@overload
 def load(name: str | Path, *, device: str | torch.device = ...) -> Model: ...
-def load(name: str | Path, *, device: str | torch.device = "cpu") -> Model | StableDiffusionPipeline:
+def load(
+    name: str | Path, *, device: str | torch.device = "cpu"
+) -> Model | StableDiffusionPipeline | StableDiffusion3Pipeline:
     """Load a shipped model by name, or a user's own by the path of its folder; ``PIPELINES`` are diffusers pipelines.
 
     Parameters
@@ -83,7 +90,7 @@ def load(name: str | Path, *, device: str | torch.device = "cpu") -> Model | Sta
         A damaged, truncated or foreign file. Nothing is ever unpickled.
     """
     if name in PIPELINES:
-        shipped: StableDiffusionPipeline = read_pipeline(name, torch.float32).to(device)
+        shipped: StableDiffusionPipeline | StableDiffusion3Pipeline = read_pipeline(name, torch.float32).to(device)
         return shipped
     return load_model(name, device=device)
 
@@ -125,10 +132,12 @@ def read_pipeline(name: str | Path, dtype: torch.dtype) -> Any:
     """A shipped pipeline, or any other that diffusers can load; safetensors only."""
     from diffusers import DiffusionPipeline
 
-    shared = {}
+    shared = _absent(Path(pipeline_folder(name)) / "model_index.json")
     if name == _STUDENT:  # a student differs from its teacher in the U-Net alone, and so does its shipped folder
         parts = read_pipeline("shapes", dtype).components
-        shared = {part: parts[part] for part in ("vae", "text_encoder", "tokenizer")}
+        shared |= {part: parts[part] for part in ("vae", "text_encoder", "tokenizer")}
+    if name == _FLOW:
+        shared |= flow_parts(read_pipeline("shapes", dtype).components)
     with warnings.catch_warnings():  # older versions of diffusers know no other name for it
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
         return DiffusionPipeline.from_pretrained(
@@ -136,9 +145,42 @@ def read_pipeline(name: str | Path, dtype: torch.dtype) -> Any:
         )
 
 
+def _absent(index: Path) -> dict[str, None]:
+    """Components that a pipeline's folder says it has not, and that its class must be told it has not."""
+    import diffusers
+
+    listed = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    optional = getattr(getattr(diffusers, listed.get("_class_name", ""), None), "_optional_components", ())
+    return {part: None for part, kind in listed.items() if kind == [None, None] and part not in optional}
+
+
+def flow_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What "shapes-flow", a Stable Diffusion 3, takes over from the components of "shapes".
+
+    The text encoder stands in both places, and what it pools is not projected.
+    """
+    from transformers import CLIPTextModelWithProjection
+
+    own, vae = parts["text_encoder"], parts["vae"]
+    encoder = CLIPTextModelWithProjection(own.config).to(own.dtype)
+    weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in own.state_dict().items()}
+    width = torch.eye(own.config.hidden_size, dtype=own.dtype)
+    encoder.load_state_dict({**weights, "text_projection.weight": width})
+    vae.register_to_config(shift_factor=0.0)
+    words = parts["tokenizer"]
+    encoder.eval().requires_grad_(False)
+    return {"vae": vae, "text_encoder": encoder, "text_encoder_2": encoder, "tokenizer": words, "tokenizer_2": words}
+
+
 def draws_shapes(pipeline: str | Path) -> bool:
     """Whether a pipeline is one of the drawn world's: a shipped one, or a folder of such a name."""
     return Path(pipeline).name in PIPELINES
+
+
+def call_arguments(pipeline: str | Path) -> dict[str, Any]:
+    """What a pipeline should be called with: "shapes-flow" without the zeros in the place of a T5, which cost most of
+    its time and do nothing there."""
+    return {"max_sequence_length": 0} if Path(pipeline).name == _FLOW else {}
 
 
 def few_steps(pipeline: str | Path) -> bool:
