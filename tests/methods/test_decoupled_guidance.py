@@ -70,7 +70,7 @@ CASE = Case(
         (DCG(1.5, 3.0, order="independent", renorm=True, **NAMES), 1.0),
         (DCG(1.5, 3.0, order="text-first", rescale=0.0, **NAMES), 0.0),
     ],
-    formulas=[("methods.decoupled_guidance", ("guide", "_ratio"))],
+    formulas=[("methods.decoupled_guidance", ("guide",)), ("methods._vectors", ("ratio",))],
 )
 
 

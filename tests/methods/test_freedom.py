@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from case import Case, Row, square, wide
+from diffusers import DDIMScheduler
 from energies import Waves, clean, coordinates, drawn, landing, slope, streams
+from gaussians import LINEAR
 
 import diffsteer as ds
 from diffsteer.errors import ParameterError
@@ -72,14 +76,59 @@ CASE = Case(
 )
 
 
+class Ignoring(torch.nn.Module):
+    """A network that no context means anything to."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.net(x).tanh()
+
+
 def test_the_reference_is_asked_once() -> None:
     assert {p.calls for p in play(ds.FreeDoM(WAVES, 0.3, "guidance", base=GUIDED), script(steps=2))} == {3}
     den = ds.toy.ring().denoiser({"null": None, "pos": [1]})
-    from diffusers import DDIMScheduler
-    from gaussians import LINEAR
-
     run = {"scheduler": DDIMScheduler(**LINEAR), "steps": 4, "num_samples": 2}
     assert ds.sample(den, ds.FreeDoM(WAVES, 0.3, "guidance", base=GUIDED), **run).nfe.tolist() == [8, 8]
+
+
+def halves(step: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    left = (torch.arange(4) < 2).expand(len(step.x), 4, 4)
+    return left.long(), left
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        ds.AdaptiveProjectedGuidance(3.0, norm_threshold=0.5), ds.AdaptiveProjectedGuidance(norm_threshold=math.inf),
+        ds.DecoupledGuidance(1.5, 3.0, renorm=True, image="neg", text="neg"), ds.SemanticGuidanceTuning(("neg",)),
+        ds.SemanticAwareCFG(halves), ds.PerpNeg(), ds.CFGZeroStar(zero_init_steps=0),
+    ],
+    ids=lambda base: type(base).__name__,
+)  # fmt: skip
+def test_branches_that_agree_exactly_have_a_gradient(base: ds.Guidance) -> None:
+    """The root of nothing has none; what it shortens or stretches by does not matter there."""
+    torch.manual_seed(0)
+    net = torch.nn.Conv2d(2, 2, 3, padding=1).requires_grad_(False)
+    den = ds.denoiser(Ignoring(net), contexts={c: {} for c in ("null", "pos", "neg")}, shape=(2, 4, 4))
+    run = {"scheduler": DDIMScheduler(**LINEAR), "steps": 4, "num_samples": 2}
+    guided, alone = (ds.sample(den, ds.FreeDoM(WAVES, 0.1, base=b), **run).samples for b in (base, "pos"))
+    torch.testing.assert_close(guided, alone, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("base", "prompt"),
+    [
+        (ds.AdaptiveProjectedGuidance(1.5, norm_threshold=math.inf, momentum=0.0), [1]),
+        (ds.SemanticGuidanceTuning(("neg",), mode="add", preserve_norm=False), None),
+    ],
+)
+def test_no_cap_and_a_prompt_of_no_direction_do_not_spoil_the_gradient(base: ds.Guidance, prompt: Any) -> None:
+    den = ds.toy.ring().denoiser({"null": None, "neg": [0], "pos": prompt})
+    run = {"scheduler": DDIMScheduler(**LINEAR), "steps": 4, "num_samples": 2}
+    assert bool(ds.sample(den, ds.FreeDoM(WAVES, 0.1, base=base), **run).samples.isfinite().all())
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,17 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return dot(a.double(), b.double())
 
 
+def length(x: Tensor) -> Tensor:
+    """Norm of each sample; (B,), float64. Its gradient is 0 where it is, not NaN: branches may agree exactly."""
+    return torch.linalg.vector_norm(x.double().flatten(1), dim=1)
+
+
+def ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 1 where b vanishes and there is nothing to scale; with a gradient of 0 there."""
+    there = b > 0
+    return torch.where(there, a / torch.where(there, b, 1), 1)
+
+
 def parallel(vector: Tensor, axis: Tensor) -> Tensor:
     """The part of each sample's vector along its axis, zero where the axis is; (B, ...)."""
     share = inner(vector, axis) / inner(axis, axis).clamp(min=torch.finfo(torch.float64).tiny)

@@ -12,7 +12,7 @@ from diffsteer.core import Call, Guidance, Plan, Run, Step, like
 from diffsteer.errors import ParameterError, StateError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
-from diffsteer.methods._vectors import inner, parallel
+from diffsteer.methods._vectors import length, parallel
 
 
 @register(
@@ -87,6 +87,6 @@ class AdaptiveProjectedGuidance(Guidance):
         cond, null = yield [Call("pos"), Call("null")]
         delta = cond - null + self.momentum * state
         state = delta if step.on_trajectory else state
-        delta = delta * like((self.norm_threshold / inner(delta, delta).sqrt()).clamp(max=1), delta)
+        delta = delta * like(1 / (length(delta) / self.norm_threshold).clamp(min=1), delta)
         along = parallel(delta, cond)
         return cond + (self.scale - 1) * (delta - along + self.eta * along), state, {}

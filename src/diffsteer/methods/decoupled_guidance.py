@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Plan, Run, State, Step
+from diffsteer.core import Call, Guidance, Plan, Run, State, Step, like
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
+from diffsteer.methods._vectors import length, ratio
 
 _ORDERS = ("image-first", "text-first", "independent")
 
@@ -103,22 +103,12 @@ class DecoupledGuidance(Guidance):
         null, m, n = yield [Call("null"), Call(middle), Call(self.image if independent else "pos")]
         first, second = m - null, n - (null if independent else m)
         if self.renorm:
-            second = second * _ratio(_length(first), _length(second))
+            second = second * like(ratio(length(first), length(second)), second)
         guided = null + a * first + b * second
-        factor = _ratio((_spread(m) + _spread(n)) / 2, _spread(guided))
+        factor = ratio((_spread(m) + _spread(n)) / 2, _spread(guided))
         return guided * (self.rescale * factor + (1 - self.rescale)), state, {}
-
-
-def _length(x: Tensor) -> Tensor:
-    """Norm of each sample, (B, 1, ...)."""
-    return x.square().sum(dim=tuple(range(1, x.ndim)), keepdim=True).sqrt()
 
 
 def _spread(x: Tensor) -> Tensor:
     """Standard deviation over each sample, (B, 1, ...)."""
     return x.std(dim=tuple(range(1, x.ndim)), correction=0, keepdim=True)
-
-
-def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, or 1 where b vanishes and there is nothing to scale."""
-    return torch.where(b > 0, a / b, 1.0)

@@ -108,7 +108,8 @@ class SemanticAwareCFG(Guidance):
         seen = [None, None] if self.segmentation else [self._record(), self._record()]
         cond, null = yield [Call("pos", perturb=seen[0]), Call("null", perturb=seen[1])]
         direction = cond - null
-        amount = direction.to(torch.promote_types(direction.dtype, torch.float32)).square().sum(1).sqrt()
+        wide = direction.to(torch.promote_types(direction.dtype, torch.float32))
+        amount = torch.linalg.vector_norm(wide, dim=1)  # whose gradient is 0 where it is: branches may agree exactly
         labels, foreground = (self._enlarged(part, amount) for part in self._segmented(step, seen))
         regions = labels.flatten(1).long()
         regional = _means(amount.flatten(1), regions).gather(1, regions)

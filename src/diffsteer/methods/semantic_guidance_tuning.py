@@ -12,7 +12,7 @@ from diffsteer.core import Call, Guidance, Plan, State, Step, like
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
-from diffsteer.methods._vectors import inner, parallel
+from diffsteer.methods._vectors import inner, length, parallel, ratio
 
 
 @register(
@@ -109,14 +109,14 @@ class SemanticGuidanceTuning(Guidance):
             towards = direction if self.mode == "add" else parallel(prompt, direction) - prompt
             tuned = tuned + like(pull, prompt) * towards
         if self.preserve_norm:
-            lengths = [inner(s, s).sqrt() for s in (prompt, tuned)]
-            tuned = like(torch.where(lengths[1] > 0, lengths[0] / lengths[1], 1.0), prompt) * tuned
+            tuned = like(ratio(length(prompt), length(tuned)), prompt) * tuned
         return null + self.scale * tuned, state, {"cosine": cosines.min(0).values}
 
     def _cosine(self, prompt: Tensor, direction: Tensor) -> Tensor:
         """Of the two directions of each sample, 1 where the second has no length; (B,), float64."""
-        long, short = (inner(s, s).sqrt() for s in (prompt, direction))
-        cosine = inner(prompt, direction) / (long * short).clamp(min=torch.finfo(torch.float64).tiny)
+        long, short = length(prompt), length(direction)
+        product = long * short
+        cosine = inner(prompt, direction) / torch.where(product > 0, product, 1)
         return torch.where(_negligible(short, long, prompt.dtype), 1.0, cosine)
 
 
