@@ -114,6 +114,12 @@ def test_the_rows_beside_it_are_the_pipelines_own_under_the_same_seeds(folder: s
         assert not torch.allclose(results[METHOD].samples, torch.cat(native), atol=1e-2)
 
 
+def test_no_usual_negative_prompt_beside_it_where_that_has_no_effect(folder: str, tmp_path: Path) -> None:
+    for w in ("1", "0.5"):
+        options = {"pipeline": folder, "num": 1, "steps": 2, "method": f"cfg:{w}+np:2", "out": tmp_path}
+        assert list(generate("a circle", negative="red", **options)) == [f"cfg:{w}+np:2", "no negative"]
+
+
 @pytest.mark.filterwarnings("ignore:this denoiser was distilled")
 def test_one_picture_of_a_flow_model(tmp_path: Path, figures: list[Figure]) -> None:
     """Its first level has no picture in it: an infinite log SNR, which JSON does not know."""

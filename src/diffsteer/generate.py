@@ -67,7 +67,8 @@ def generate(
     size : (int, int), optional
         Width and height in pixels; default: the pipeline's.
     compare : bool
-        Also generate, under the same seeds, with the usual negative prompt and without any.
+        Also generate, under the same seeds, with the usual negative prompt and without any. At a guidance scale of 1
+        or less the usual one has no effect or attracts, and is left out.
     calibrate : int, optional
         Find first, on this many pictures of the prompt, how often they show the negative and how DNG's posterior of
         it is to be read, see :func:`diffsteer.calibrate_pipeline`; 0: take it as it is. By default 128 on "shapes",
@@ -108,10 +109,9 @@ def generate(
     w = 1.0 if student else _positive_scale(guidance)  # the student's guidance is its own
     rows: dict[str, tuple[Guidance, str]] = {method: (guidance, negative)}
     if compare and negative:
-        rows["negative prompt"] = (
-            NegativePrompting.replacing_null(1.5 if student else max(w, 1.0)),
-            negative.replace("|", ", "),
-        )
+        replacing = 1.5 if student else w
+        if replacing > 1:
+            rows["negative prompt"] = (NegativePrompting.replacing_null(replacing), negative.replace("|", ", "))
         rows["no negative"] = (ClassifierFreeGuidance(w), "")
     arguments: dict[str, Any] = {"num_inference_steps": steps, **zoo.call_arguments(pipeline)}
     if size is not None:

@@ -89,10 +89,16 @@ def test_replacing_the_null_context(w):
         assert point.calls == 2
 
 
-def test_replacing_the_null_context_at_scale_one_is_the_prompt_alone():
+def test_replacing_the_null_context_comes_to_the_prompt_alone_at_scale_one():
+    scene = script()
+    for i, point in enumerate(play(ds.NegativePrompting.replacing_null(1 + 1e-9), scene)):
+        np.testing.assert_allclose(point.prediction, branch(scene, "pos", i), atol=1e-7)
+
+
+def test_the_prompt_alone_asks_for_nothing_else():
     scene = script()
     alone = replace(scene, networks={"pos": scene.networks["pos"]})
-    for i, point in enumerate(play(ds.NegativePrompting.replacing_null(1.0), alone)):
+    for i, point in enumerate(play(ds.NegativePrompting(0.0, anchor=1.0), alone)):
         assert np.array_equal(point.prediction.numpy(), branch(scene, "pos", i))
 
 
@@ -177,10 +183,10 @@ def test_refuses_anchor(anchor):
         ds.NegativePrompting(anchor=anchor)
 
 
-@pytest.mark.parametrize("w", [0.9, -1.0, float("nan")])
-def test_refuses_to_replace_the_null_context_below_scale_one(w):
-    """There w e(c+) + (1 - w) e(c-) would pull towards the negative prompt."""
-    with pytest.raises(ParameterError, match="at least 1"):
+@pytest.mark.parametrize("w", [1.0, 0.9, -1.0, float("nan")])
+def test_refuses_to_replace_the_null_context_up_to_scale_one(w):
+    """At 1 the negative prompt would be ignored; below, w e(c+) + (1 - w) e(c-) would pull towards it."""
+    with pytest.raises(ParameterError, match="above 1.*NegativePrompting"):
         ds.NegativePrompting.replacing_null(w)
 
 

@@ -72,11 +72,20 @@ class NegativePrompting(Guidance):
         Parameters
         ----------
         guidance_scale : float
-            w >= 1, the only scale there is; at 1 the negative prompt has no effect and is not evaluated.
+            w > 1, the only scale there is.
         context : str
+
+        Raises
+        ------
+        ParameterError
+            A scale of 1, at which the negative prompt would have no effect, or below, where it attracts.
         """
-        if not guidance_scale >= 1:
-            raise ParameterError(f"guidance_scale must be at least 1, got {guidance_scale}: below, it attracts")
+        if not guidance_scale > 1:
+            raise ParameterError(
+                f"guidance_scale must be above 1, got {guidance_scale}: at 1 the negative prompt has no effect, below "
+                "it attracts; raise it, use NegativePrompting(scale), which has a weight of its own, or leave the "
+                "negative prompt out"
+            )
         return cls(guidance_scale - 1, context, anchor=1.0)
 
     @property
