@@ -12,10 +12,12 @@ from typing import Any
 import diffusers as d
 import tiny
 import torch
-from test_pipelines import PIXART, ROWS, SHORT, Row, error, run
+from test_pipelines import LATENT, PIXART, ROWS, SHORT, Row, error, run
 
 import diffsteer as ds
+from diffsteer.adapters import specs
 from diffsteer.core import Guidance
+from diffsteer.errors import ParameterError, StateError
 
 pytestmark = pytest.mark.filterwarnings("ignore:this denoiser was distilled")  # Flux
 W = 5.0
@@ -90,6 +92,40 @@ def test_equals_the_pipelines_own(name: str) -> None:
     assert error(plain, native) > 1e-2
     assert guided.last.nfe.tolist() == [3 * 4] * 2
     assert torch.equal(run(pipe, row, guidance_scale=W), plain)
+
+
+def pag_under_ours(name: str, prompt: str | list[str], **keywords: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A pipeline with perturbed attention of its own, and one without, under our classifier-free guidance."""
+    row, build, _, _ = THEIRS[name]
+    answers = []
+    for make in (build, lambda pipe: pipe):
+        pipe = make(row.make())
+        pipe.set_progress_bar_config(disable=True)
+        given = {"prompt": prompt, "generator": torch.Generator().manual_seed(0), **LATENT, **row.call}
+        with ds.attach(pipe, ds.ClassifierFreeGuidance(W)):
+            answers.append(pipe(**given, **keywords)[0])
+    return answers[0], answers[1]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::diffsteer.errors.UnverifiedWarning")
+@pytest.mark.parametrize("name", [name for name in THEIRS if name.startswith("PAG")])
+@pytest.mark.parametrize("prompt", ["a red house", ["a red house", "b"]])
+def test_perturbed_attention_of_the_pipelines_own_is_off(name: str, prompt: str | list[str]) -> None:
+    assert torch.equal(*pag_under_ours(name, prompt))
+    for own in ({"pag_scale": 3.0}, {"pag_adaptive_scale": 0.1}):
+        with pytest.raises(ParameterError, match=r"pag_.*scale=.* was passed"):
+            pag_under_ours(name, prompt, **own)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::diffsteer.errors.UnverifiedWarning")
+@pytest.mark.parametrize("prompt", ["a red house", ["a red house", "b"]])
+def test_a_guidance_of_the_pipelines_own_that_is_not_known_is_refused(
+    prompt: str | list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It shows the denoiser more samples than were asked for, of a single prompt too."""
+    monkeypatch.delitem(specs._OFF, "pag_scale")
+    with pytest.raises(StateError, match="own guidance is still on"):
+        pag_under_ours("PAG, Stable Diffusion", prompt)
 
 
 FAMILIES = [

@@ -186,7 +186,7 @@ def test_refuses_anchor(anchor):
 @pytest.mark.parametrize("w", [1.0, 0.9, -1.0, float("nan")])
 def test_refuses_to_replace_the_null_context_up_to_scale_one(w):
     """At 1 the negative prompt would be ignored; below, w e(c+) + (1 - w) e(c-) would pull towards it."""
-    with pytest.raises(ParameterError, match="above 1.*NegativePrompting"):
+    with pytest.raises(ParameterError, match=r"above 1.*NegativePrompting"):
         ds.NegativePrompting.replacing_null(w)
 
 

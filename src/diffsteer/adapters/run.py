@@ -56,6 +56,7 @@ class GuidedRun(GuidedSteps):
         self.pipe, self.spec = pipe, spec
         self.wanted: Mapping[str, Any] = {"null": {}}  # contexts beside "pos", see contexts.encode
         self.bundles: dict[str, Bundle] = {"pos": {}}
+        self.prompts: int | None = None  # rows of the encoded prompt, if one was encoded
         self.scheduler = pipe.scheduler
         self.control: Invocation | None = None
         self.guided = False  # since the scheduler's last step
@@ -94,6 +95,8 @@ class GuidedRun(GuidedSteps):
             return native(**arguments)
         answer, bundles = encode(self.spec, native, arguments, self.wanted)
         self.bundles |= bundles
+        prompt = answer[next(iter(self.spec.conditioning.values()))[0]]
+        self.prompts = len(prompt) if isinstance(prompt, Tensor) else None
         return answer
 
     def time_ids(self, answer: Any) -> Any:
@@ -170,6 +173,11 @@ class GuidedRun(GuidedSteps):
         return functools.partial(self.scale_model_input, timestep=self.scaled_at)
 
     def _check_rows(self, batch: int) -> None:
+        if self.prompts not in (None, batch):
+            raise StateError(
+                f"the denoiser was called for {batch} samples, {self.prompts} were asked for: the pipeline's own "
+                "guidance is still on; switch it off by its own arguments, or use a pipeline without it"
+            )
         for context, bundle in self.bundles.items():
             name = next(iter(self.spec.conditioning), "")
             value = bundle.get(name)

@@ -9,6 +9,8 @@ from typing import Any
 
 from diffsteer.errors import UnsupportedError, UnverifiedWarning
 
+_OFF = {"guidance_scale": 1.0, "pag_scale": 0.0, "pag_adaptive_scale": 0.0}  # those that a pipeline has
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -47,7 +49,7 @@ class Spec:
 
     conditioning: Mapping[str, tuple[int, int | None]]
     denoisers: tuple[str, ...] = ("transformer",)
-    off: Mapping[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    off: Mapping[str, float] = field(default_factory=lambda: _OFF)
     refused: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     grid: Callable[[Mapping[str, Any]], Sequence[int]] | None = None
