@@ -15,7 +15,8 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 def length(x: Tensor) -> Tensor:
     """Norm of each sample; (B,), float64. Its gradient is 0 where it is, not NaN: branches may agree exactly."""
-    return torch.linalg.vector_norm(x.double().flatten(1), dim=1)
+    norm: Tensor = torch.linalg.vector_norm(x.double().flatten(1), dim=1)
+    return norm
 
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:
