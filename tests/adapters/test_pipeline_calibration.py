@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 import diffsteer as ds
+from diffsteer.adapters import calibration
 from diffsteer.calibration import LikelihoodRatio, read_off, watching
 from diffsteer.errors import ParameterError, UnsupportedError
 
@@ -89,6 +90,37 @@ def test_several_negatives_have_a_posterior_each_under_their_kind_of_sampler() -
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     with ds.attach(pipe, dng), pytest.raises(UnsupportedError, match="kappa"):
         pipe("a circle", **call)
+
+
+def showing(number: int) -> type[LikelihoodRatio]:
+    """A judge by which all but the first ``number`` pictures of a batch show the negative."""
+
+    class Judge(LikelihoodRatio):
+        def guide(self, step: Any, state: Any) -> Any:
+            prediction, state, info = yield from super().guide(step, state)
+            return (
+                prediction,
+                state,
+                {k: torch.where(torch.arange(len(v)) < number, -1.0, 1.0) for k, v in info.items()},
+            )
+
+    return Judge
+
+
+def test_pictures_that_nearly_all_show_the_negative(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"negative_prompt": "red", "num_rollouts": 20, "batch_size": 20, "num_inference_steps": 4}
+    monkeypatch.setattr(calibration, "LikelihoodRatio", showing(0))
+    with pytest.raises(ParameterError, match=r"20 of 20 rollouts show .* prior of your own"):
+        ds.calibrate_pipeline(ancestral(), DNG, **options)
+    monkeypatch.setattr(calibration, "LikelihoodRatio", showing(1))
+    with pytest.raises(ParameterError, match=r"19 of 20 .* p_max = 0\.9 "):
+        ds.calibrate_pipeline(ancestral(), dataclasses.replace(DNG, p_max=0.9), **options)
+    dng = ds.calibrate_pipeline(ancestral(), DNG, **options)
+    (fitted,) = dng.calibrations
+    assert dng.priors == pytest.approx((19.5 / 21,))
+    assert fitted is not None
+    start = fitted.read(torch.logit(torch.tensor(dng.priors)), ds.Level(1e-3, 1.0)).sigmoid()
+    assert 0.85 < float(start) < 0.99
 
 
 @pytest.mark.parametrize(

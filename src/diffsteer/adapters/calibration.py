@@ -59,7 +59,7 @@ def calibrate_pipeline(
     num_inference_steps : int
         Other step counts are interpolated with a warning.
     num_rollouts : int
-        At least 20. The share that is found is between 1 / (2 ``num_rollouts``) and 1.
+        At least 20. The share that is found is between 1 / (2 ``num_rollouts``) and the method's ``p_max``.
     batch_size, seed, progress
         As for :func:`diffsteer.sample`.
     **arguments
@@ -73,8 +73,8 @@ def calibrate_pipeline(
     Raises
     ------
     ParameterError
-        Too few rollouts, another number of negatives than of contexts, a prompt without ``beside``, or a callable
-        estimator.
+        Too few rollouts, another number of negatives than of contexts, a prompt without ``beside``, a callable
+        estimator; or (as good as) all rollouts show a negative.
 
     Notes
     -----
@@ -124,7 +124,14 @@ def calibrate_pipeline(
             ended = along(idle, numbers)
             ratios.append(along(LikelihoodRatio(ended.samples, method.contexts), numbers, **unwanted).trace)
         members = [torch.cat([r[f"log_ratio:{context}"][-1] for r in ratios]) > 0 for context in method.contexts]
-        shares = torch.stack([*members, torch.stack(members).any(0)]).double().sum(1).add(0.5) / (num_rollouts + 1)
+        counts = torch.stack([*members, torch.stack(members).any(0)]).double().sum(1)
+        shares = (counts + 0.5) / (num_rollouts + 1)
+        if counts[-1] == num_rollouts or shares[-1] >= method.p_max:  # a weight of the odds has nowhere to push to
+            raise ParameterError(
+                f"{int(counts[-1])} of {num_rollouts} rollouts show what is unwanted: without it next to nothing is "
+                f"left, or less than p_max = {method.p_max:g} allows for; take another prompt or negative, more "
+                "rollouts, or a method that is not calibrated, with a prior of your own"
+            )
         priors = shares[:-1] * shares[-1] / shares[:-1].sum()  # together as many as show any: they may overlap
         method = replace(method, prior=tuple(priors.tolist()) if number > 1 else float(priors))
         watch = watching(method, ended.record["stochastic"])
