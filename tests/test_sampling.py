@@ -247,6 +247,26 @@ def test_describe_is_plain_data() -> None:
     assert told["methods"][1]["method"]["estimator"] == "GaussianMixture.posterior"
 
 
+def test_a_view_of_the_point_is_another_point() -> None:
+    """A transposed one begins at the same place in memory and is as large."""
+
+    class Slanted(torch.nn.Module):
+        def forward(self, x, t):
+            return x * torch.arange(3.0)
+
+    class Turned(Guidance):
+        def guide(self, step, state):
+            (turned,) = yield [Call("null", x=step.x.mT)]
+            straight, again = yield [Call("null"), Call("null", x=step.x[:])]
+            assert torch.equal(turned, step.x.mT * torch.arange(3.0))
+            assert torch.equal(straight, step.x * torch.arange(3.0))
+            assert torch.equal(straight, again)
+            return straight, state, {}
+
+    den = ds.denoiser(Slanted(), prediction="x0", shape=(1, 3, 3))
+    ds.sample(den, Turned(), scheduler=DDIMScheduler(clip_sample=False), num_samples=2, steps=2)
+
+
 def test_an_evaluation_with_a_graph_serves_the_same_one_without() -> None:
     """CFG and DNG on a deterministic sampler both want the unconditional prediction: three evaluations, not four."""
     three = MIX.denoiser({"null": None, "pos": [1], "neg": [0]})

@@ -312,7 +312,8 @@ def _finite(x: Tensor) -> bool:
 
 def _same(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors are the same values in memory, a graph aside."""
-    return x.data_ptr() == y.data_ptr() and x.shape == y.shape
+    laid_out = (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)  # a transposed view begins there too
+    return x.data_ptr() == y.data_ptr() and laid_out
 
 
 def stream(seed: int, index: int, purpose: int = 0) -> torch.Generator:
