@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import subprocess
 import sys
 import weakref
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from safetensors.torch import load_file
 
 import diffsteer as ds
 from diffsteer import streaming
+from diffsteer.core import like
 from diffsteer.errors import ParameterError, StateError
 
 DEN = ds.toy.ring().denoiser({"null": None, "neg": [0]})
@@ -153,6 +157,146 @@ def test_another_run_is_refused(tmp_path: Path, change: dict, named: str) -> Non
     ds.sample_to(tmp_path, **{**asked, "denoiser": wrapped(), "seed": 0, "eta": 0.0, "method": None})  # the same
 
 
+FACTOR = 1.0
+
+
+class Ignorant(torch.nn.Module):
+    """A network that does not look at its time step."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+class Steep:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def energy(self, x: torch.Tensor) -> torch.Tensor:
+        return weighted(x, self.factor)
+
+
+@dataclass(frozen=True)
+class Near:
+    """A long target, of which a description shows both ends."""
+
+    target: torch.Tensor
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.target[1000:1002]).square().sum(1)
+
+
+class Norm(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).square().sum(1)
+
+
+class OwnGuidance(ds.Guidance):
+    def __init__(self, energy: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.energy = energy
+
+    def guide(self, step: ds.Step, state: object) -> Any:
+        (prediction,) = yield [ds.Call("null")]
+        return prediction + like(self.energy(step.x), step.x), state, {}
+
+
+def weighted(x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    return factor * x.square().sum(1)
+
+
+def closed(factor: object) -> Callable[[torch.Tensor], torch.Tensor]:
+    def energy(x: torch.Tensor) -> torch.Tensor:
+        return x.square().sum(1) * factor
+
+    return energy
+
+
+def norm(seed: int) -> Norm:
+    torch.manual_seed(seed)
+    return Norm(2, 2).requires_grad_(False)
+
+
+ENERGIES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "number": (lambda: lambda x: 1.0 * x.square().sum(1), lambda: lambda x: 2.0 * x.square().sum(1)),
+    "function": (lambda: lambda x: x.square().sum(1), lambda: lambda x: x.abs().sum(1)),
+    "inner function": (
+        lambda: lambda x: sum((1.0 * x[:, i] for i in range(2)), 0 * x[:, 0]),
+        lambda: lambda x: sum((2.0 * x[:, i] for i in range(2)), 0 * x[:, 0]),
+    ),
+    "closure": (lambda: closed(1.0), lambda: closed(2.0)),
+    "closed over a tensor": (lambda: closed(torch.tensor(1.0)), lambda: closed(torch.tensor(1 + 1e-6))),
+    "default": (lambda: lambda x, w=1.0: weighted(x, w), lambda: lambda x, w=2.0: weighted(x, w)),
+    "partial": (lambda: functools.partial(weighted, factor=1.0), lambda: functools.partial(weighted, factor=2.0)),
+    "method": (lambda: Steep(1.0).energy, lambda: Steep(2.0).energy),
+    "tensor": (lambda: Near(torch.zeros(2000)), lambda: Near(torch.ones(2000).index_fill(0, torch.arange(900), 0))),
+    "network": (lambda: norm(0), lambda: norm(1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENERGIES)
+@pytest.mark.parametrize("method", [lambda energy: ds.FreeDoM(energy, 0.1), OwnGuidance, "denoiser"])
+def test_what_has_no_name_is_told_by_its_values(tmp_path: Path, kind: str, method: Any) -> None:
+    """An energy of a method, or what a denoiser is made of."""
+
+    def sampled(make: Callable[[], Any]) -> ds.StoredRun:
+        if method != "denoiser":
+            return ds.sample_to(tmp_path, DEN, method(make()), **RUN)
+        energy = make()
+        den = ds.denoiser(lambda x, t: like(energy(x), x).expand_as(x), contexts={"null": {}}, shape=(2,))
+        return ds.sample_to(tmp_path, den, **RUN)
+
+    one, other = ENERGIES[kind]
+    run = sampled(one)
+    before = times(run)
+    assert times(sampled(one)) == before
+    with pytest.raises(ParameterError, match="denoiser was" if method == "denoiser" else "method_values was"):
+        sampled(other)
+    assert times(run) == before
+
+
+def test_values_from_outside_of_a_function_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = ds.FreeDoM(lambda x: FACTOR * x.square().sum(1), 0.1)
+    ds.sample_to(tmp_path, DEN, method, **RUN)
+    ds.sample_to(tmp_path, DEN, method, **RUN)
+    monkeypatch.setitem(globals(), "FACTOR", 2.0)
+    with pytest.raises(ParameterError, match="method_values was"):
+        ds.sample_to(tmp_path, DEN, method, **RUN)
+
+
+def test_a_function_that_calls_itself_is_told(tmp_path: Path) -> None:
+    def energy(x: torch.Tensor) -> torch.Tensor:
+        return energy(x[:, 1:]) + x[:, 0] if x.shape[1] else x.sum(1)
+
+    for _ in range(2):
+        ds.sample_to(tmp_path, DEN, ds.FreeDoM(energy, 0.1), **RUN)
+
+
+def test_posteriors_of_a_model_are_told_by_their_class(tmp_path: Path) -> None:
+    model = ds.zoo.load("digits")
+    run = {**RUN, "num_samples": 2, "batch_size": 2, "steps": 2}
+    for _ in range(2):  # the first loads the classifier
+        ds.sample_to(tmp_path, model.denoiser(neg=3), replace(DNG, estimator=model.posterior(3)), **run)
+    with pytest.raises(ParameterError, match="method_values was"):
+        ds.sample_to(tmp_path, model.denoiser(neg=3), replace(DNG, estimator=model.posterior(4)), **run)
+
+
+def test_what_its_name_says_is_not_hashed(tmp_path: Path) -> None:
+    """Runs that were begun before go on."""
+    for i, method in enumerate((DNG, ds.FreeDoM(weighted, 0.1), ds.ClassifierFreeGuidance(2.0) + DNG)):
+        den = ds.toy.ring().denoiser({"null": None, "neg": [0], "pos": [1]})
+        assert "method_values" not in ds.sample_to(tmp_path / str(i), den, method, **RUN).configuration
+    net = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(net.weight, 0.0)
+    torch.nn.init.constant_(net.bias, 1.0)
+    den = ds.denoiser(Ignorant(net), contexts={"null": {}}, shape=(2,))
+    plain = ds.sample_to(tmp_path / "plain", den, **RUN).configuration
+    assert plain["denoiser"] == "1f7f1a05cb4358660e37a79e25a3cd05"
+    assert plain["models"] == "dcc8c84223ee3f35960b68b85c32a94b"
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="holds no run"):
         ds.StoredRun(tmp_path)
@@ -218,7 +362,9 @@ def test_another_process_goes_on_with_a_run(tmp_path: Path) -> None:
 import sys, diffsteer as ds
 from diffusers import DDPMScheduler
 den = ds.toy.ring().denoiser({"null": None})
-run = ds.sample_to(sys.argv[1], den, scheduler=DDPMScheduler(), num_samples=4, steps=2, batch_size=2)
+energy = lambda x: x.square().sum(1) if str(x.ndim) in {"one", "two", "2"} else x.sum(1)
+method = ds.FreeDoM(energy, 0.1)
+run = ds.sample_to(sys.argv[1], den, method, scheduler=DDPMScheduler(), num_samples=4, steps=2, batch_size=2)
 print(run.configuration["scheduler"]["name"], len(run.missing()))
 """
     for seed in ("1", "2"):

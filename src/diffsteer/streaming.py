@@ -7,13 +7,17 @@ and several processes may share one.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, overload
 
 import torch
@@ -66,6 +70,12 @@ def sample_to(
     ------
     ParameterError
         The folder holds a run of something else: another method, network, seed, ...
+
+    Notes
+    -----
+    Functions and classes are told apart by their names; what has none of its own, such as a lambda or a closure, by its
+    code and by the values that it reads, networks and tensors by their values. Change the body of a named function, and
+    you must take another folder.
 
     Examples
     --------
@@ -183,36 +193,91 @@ def _readable(path: Path) -> bool:
 
 
 def _configuration(denoiser: Denoiser, method: Guidance, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the samples depend on, as plain data; networks and tensors by a hash of their values."""
+    """All that the samples depend on, as plain data; networks, tensors and unnamed code by a hash of their values."""
     bound = inspect.signature(sample).bind(denoiser, method, **asked)
     bound.apply_defaults()
     values = {k: v for k, v in bound.arguments.items() if k not in ("callback", "progress", "x_T", "first")}
     values |= {"method": describe(method), "dtype": str(values["dtype"]), "device": str(values["device"])}
     values["scheduler"] = describe_scheduler(values["scheduler"])
-    for name in ("denoiser", "models"):
+    hashed = {name: values[name] for name in ("denoiser", "models")}
+    if _untold(method):
+        hashed["method_values"] = method
+    for name, value in hashed.items():
         digest = hashlib.blake2b(digest_size=16)
-        _feed(digest, values[name])
+        _feed(digest, value)
         values[name] = digest.hexdigest()
     stored: dict[str, Any] = json.loads(json.dumps({k: plain(v) for k, v in values.items()}))
     return stored
 
 
-def _feed(digest: Any, value: Any) -> None:
-    """Everything that a denoiser computes with, into a hash."""
+def _untold(value: Any) -> bool:
+    """Whether ``describe`` leaves out what a method computes with: the values of tensors, and code without a name."""
+    if isinstance(value, Mapping):
+        return any(map(_untold, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_untold, value))
+    if isinstance(value, type):
+        return False
+    if isinstance(value, (FunctionType, BuiltinFunctionType)):
+        return "<" in value.__qualname__
+    if dataclasses.is_dataclass(value):
+        return any(_untold(getattr(value, f.name)) for f in dataclasses.fields(value))
+    return isinstance(value, Tensor) or callable(value) or (isinstance(value, Guidance) and bool(vars(value)))
+
+
+def _feed(digest: Any, value: Any, within: tuple[int, ...] = ()) -> None:
+    """Everything that a denoiser or a method computes with, into a hash; ``within``: the ids of what it is part of."""
     digest.update(type(value).__qualname__.encode())
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     elif isinstance(value, nn.Module):
-        _feed(digest, dict(value.state_dict()))
+        _feed(digest, dict(value.state_dict()), within)
     elif isinstance(value, Mapping):
         for name, part in value.items():
             digest.update(str(name).encode())
-            _feed(digest, part)
+            _feed(digest, part, within)
     elif isinstance(value, (list, tuple)):
         for part in value:
-            _feed(digest, part)
-    elif hasattr(value, "__dict__") and not callable(value):
-        _feed(digest, vars(value))
+            _feed(digest, part, within)
+    elif id(value) not in within and (parts := _parts(value)) is not None:
+        _feed(digest, parts, (*within, id(value)))
     else:
-        digest.update(str(plain(value)).encode())
+        digest.update(re.sub(" at 0x[0-9a-f]+", "", str(plain(value))).encode())
+
+
+def _parts(value: Any) -> Any:
+    """What an object computes with; None where its name or its number says it."""
+    if isinstance(value, FunctionType) and "<" in value.__qualname__:  # as every lambda is called, and every closure
+        return _function(value)
+    if isinstance(value, CodeType):
+        constants = [sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in value.co_consts]
+        return [value.co_code, value.co_names, constants]
+    if isinstance(value, MethodType):
+        return [value.__func__, value.__self__]
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, ModuleType):
+        return [value.__name__]
+    if isinstance(value, (type, FunctionType)):
+        return None
+    if hasattr(value, "fingerprint"):  # a model of the zoo, whatever of it has been loaded
+        return [value.fingerprint]
+    if (dataclasses.is_dataclass(value) and callable(value)) or isinstance(value, Guidance):
+        names = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else vars(value)
+        return {name: getattr(value, name) for name in names}  # nothing that was cached beside them
+    return vars(value) if hasattr(value, "__dict__") else None
+
+
+def _function(function: FunctionType) -> list[Any]:
+    """A function's code, and the values that it reads from outside."""
+    code = function.__code__
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    known = {name: function.__globals__[name] for name in _names(code) if name in function.__globals__}
+    return [code, function.__defaults__, function.__kwdefaults__, cells, known]
+
+
+def _names(code: CodeType) -> list[str]:
+    """Names that a piece of code reads, and what is defined inside of it."""
+    inner = [_names(part) for part in code.co_consts if isinstance(part, CodeType)]
+    return sorted({*code.co_names, *(name for names in inner for name in names)})
