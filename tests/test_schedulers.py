@@ -35,6 +35,11 @@ SCHEDULERS = {
     "dpm++ 2m": (d.DPMSolverMultistepScheduler(), 0.0, 0.0),
     "dpm++ 2m karras": (d.DPMSolverMultistepScheduler(use_karras_sigmas=True), 0.0, 0.0),
     "dpm++ 2m sde": (d.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), 0.0, 1.0),
+    "dpm 2m sde": (
+        d.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver", final_sigmas_type="sigma_min"),
+        0.0,
+        1.0,
+    ),
     "dpm++ singlestep": (d.DPMSolverSinglestepScheduler(), 0.0, 0.0),
     "unipc": (d.UniPCMultistepScheduler(), 0.0, 0.0),
     "deis": (d.DEISMultistepScheduler(), 0.0, 0.0),
@@ -62,6 +67,27 @@ def test_dng_removes_a_mode_under_every_scheduler(name: str) -> None:
     assert leak(guided.samples) <= 0.025
     assert guided.record["stochastic"] == kappa
     assert float(guided.samples.norm(dim=1).median()) == pytest.approx(1.22, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [
+        ("ddpm", "odds"),
+        ("ddim eta 1", "odds"),
+        ("euler ancestral", "odds"),
+        ("ddpm fixed_large", "ito"),
+        ("dpm 2m sde", "ito"),
+    ],
+)
+def test_auto_reads_ddpms_kernel_where_samples_are_drawn_from_it(name: str, estimator: str) -> None:
+    """With the larger variance of the others "odds" and "kernel" take noise for evidence."""
+    scheduler, eta, _ = SCHEDULERS[name]
+    keywords = {"scheduler": scheduler, "num_samples": 20, "steps": 20, "eta": eta}
+    auto = ds.sample(DEN, ds.DynamicNegativeGuidance(prior=1 / 8), **keywords)
+    told = {
+        e: ds.sample(DEN, ds.DynamicNegativeGuidance(prior=1 / 8, estimator=e), **keywords) for e in ("odds", "ito")
+    }
+    assert [e for e, out in told.items() if torch.equal(out.trace["posterior"], auto.trace["posterior"])] == [estimator]
 
 
 class Predicts:

@@ -56,6 +56,7 @@ class Step:
     stochastic: float | None = None  # kappa: 1 ancestral, 0 deterministic, eta**2 between; None: unknown
     generators: Sequence[torch.Generator] = ()  # one random stream per sample, apart from the sampler's
     number: int = 0  # of the scheduler's step, to which its inner points belong; ``index`` where it has none
+    ancestral: bool = True  # False: steps with kappa = 1 have another mean or variance than DDPM's kernel
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Run:
     stochastic: float | None
     contexts: Sequence[str]
     generators: Sequence[torch.Generator] = ()
+    ancestral: bool = True  # as of a step
 
 
 _NO_SIGNAL = 1e-3  # signal-to-noise ratio below which it counts as this

@@ -58,6 +58,7 @@ class Engine:
         self.state: Any = None
         self.levels: Sequence[Level] = ()
         self.stochastic: float | None = None
+        self.ancestral = True
         self.step: Step
         self.asked: set[str] = set()  # contexts that were evaluated
         self._inner = 0  # points so far
@@ -67,10 +68,10 @@ class Engine:
         """What predictions are: "eps", "x0", "v" or "flow"."""
         return self.nets["main"].space
 
-    def start(self, x: Tensor, levels: Sequence[Level], stochastic: float | None) -> Tensor:
+    def start(self, x: Tensor, levels: Sequence[Level], stochastic: float | None, ancestral: bool = True) -> Tensor:
         """Begin a run at ``x``, (B, ...), over ``levels``; returns where the method wants to start."""
-        self.levels, self.stochastic, self._inner = levels, stochastic, 0
-        setup = Run(x, levels, stochastic, tuple(self.nets["main"].contexts), self.streams)
+        self.levels, self.stochastic, self.ancestral, self._inner = levels, stochastic, ancestral, 0
+        setup = Run(x, levels, stochastic, tuple(self.nets["main"].contexts), self.streams, ancestral)
         self.state = self.method.start(setup)
         return setup.x
 
@@ -88,6 +89,7 @@ class Engine:
             stochastic=self.stochastic,
             generators=self.streams,
             number=index - self._inner,
+            ancestral=self.ancestral,
         )
         prediction, self.state, info = drive(
             self.method, self.step, self.state, partial(self._evaluate, answered={}, known={})

@@ -218,8 +218,9 @@ class PosteriorTracker:
         if not self.softening > 0:
             raise ParameterError(f"softening must be > 0, about a fifth of the data's variance, got {self.softening}")
 
-    def resolve(self, stochastic: float | None) -> str:
-        """The estimator for a sampler that adds a fraction ``stochastic`` of the ancestral noise."""
+    def resolve(self, at: Run | Step) -> str:
+        """The estimator for the sampler of this run or step."""
+        stochastic = at.stochastic
         if callable(self.estimator):
             return "oracle"
         if self.estimator == "auto":
@@ -228,7 +229,7 @@ class PosteriorTracker:
                     "this scheduler's noise is unknown or exceeds the ancestral one, so the posterior cannot be "
                     "tracked; use DDPM, DDIM, Euler, DPM-Solver++ or flow matching, or pass estimator=callable"
                 )
-            return "ode" if stochastic == 0 else "odds" if stochastic == 1 else "ito"
+            return "ode" if stochastic == 0 else "odds" if stochastic == 1 and at.ancestral else "ito"
         if stochastic == 0 and self.estimator in ("odds", "kernel", "ito"):
             raise UnsupportedError(
                 f"estimator={self.estimator!r} needs a stochastic sampler: on a deterministic one it removes almost "
@@ -243,19 +244,19 @@ class PosteriorTracker:
 
     def start(self, run: Run) -> Tracked:
         """Every sample at the prior."""
-        self.resolve(run.stochastic)
+        self.resolve(run)
         dtype = torch.promote_types(run.x.dtype, torch.float32)
         prior = torch.full((len(run.x),), _logit(self.prior), device=run.x.device, dtype=dtype)
         signs = None
-        if self._wants_divergence(run.stochastic) and self.divergence != "exact":
+        if self._wants_divergence(run) and self.divergence != "exact":
             size = run.x[0].numel()
             drawn = [torch.randint(0, 2, (size + _COINS,), generator=g) for g in run.generators]
             signs = (torch.stack(drawn) * 2 - 1).to(run.x.device, torch.int8)
         return Tracked(prior, tuple(run.levels), None, signs)
 
-    def _wants_divergence(self, stochastic: float | None) -> bool:
-        kind = self.resolve(stochastic)
-        return kind == "ode" or (kind == "ito" and stochastic is not None and stochastic < 1)
+    def _wants_divergence(self, at: Run | Step) -> bool:
+        kind = self.resolve(at)
+        return kind == "ode" or (kind == "ito" and at.stochastic is not None and at.stochastic < 1)
 
     def visit(
         self, step: Step, state: Tracked, alt: str = "neg", ref: str = "null"
@@ -269,7 +270,7 @@ class PosteriorTracker:
         state : Tracked
         """
         state.check(step)
-        kind = self.resolve(step.stochastic)
+        kind = self.resolve(step)
         if kind == "oracle" or not self.moves(step):
             p_alt, p_ref = yield [Call(alt), Call(ref)]
             if kind == "oracle":
@@ -315,7 +316,7 @@ class PosteriorTracker:
 
     def _rows_in_doubt(self, step: Step, state: Tracked) -> Tensor:
         """Samples whose divergence is worth computing: at first all, later those that the decision hangs on."""
-        if not self._wants_divergence(step.stochastic):
+        if not self._wants_divergence(step):
             return torch.zeros(0, dtype=torch.long, device=step.x.device)
         # never held from the start: k**2 there magnifies whatever a trained network gets wrong at pure noise
         threshold = _logit(min(self.doubt, self.prior / 4))

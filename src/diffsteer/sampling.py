@@ -214,7 +214,7 @@ class _Chunk:
             drawn = [torch.randn(shape, generator=g, dtype=self.dtype) for g in self.noise_streams]
             noise = torch.stack(drawn).to(self.device)
         space = self.engine.space
-        self.x = self.engine.start(view.initial(noise), view.levels, view.stochastic)
+        self.x = self.engine.start(view.initial(noise), view.levels, view.stochastic, view.ancestral)
         for index in range(len(view.timesteps)):
             for _ in range(_MOST_VISITS):
                 prediction, info = self.engine.guide(self.x, index, view.on_trajectory(index))

@@ -72,6 +72,8 @@ class ScheduleReading:
         One per network evaluation of the main loop, and the final one.
     stochastic : float or None
         kappa, the fraction of ancestral noise that a step adds: 1 ancestral, 0 deterministic, None unknown.
+    ancestral : bool
+        Whether its steps with kappa = 1 are DDPM's kernel: the variance beta-tilde around the prediction's own mean.
     path : Path
         The path of a network trained with this scheduler's own schedule.
     prediction : str
@@ -93,7 +95,7 @@ class ScheduleReading:
                 )
         self.timesteps: Tensor = scheduler.timesteps
         self.levels = [self._level(i) for i in range(len(self.timesteps))] + [self._last()]
-        self.stochastic = self._stochastic()
+        self.stochastic, self.ancestral = self._stochastic(), self._ancestral()
         self.prediction = "x0" if self.kind == "edm" else prediction_space(config.get("prediction_type", "flow"))
 
     def require(self, needs: frozenset[str]) -> None:
@@ -162,6 +164,12 @@ class ScheduleReading:
         if self.name in ("LCM", "FlowMatchLCM", "TCD", "SASolver", "KDPM2AncestralDiscrete", "DPMSolverSDE"):
             return None
         return None if config.get("stochastic_sampling", False) else 0.0
+
+    def _ancestral(self) -> bool:
+        config = self.scheduler.config
+        if self.name.startswith("DDPM"):  # beta itself, or a learned one, exceeds beta-tilde
+            return str(config.variance_type).startswith("fixed_small")
+        return config.get("algorithm_type") != "sde-dpmsolver"
 
     def position(self, expected: int, timestep: Any = None) -> int:
         """The index in ``levels`` of where the scheduler stands; ``expected`` where it does not tell."""

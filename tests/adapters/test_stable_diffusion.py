@@ -60,6 +60,7 @@ SCHEDULERS = {
     "ddim parallel": ("DDIMParallelScheduler", {}, {}),
     "ddpm": ("DDPMScheduler", {}, {}),
     "ddpm parallel": ("DDPMParallelScheduler", {}, {}),
+    "ddpm, larger variance": ("DDPMScheduler", {"variance_type": "fixed_large"}, {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, {}),
     "pndm, Runge-Kutta": ("PNDMScheduler", {}, {}),
     "lms": ("LMSDiscreteScheduler", {}, {}),
@@ -119,7 +120,9 @@ def test_the_parity_could_fail(pipe) -> None:
     assert error(latents(pipe, guidance_scale=1.0), native) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm", "pndm", "euler", "heun", "dpm++ 2m", "unipc"])
+@pytest.mark.parametrize(
+    "name", ["ddim", "ddpm", "ddpm, larger variance", "pndm", "euler", "heun", "dpm++ 2m", "unipc"]
+)
 def test_dng_equals_sample_on_the_same_network(pipe, name: str) -> None:
     """Levels, coordinates, inner points and random streams: the same numbers from the other engine room."""
     with_scheduler(pipe, name)
@@ -132,7 +135,7 @@ def test_dng_equals_sample_on_the_same_network(pipe, name: str) -> None:
     with ds.attach(pipe, BOTH) as handle:
         pipe(
             "a red house", negative_prompt="meat", num_inference_steps=5, num_images_per_prompt=2, latents=noise,
-            generator=noisy if name == "ddpm" else seeded(3), output_type="latent",
+            generator=noisy if name.startswith("ddpm") else seeded(3), output_type="latent",
         )  # fmt: skip
     last = handle.last
     assert torch.allclose(last.trace["posterior"], ours.trace["posterior"], atol=2e-3)

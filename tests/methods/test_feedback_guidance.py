@@ -201,6 +201,17 @@ def test_auto_suits_the_sampler(kappa, estimator):
         assert torch.equal(a.prediction, b.prediction)
 
 
+def test_auto_is_not_the_kernel_where_the_noise_is_larger():
+    den = ds.toy.ring().denoiser({"null": None, "pos": [0]})
+    keywords = {"scheduler": DDPMScheduler(**LINEAR, variance_type="fixed_large"), "num_samples": 4, "steps": 8}
+    method = FBG(temperature=0.01, offset=-0.1)
+    auto, ito, kernel = (
+        ds.sample(den, replace(method, estimator=e), **keywords).trace["scale"] for e in ("auto", "ito", "kernel")
+    )
+    assert torch.equal(auto, ito)
+    assert not torch.equal(auto, kernel)
+
+
 def test_hybrid_with_a_constant_scale():
     """e(0) + (lambda + w0 - 1) (e(c) - e(0)), lambda + w0 - 1 <= the largest total."""
     scene, base = script(), 2.5

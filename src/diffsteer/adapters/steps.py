@@ -67,7 +67,8 @@ class GuidedSteps:
         if self.engine is None:
             streams = _streams(self.generator, len(x))
             self.engine = Engine(nets, self.method, torch.arange(len(x)), streams, self.batching)
-            if self.engine.start(x, self.levels, self.reading.stochastic) is not x:
+            reading = self.reading
+            if self.engine.start(x, self.levels, reading.stochastic, reading.ancestral) is not x:
                 raise UnsupportedError("this method starts elsewhere than the pipeline; run it with diffsteer.sample()")
         self.engine.nets = nets
         prediction, info = self.engine.guide(x, self.index, self.reading.on_trajectory(self.index))

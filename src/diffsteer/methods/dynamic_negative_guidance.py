@@ -65,11 +65,12 @@ class DynamicNegativeGuidance(Guidance):
     p_min, p_max : float
         The carried posterior is clamped to this range; the largest weight is scale * p_max / (1 - p_max).
     estimator : {"auto", "odds", "kernel", "ito", "ode", "surrogate"} or callable
-        How p follows the trajectory, see :mod:`diffsteer.posterior`. "auto": "odds" on samplers that add the full
-        ancestral noise, "ito" with (1 - kappa) times the divergence on those that add a fraction kappa of it, "ode" on
-        deterministic ones, where it is second order; "ode" serves stochastic samplers too, at the price of the
-        divergence. "kernel" is the paper's. A callable maps (x, level) to p, (B,): an exact posterior or a noise-aware
-        classifier.
+        How p follows the trajectory, see :mod:`diffsteer.posterior`. "auto": "odds" on samplers that step by
+        DDPM's kernel (DDPM, DDIM with eta=1, Euler ancestral), "ito" on other stochastic ones (DDPM of another
+        variance_type, SDE-DPM-Solver), with (1 - kappa) times the divergence on those that add a fraction kappa of the
+        noise, "ode" on deterministic ones, where it is second order; "ode" serves stochastic samplers too, at the price
+        of the divergence. "kernel" is the paper's. A callable maps (x, level) to p, (B,): an exact posterior or a
+        noise-aware classifier.
     divergence : {"probe", "exact", "difference"}
         One vector-Jacobian product a step along an orthogonal basis that the steps walk through; all D of them; or
         the one probe by a finite difference, which needs no gradient.
@@ -276,7 +277,7 @@ class DynamicNegativeGuidance(Guidance):
         f.tracked.check(step)
         due = ~f.released
         # a sum over noise holds over any stride, an integral needs its points
-        waits = self._patient and tracker.resolve(step.stochastic) not in ("ode", "surrogate")
+        waits = self._patient and tracker.resolve(step) not in ("ode", "surrogate")
         if waits and f.tracked.last is not None and tracker.moves(step) and step.level_next.rho > 0:
             reach = max(1.0, self._scale_at(step.level)) * f.odds.exp()
             gained = reach**2 * f.tracked.variation(step.level_next)

@@ -74,9 +74,9 @@ class FeedbackGuidance(Guidance):
         tau >= 0 and delta, given together in place of the two times (which need pi > 1/3).
     estimator : {"auto", "kernel", "ito", "ode", "surrogate"} or callable
         How log r follows the trajectory, see :mod:`diffsteer.posterior`. "auto": the paper's "kernel" on samplers that
-        add the full ancestral noise, "ito" with (1 - kappa) times the divergence on those that add a fraction kappa
-        of it, "ode" on deterministic ones. "surrogate": the paper's formula on deterministic samplers too, as in its
-        own experiments. A callable maps (x, level) to r, (B,), without tau and delta.
+        step by DDPM's kernel, "ito" on other stochastic ones, with (1 - kappa) times the divergence on those that add a
+        fraction kappa of the noise, "ode" on deterministic ones. "surrogate": the paper's formula on deterministic
+        samplers too, as in its own experiments. A callable maps (x, level) to r, (B,), without tau and delta.
     divergence : {"probe", "exact", "difference"}
         How the divergence is computed where it is needed, see :class:`diffsteer.DynamicNegativeGuidance`.
     softening : float
@@ -151,8 +151,9 @@ class FeedbackGuidance(Guidance):
         """The log r at which lambda is ``scale``."""
         return math.log((1 - self.mixing) * scale / (scale - 1))
 
-    def _tracker(self, temperature: float, stochastic: float | None) -> PosteriorTracker:
-        estimator = "kernel" if self.estimator == "auto" and stochastic == 1 else self.estimator
+    def _tracker(self, temperature: float, stochastic: float | None, ancestral: bool = True) -> PosteriorTracker:
+        kernel = self.estimator == "auto" and stochastic == 1 and ancestral
+        estimator = "kernel" if kernel else self.estimator
         if callable(estimator):
             ratio = estimator
             estimator = lambda x, level: _PRIOR * ratio(x, level)  # noqa: E731
@@ -165,14 +166,14 @@ class FeedbackGuidance(Guidance):
         if self.mixing == 1:
             return None
         temperature, offset = self.constants(run.levels)
-        return Feedback(self._tracker(temperature, run.stochastic).start(run), temperature, offset)
+        return Feedback(self._tracker(temperature, run.stochastic, run.ancestral).start(run), temperature, offset)
 
     def guide(self, step: Step, state: Feedback | None) -> Plan:
         if state is None:
             (cond,) = yield [Call(self.context)]
             return cond, state, {}
         before = state.tracked.last
-        tracker = self._tracker(state.temperature, step.stochastic)
+        tracker = self._tracker(state.temperature, step.stochastic, step.ancestral)
         cond, null, tracked = yield from tracker.visit(step, state.tracked, alt=self.context)
         log_ratio = torch.nn.functional.logsigmoid(tracked.log_odds) - math.log(_PRIOR)
         if before is not None and step.on_trajectory and step.level != state.tracked.levels[int(before.index[0])]:
