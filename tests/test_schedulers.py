@@ -49,6 +49,7 @@ SCHEDULERS = {
     "flow euler shifted": (d.FlowMatchEulerDiscreteScheduler(shift=3.0), 0.0, 0.0),
     "flow heun": (d.FlowMatchHeunDiscreteScheduler(), 0.0, 0.0),
 }
+DYNAMIC = d.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
 
 
 def leak(samples: torch.Tensor) -> float:
@@ -217,6 +218,13 @@ def test_refusals_name_the_remedy() -> None:
         SchedulerView(d.DDIMScheduler(clip_sample=False), 5, eta=1.5)
     with pytest.raises(ParameterError, match="steps must be"):
         SchedulerView(d.DDPMScheduler(clip_sample=False), 0)
+    with pytest.raises(UnsupportedError, match=r"use_dynamic_shifting=False, shift=3\.0"):
+        ds.sample(DEN, scheduler=DYNAMIC, num_samples=2, steps=4)
+    still = type(DYNAMIC).from_config(DYNAMIC.config, use_dynamic_shifting=False, shift=3.0)
+    assert SchedulerView(still, 4).levels == SchedulerView(d.FlowMatchEulerDiscreteScheduler(shift=3.0), 4).levels
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    with pytest.raises(UnsupportedError, match=r"flow_shift=3\.0"):
+        SchedulerView(d.UniPCMultistepScheduler(use_dynamic_shifting=True, **flow), 4)
     with pytest.raises(UnsupportedError, match="pass estimator=callable"):
         ds.sample(DEN, ds.DynamicNegativeGuidance(), scheduler=d.LCMScheduler(), num_samples=2, steps=4)
 

@@ -236,7 +236,17 @@ class SchedulerView(ScheduleReading):
             raise ParameterError(f"{type(scheduler).__name__} takes no eta; leave it 0 or use DDIMScheduler")
         if not 0 <= eta <= 1:
             raise ParameterError(f"eta must be in [0, 1], got {eta}")
-        own.set_timesteps(steps, device=device)
+        try:
+            own.set_timesteps(steps, device=device)
+        except ValueError as error:
+            if "`mu` must be passed" not in str(error):
+                raise
+            shift = "shift" if "shift" in own.config else "flow_shift"
+            raise UnsupportedError(
+                f"this {type(scheduler).__name__} has use_dynamic_shifting=True: it shifts its levels by the size of "
+                "the picture, which only a pipeline tells it; use its from_config(scheduler.config, "
+                f"use_dynamic_shifting=False, {shift}=3.0), or diffsteer.attach() the method to the pipeline"
+            ) from error
         super().__init__(own, eta)
 
     def initial(self, noise: Tensor) -> Tensor:
