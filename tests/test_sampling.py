@@ -203,6 +203,19 @@ def test_nan_names_the_branch_and_the_step() -> None:
         ds.sample(Broken(), replace(DNG, lazy=False), scheduler=DDPM, num_samples=2, steps=8)
 
 
+@pytest.mark.parametrize("answers", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scheduler", [DDPM, DDIMScheduler(clip_sample=False)])
+def test_a_network_may_answer_in_another_precision(answers, scheduler) -> None:
+    class Net(torch.nn.Module):
+        def forward(self, x, t, mean=0.0):
+            return ((x - mean) / 2).to(answers)
+
+    net = ds.denoiser(Net(), contexts={"null": {}, "neg": {"mean": torch.full((1, 2), 0.5)}}, shape=(2,))
+    out = ds.sample(net, DNG, scheduler=scheduler, num_samples=6, steps=12)
+    assert out.samples.dtype == out.trace["posterior"].dtype == torch.float32
+    assert bool(torch.isfinite(out.samples).all())
+
+
 def test_large_predictions_are_finite() -> None:
     class Large(torch.nn.Module):
         def forward(self, x, t):

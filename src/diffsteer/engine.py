@@ -276,10 +276,10 @@ class Engine:
         return self._finished(call, self._raw(call, net), net)
 
     def _finished(self, call: Call, raw: Tensor, net: Denoiser) -> Tensor:
-        """A network's answer in the step's space, counted, and refused where it is not finite."""
-        step, level = self.step, call.level or self.step.level
+        """A network's answer in the step's space and precision, counted, and refused where it is not finite."""
+        step, level, x = self.step, call.level or self.step.level, self._point(call)[0]
         with torch.set_grad_enabled(call.grad):
-            prediction = convert(raw, self._point(call)[0], level, net.space, step.space)
+            prediction = convert(raw.to(x.dtype), x, level, net.space, step.space)
         if not _finite(prediction.detach()):
             raise NonFiniteError(
                 f"branch {call.context!r} of network {call.model!r} returned NaN or infinity at step {step.index} "
