@@ -216,6 +216,21 @@ def test_a_network_may_answer_in_another_precision(answers, scheduler) -> None:
     assert bool(torch.isfinite(out.samples).all())
 
 
+def test_differences_are_not_taken_in_half_precision() -> None:
+    class Net(torch.nn.Linear):
+        def forward(self, x, t):
+            return super().forward(x.to(self.weight.dtype))
+
+    method = replace(DNG, divergence="difference")
+    for kind, dtype in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        net = ds.denoiser(Net(2, 2).to(kind), contexts={"null": {}, "neg": {}}, shape=(2,))
+        keywords = {"num_samples": 2, "steps": 3, "dtype": dtype}
+        with pytest.raises(UnsupportedError, match="use divergence='probe'"):
+            ds.sample(net, method, scheduler=DDIMScheduler(clip_sample=False), **keywords)
+        ds.sample(net, method, scheduler=DDPM, **keywords)  # which wants no divergence
+        ds.sample(net, DNG, scheduler=DDIMScheduler(clip_sample=False), **keywords)
+
+
 def test_large_predictions_are_finite() -> None:
     class Large(torch.nn.Module):
         def forward(self, x, t):

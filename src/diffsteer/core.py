@@ -69,6 +69,7 @@ class Run:
     contexts: Sequence[str]
     generators: Sequence[torch.Generator] = ()
     ancestral: bool = True  # as of a step
+    precision: torch.dtype | None = None  # what the network computes in, where it tells
 
 
 _NO_SIGNAL = 1e-3  # signal-to-noise ratio below which it counts as this

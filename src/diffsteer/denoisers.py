@@ -114,6 +114,12 @@ class NetDenoiser:
                     f"context {name!r} is a denoiser with contexts {list(context.contexts)}; give it exactly one"
                 )
 
+    @property
+    def precision(self) -> torch.dtype | None:
+        """The coarsest in which the network keeps its numbers; None where it has none."""
+        kinds = {p.dtype for p in self.net.parameters() if p.is_floating_point()}
+        return min(kinds, key=lambda kind: torch.finfo(kind).bits, default=None)
+
     def predict(self, context: str, x: Tensor, level: Level, samples: Tensor, perturb: Any = None) -> Tensor:
         """Prediction in ``self.space`` at ``x``, (B, ...)."""
         if context not in self.contexts:

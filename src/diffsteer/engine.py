@@ -71,7 +71,9 @@ class Engine:
     def start(self, x: Tensor, levels: Sequence[Level], stochastic: float | None, ancestral: bool = True) -> Tensor:
         """Begin a run at ``x``, (B, ...), over ``levels``; returns where the method wants to start."""
         self.levels, self.stochastic, self.ancestral, self._inner = levels, stochastic, ancestral, 0
-        setup = Run(x, levels, stochastic, tuple(self.nets["main"].contexts), self.streams, ancestral)
+        net = self.nets["main"]
+        precision = getattr(net, "precision", None)
+        setup = Run(x, levels, stochastic, tuple(net.contexts), self.streams, ancestral, precision)
         self.state = self.method.start(setup)
         return setup.x
 

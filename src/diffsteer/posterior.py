@@ -248,6 +248,13 @@ class PosteriorTracker:
         dtype = torch.promote_types(run.x.dtype, torch.float32)
         prior = torch.full((len(run.x),), _logit(self.prior), device=run.x.device, dtype=dtype)
         signs = None
+        if self._wants_divergence(run) and self.divergence == "difference":
+            for kind in (run.x.dtype, run.precision or run.x.dtype):
+                if torch.finfo(kind).bits < 32:
+                    raise UnsupportedError(
+                        f"divergence='difference' compares answers at points that {kind} can hardly tell apart; use "
+                        "divergence='probe', or the network in float32"
+                    )
         if self._wants_divergence(run) and self.divergence != "exact":
             size = run.x[0].numel()
             drawn = [torch.randint(0, 2, (size + _COINS,), generator=g) for g in run.generators]

@@ -113,6 +113,11 @@ class PipelineNet:
         self.space, self.time, self.packed = reading.prediction, spec.time, spec.grid is not None
         self.ready = self.last = ready  # what the network returned last
 
+    @property
+    def precision(self) -> torch.dtype:
+        """What the network is shown, and answers in."""
+        return self.call.x.dtype
+
     def predict(self, context: str, x: Tensor, level: Level, samples: Tensor, perturb: Any = None) -> Tensor:
         """Prediction in ``space`` at ``x``, (B, ...)."""
         rows = self._rows(samples)

@@ -73,7 +73,7 @@ class DynamicNegativeGuidance(Guidance):
         noise-aware classifier.
     divergence : {"probe", "exact", "difference"}
         One vector-Jacobian product a step along an orthogonal basis that the steps walk through; all D of them; or
-        the one probe by a finite difference, which needs no gradient.
+        the one probe by a finite difference, which needs no gradient but single precision.
     doubt : float
         The divergence is computed only for samples whose posterior exceeds this (or a quarter of the prior, if that
         is less), and held for the others.
