@@ -78,7 +78,6 @@ def test_dng_removes_a_mode_under_every_scheduler(name: str) -> None:
         ("euler ancestral", "odds"),
         ("ddpm fixed_large", "ito"),
         ("dpm 2m sde", "ito"),
-        ("dpm++ 2m sde", "ito"),
     ],
 )
 def test_auto_reads_ddpms_kernel_where_samples_are_drawn_from_it(name: str, estimator: str) -> None:

@@ -169,7 +169,7 @@ class ScheduleReading:
         config = self.scheduler.config
         if self.name.startswith("DDPM"):  # beta itself, or a learned one, exceeds beta-tilde
             return str(config.variance_type).startswith("fixed_small")
-        return not str(config.get("algorithm_type")).startswith("sde")  # their mean is of several evaluations
+        return config.get("algorithm_type") != "sde-dpmsolver"
 
     def position(self, expected: int, timestep: Any = None) -> int:
         """The index in ``levels`` of where the scheduler stands; ``expected`` where it does not tell."""
