@@ -55,8 +55,8 @@ def generate(
     ----------
     prompt, negative : str
     pipeline : str
-        "shapes", its few-step student "shapes-lcm", its twin by flow matching "shapes-flow", the folder of a diffusers
-        pipeline, or its name on the Hugging Face hub. Safetensors only.
+        "shapes", its few-step student "shapes-lcm", the folder of a diffusers pipeline, or its name on the Hugging Face
+        hub. Safetensors only.
     method : str, optional
         See :func:`diffsteer.methods.parse_method`; default: "cfg:7.5+dng:1,prior=0.01", on "shapes"
         "cfg:1.5+dng:15,late=1", on "shapes-lcm", whose guidance is its own, "nasa:0.8" with a negative.

@@ -157,6 +157,13 @@ def test_a_killed_run_resumes_to_the_same_bits(parts: dict, tmp_path: Path) -> N
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
 
 
+def test_a_folder_of_its_name_draws_shapes_and_is_called_without_blanks() -> None:
+    assert zoo.draws_shapes("runs/shapes-flow")
+    assert not zoo.few_steps("runs/shapes-flow")
+    assert zoo.call_arguments("runs/shapes-flow") == {"max_sequence_length": 0}
+    assert zoo.call_arguments("shapes") == {}
+
+
 def test_a_folder_that_diffusers_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"steps": 1, "batch_size": 1, "pool": 4}
     train_flow(tmp_path, **small)

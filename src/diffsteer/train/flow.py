@@ -38,7 +38,7 @@ RECIPE = Recipe(
         "attention_head_dim": 28, "num_attention_heads": 4, "caption_projection_dim": 112,
         "joint_attention_dim": 128, "pooled_projection_dim": 128, "pos_embed_max_size": 8,
     },
-    steps=10_000, batch_size=64, lr=1e-3, warmup=300, decay="tail", ema=0.999, label_dropout=0.12,
+    steps=20_000, batch_size=64, lr=1e-3, warmup=300, decay="tail", ema=0.999, label_dropout=0.12,
     checkpoint_every=100,
 )  # fmt: skip
 

@@ -3,9 +3,9 @@
 A model is a folder: ``config.json``, ``denoiser.safetensors``, ``judge.safetensors``, ``features.safetensors``,
 ``reference.safetensors`` (what the judge and the feature network say of real images, so that no data set is needed)
 and, optionally, ``noisy_classifier.safetensors`` and ``calibration.json``. ``diffsteer train`` writes one.
-"shapes" is a whole text-to-image pipeline instead, in diffusers' own folder format (``diffsteer train shapes``),
-"shapes-lcm" its student, which draws in one to eight steps (``diffsteer train shapes-lcm``), and "shapes-flow" its twin
-by flow matching, a Stable Diffusion 3 (``diffsteer train shapes-flow``).
+"shapes" is a whole text-to-image pipeline instead, in diffusers' own folder format (``diffsteer train shapes``), and
+"shapes-lcm" its student, which draws in one to eight steps (``diffsteer train shapes-lcm``). "shapes-flow" is its twin by
+flow matching, a Stable Diffusion 3, which ``diffsteer train shapes-flow`` makes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from diffsteer.posterior import Calibration
 from diffsteer.zoo.networks import build
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline
 
 __all__ = [
     "PIPELINES",
@@ -49,7 +49,7 @@ __all__ = [
 
 _ROOT = Path(__file__).parent
 _STUDENT, _FLOW = "shapes-lcm", "shapes-flow"
-PIPELINES = ("shapes", _STUDENT, _FLOW)
+PIPELINES = ("shapes", _STUDENT)
 """Names of the shipped text-to-image pipelines."""
 
 
@@ -68,12 +68,8 @@ def available() -> list[str]:
 @overload
 def load(name: Literal["shapes", "shapes-lcm"], *, device: str | torch.device = ...) -> StableDiffusionPipeline: ...
 @overload
-def load(name: Literal["shapes-flow"], *, device: str | torch.device = ...) -> StableDiffusion3Pipeline: ...
-@overload
 def load(name: str | Path, *, device: str | torch.device = ...) -> Model: ...
-def load(
-    name: str | Path, *, device: str | torch.device = "cpu"
-) -> Model | StableDiffusionPipeline | StableDiffusion3Pipeline:
+def load(name: str | Path, *, device: str | torch.device = "cpu") -> Model | StableDiffusionPipeline:
     """Load a shipped model by name, or a user's own by the path of its folder; ``PIPELINES`` are diffusers pipelines.
 
     Parameters
@@ -90,7 +86,7 @@ def load(
         A damaged, truncated or foreign file. Nothing is ever unpickled.
     """
     if name in PIPELINES:
-        shipped: StableDiffusionPipeline | StableDiffusion3Pipeline = read_pipeline(name, torch.float32).to(device)
+        shipped: StableDiffusionPipeline = read_pipeline(name, torch.float32).to(device)
         return shipped
     return load_model(name, device=device)
 
@@ -136,8 +132,6 @@ def read_pipeline(name: str | Path, dtype: torch.dtype) -> Any:
     if name == _STUDENT:  # a student differs from its teacher in the U-Net alone, and so does its shipped folder
         parts = read_pipeline("shapes", dtype).components
         shared |= {part: parts[part] for part in ("vae", "text_encoder", "tokenizer")}
-    if name == _FLOW:
-        shared |= flow_parts(read_pipeline("shapes", dtype).components)
     with warnings.catch_warnings():  # older versions of diffusers know no other name for it
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
         return DiffusionPipeline.from_pretrained(
@@ -155,7 +149,7 @@ def _absent(index: Path) -> dict[str, None]:
 
 
 def flow_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """What "shapes-flow", a Stable Diffusion 3, takes over from the components of "shapes".
+    """What a flow transformer's pipeline, a Stable Diffusion 3, takes over from the components of "shapes".
 
     The text encoder stands in both places, and what it pools is not projected.
     """
@@ -174,7 +168,7 @@ def flow_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def draws_shapes(pipeline: str | Path) -> bool:
     """Whether a pipeline is one of the drawn world's: a shipped one, or a folder of such a name."""
-    return Path(pipeline).name in PIPELINES
+    return Path(pipeline).name in (*PIPELINES, _FLOW)
 
 
 def call_arguments(pipeline: str | Path) -> dict[str, Any]:
