@@ -4,8 +4,8 @@ A model is a folder: ``config.json``, ``denoiser.safetensors``, ``judge.safetens
 ``reference.safetensors`` (what the judge and the feature network say of real images, so that no data set is needed)
 and, optionally, ``noisy_classifier.safetensors`` and ``calibration.json``. ``diffsteer train`` writes one.
 "shapes" is a whole text-to-image pipeline instead, in diffusers' own folder format (``diffsteer train shapes``), and
-"shapes-lcm" its student, which draws in one to eight steps (``diffsteer train shapes-lcm``). "shapes-flow" is its twin by
-flow matching, a Stable Diffusion 3, which ``diffsteer train shapes-flow`` makes.
+"shapes-lcm" its student, which draws in one to eight steps (``diffsteer train shapes-lcm``). "shapes-flow" is its twin
+by flow matching, a Stable Diffusion 3, which ``diffsteer train shapes-flow`` makes.
 """
 
 from __future__ import annotations
