@@ -66,7 +66,7 @@ NAMES = {
     "sld": "Safe latent diffusion",
     "dng": "DNG",
     "dng-baseline": "DNG, baseline 0.5",
-    "dng-late": "DNG, late scale",
+    "dng-late": "DNG, late 1",
     "dng-any": "DNG, calibrated for any prompt",
 }
 SCALES: Mapping[str, tuple[float, ...]] = {
