@@ -10,7 +10,7 @@ the noise becomes a larger one of the velocity, the draw itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from diffsteer import zoo
 from diffsteer.files import write_text
 from diffsteer.train.loop import accelerator, averaged, fit, read_checkpoint
 from diffsteer.train.recipes import SCHEDULE, Recipe
-from diffsteer.train.shapes import POOL, Captions, encode, pictures_of, save_pipeline, scenes_of
+from diffsteer.train.shapes import POOL, Captions, encode, pictures_of, save_pipeline, scenes_of, training_table
 
 __all__ = ["RECIPE", "TAUGHT", "Follow", "Twin", "embed", "train_flow"]
 
@@ -152,8 +152,7 @@ def train_flow(
     KeyboardInterrupt
         Stopped by a signal; the checkpoint has been written, and the same command resumes.
     """
-    changes = {k: v for k, v in {"steps": steps, "batch_size": batch_size, "lr": lr}.items() if v is not None}
-    recipe = replace(RECIPE, **changes)
+    recipe = RECIPE.but(steps=steps, batch_size=batch_size, lr=lr)
     checkpoint = out / "checkpoints" / f"{recipe.part}.safetensors"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     pipe = zoo.load("shapes")
@@ -187,10 +186,6 @@ def export(out: Path, transformer: SD3Transformer2DModel, parts: Mapping[str, An
 
 def card(record: Mapping[str, Any]) -> str:
     """The model card, from the checkpoint's record."""
-    recipe = record["recipe"]
-    cells = (
-        recipe["part"], record["step"], recipe["batch_size"], recipe["lr"], round(record["seconds"]), record["device"],
-    )  # fmt: skip
     return "\n".join(
         [
             "# diffsteer pipeline: shapes-flow",
@@ -207,9 +202,7 @@ def card(record: Mapping[str, Any]) -> str:
             "",
             "`diffsteer train shapes-flow --out DIR` repeats it, up to the machine's rounding.",
             "",
-            "| part | steps | batch | lr | wall seconds | device |",
-            "|---|---|---|---|---|---|",
-            "| " + " | ".join(map(str, cells)) + " |",
+            *training_table([record]),
             "",
             "For experiments with guidance, not for any other use.",
             "",

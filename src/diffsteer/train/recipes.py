@@ -64,6 +64,10 @@ class Recipe:
     augmentation: Literal["affine", "flip"] = "affine"
     checkpoint_every: int = 250
 
+    def but(self, **changes: Any) -> Recipe:
+        """The same with other values, where they are not None."""
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
 
 def _unet(image_size: int, channels: int, num_labels: int, width: list[int], *, patch: int = 1, **more: Any) -> Any:
     """A small U-Net with attention at its lowest resolution; ``num_labels`` counts the null label."""

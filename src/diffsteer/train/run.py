@@ -78,11 +78,10 @@ def train(
     for part in parts:
         if part not in recipes:
             raise UnknownNameError("part", part, recipes)
-    changes = {k: v for k, v in {"steps": steps, "batch_size": batch_size, "lr": lr}.items() if v is not None}
     checkpoints = out / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     for part in parts:
-        recipe = replace(recipes[part], **changes)
+        recipe = recipes[part].but(steps=steps, batch_size=batch_size, lr=lr)
         stream = _stream(seed, part)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream)

@@ -6,8 +6,8 @@ ordinary diffusers pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from diffsteer.train.recipes import SCHEDULE, Recipe
 
 __all__ = [
     "POOL", "RECIPES", "Captions", "encode", "export", "pictures_of", "save_pipeline", "scenes_of", "tokenizer",
-    "train_shapes",
+    "train_shapes", "training_table",
 ]  # fmt: skip
 
 _WIDTH = 64  # of the text encoder
@@ -202,8 +202,7 @@ def train_shapes(
     KeyboardInterrupt
         Stopped by a signal; the checkpoint has been written, and the same command resumes.
     """
-    changes = {k: v for k, v in {"steps": steps, "batch_size": batch_size, "lr": lr}.items() if v is not None}
-    recipes = {part: replace(recipe, **changes) for part, recipe in RECIPES.items()}
+    recipes = {part: r.but(steps=steps, batch_size=batch_size, lr=lr) for part, r in RECIPES.items()}
     checkpoints = out / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     scenes = scenes_of(pool, seed)
@@ -300,12 +299,17 @@ def card(checkpoints: Path) -> str:
         "",
         "`diffsteer train shapes --out DIR` repeats it, up to the machine's rounding.",
         "",
-        "| part | steps | batch | lr | wall seconds | device |",
-        "|---|---|---|---|---|---|",
     ]
-    for part in RECIPES:
-        _, record = read_checkpoint(checkpoints / f"{part}.safetensors")
-        recipe = record["recipe"]
-        cells = (part, record["step"], recipe["batch_size"], recipe["lr"], round(record["seconds"]), record["device"])
+    records = [read_checkpoint(checkpoints / f"{part}.safetensors")[1] for part in RECIPES]
+    closing = ["", "For experiments with guidance, not for any other use.", ""]
+    return "\n".join([*lines, *training_table(records), *closing])
+
+
+def training_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a model card: how each part was trained, from its checkpoint's record."""
+    lines = ["| part | steps | batch | lr | wall seconds | device |", "|---|---|---|---|---|---|"]
+    for record in records:
+        r = record["recipe"]
+        cells = (r["part"], record["step"], r["batch_size"], r["lr"], round(record["seconds"]), record["device"])
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join([*lines, "", "For experiments with guidance, not for any other use.", ""])
+    return lines

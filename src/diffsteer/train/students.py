@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from diffsteer.errors import ParameterError
 from diffsteer.files import write_text
 from diffsteer.train.loop import accelerator, averaged, fit, read_checkpoint
 from diffsteer.train.recipes import SCHEDULE, Recipe
-from diffsteer.train.shapes import POOL, Captions, save_pipeline, scenes_of
+from diffsteer.train.shapes import POOL, Captions, save_pipeline, scenes_of, training_table
 
 __all__ = ["RECIPE", "Distil", "Levels", "Student", "boundary", "train_student"]
 
@@ -191,8 +191,7 @@ def train_student(
     KeyboardInterrupt
         Stopped by a signal; the checkpoint has been written, and the same command resumes.
     """
-    changes = {k: v for k, v in {"steps": steps, "batch_size": batch_size, "lr": lr}.items() if v is not None}
-    recipe, levels = replace(RECIPE, **changes), Levels()
+    recipe, levels = RECIPE.but(steps=steps, batch_size=batch_size, lr=lr), Levels()
     checkpoint = out / "checkpoints" / f"{recipe.part}.safetensors"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     pipe = zoo.load("shapes")
@@ -222,10 +221,6 @@ def export(out: Path, pipe: StableDiffusionPipeline, levels: Levels) -> None:
 
 def card(record: Mapping[str, Any]) -> str:
     """The model card, from the checkpoint's record."""
-    recipe = record["recipe"]
-    cells = (
-        recipe["part"], record["step"], recipe["batch_size"], recipe["lr"], round(record["seconds"]), record["device"],
-    )  # fmt: skip
     return "\n".join(
         [
             "# diffsteer pipeline: shapes-lcm",
@@ -241,9 +236,7 @@ def card(record: Mapping[str, Any]) -> str:
             "",
             "`diffsteer train shapes-lcm --out DIR` repeats it, up to the machine's rounding.",
             "",
-            "| part | steps | batch | lr | wall seconds | device |",
-            "|---|---|---|---|---|---|",
-            "| " + " | ".join(map(str, cells)) + " |",
+            *training_table([record]),
             "",
             "For experiments with guidance, not for any other use.",
             "",
