@@ -3,9 +3,9 @@
 A model is a folder: ``config.json``, ``denoiser.safetensors``, ``judge.safetensors``, ``features.safetensors``,
 ``reference.safetensors`` (what the judge and the feature network say of real images, so that no data set is needed)
 and, optionally, ``noisy_classifier.safetensors`` and ``calibration.json``. ``diffsteer train`` writes one.
-"shapes" is a whole text-to-image pipeline instead, in diffusers' own folder format (``diffsteer train shapes``), and
-"shapes-lcm" its student, which draws in one to eight steps (``diffsteer train shapes-lcm``). "shapes-flow" is its twin
-by flow matching, a Stable Diffusion 3, which ``diffsteer train shapes-flow`` makes.
+"shapes" is a whole text-to-image pipeline instead, in diffusers' own folder format (``diffsteer train shapes``),
+"shapes-lcm" its student, which draws in one to eight steps (``diffsteer train shapes-lcm``), and "shapes-flow" its twin
+by flow matching, a Stable Diffusion 3 (``diffsteer train shapes-flow``).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffsteer.denoisers import Denoiser, NetDenoiser, denoiser
+from diffsteer.denoisers import Denoiser, NetDenoiser, denoiser, usable
 from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
 from diffsteer.paths import Level, VPPath
 from diffsteer.posterior import Calibration
 from diffsteer.zoo.networks import build
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 __all__ = [
     "PIPELINES",
@@ -49,7 +49,7 @@ __all__ = [
 
 _ROOT = Path(__file__).parent
 _STUDENT, _FLOW = "shapes-lcm", "shapes-flow"
-PIPELINES = ("shapes", _STUDENT)
+PIPELINES = ("shapes", _STUDENT, _FLOW)
 """Names of the shipped text-to-image pipelines."""
 
 
@@ -68,8 +68,12 @@ def available() -> list[str]:
 @overload
 def load(name: Literal["shapes", "shapes-lcm"], *, device: str | torch.device = ...) -> StableDiffusionPipeline: ...
 @overload
+def load(name: Literal["shapes-flow"], *, device: str | torch.device = ...) -> StableDiffusion3Pipeline: ...
+@overload
 def load(name: str | Path, *, device: str | torch.device = ...) -> Model: ...
-def load(name: str | Path, *, device: str | torch.device = "cpu") -> Model | StableDiffusionPipeline:
+def load(
+    name: str | Path, *, device: str | torch.device = "cpu"
+) -> Model | StableDiffusionPipeline | StableDiffusion3Pipeline:
     """Load a shipped model by name, or a user's own by the path of its folder; ``PIPELINES`` are diffusers pipelines.
 
     Parameters
@@ -86,7 +90,9 @@ def load(name: str | Path, *, device: str | torch.device = "cpu") -> Model | Sta
         A damaged, truncated or foreign file. Nothing is ever unpickled.
     """
     if name in PIPELINES:
-        shipped: StableDiffusionPipeline = read_pipeline(name, torch.float32).to(device)
+        shipped: StableDiffusionPipeline | StableDiffusion3Pipeline = read_pipeline(name, torch.float32).to(
+            usable(device)
+        )
         return shipped
     return load_model(name, device=device)
 
@@ -105,7 +111,7 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> Model
             f"and `diffsteer bench prompts {name}`; class-conditional models are {available()}, and what "
             "`diffsteer train` makes of labelled images"
         )
-    folder = _ROOT / str(name)
+    folder, where = _ROOT / str(name), usable(device)
     if str(name) not in available():
         folder = Path(name)
         if not (folder / "config.json").is_file():
@@ -114,7 +120,7 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> Model
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config["format"] != 1:
             raise WeightsError(f"{folder}: format {config['format']} is unknown to this version; update diffsteer")
-        return Model(folder, config, torch.device(device))
+        return Model(folder, config, where)
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{folder / 'config.json'} is damaged ({error}); train or copy the model again") from error
 
@@ -125,18 +131,29 @@ def pipeline_folder(name: str | Path) -> str:
 
 
 def read_pipeline(name: str | Path, dtype: torch.dtype) -> Any:
-    """A shipped pipeline, or any other that diffusers can load; safetensors only."""
+    """A shipped pipeline, or any other that diffusers can load; safetensors only.
+
+    Raises
+    ------
+    WeightsError
+        diffusers cannot load it.
+    """
     from diffusers import DiffusionPipeline
 
     shared = _absent(Path(pipeline_folder(name)) / "model_index.json")
     if name == _STUDENT:  # a student differs from its teacher in the U-Net alone, and so does its shipped folder
         parts = read_pipeline("shapes", dtype).components
         shared |= {part: parts[part] for part in ("vae", "text_encoder", "tokenizer")}
+    if name == _FLOW:
+        shared |= flow_parts(read_pipeline("shapes", dtype).components)
     with warnings.catch_warnings():  # older versions of diffusers know no other name for it
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-        return DiffusionPipeline.from_pretrained(
-            pipeline_folder(name), torch_dtype=dtype, use_safetensors=True, **shared
-        )
+        try:
+            return DiffusionPipeline.from_pretrained(
+                pipeline_folder(name), torch_dtype=dtype, use_safetensors=True, **shared
+            )
+        except (OSError, ValueError, AttributeError, SafetensorError) as error:
+            raise WeightsError(f"{str(name)!r} is not a pipeline that diffusers can load: {error}") from error
 
 
 def _absent(index: Path) -> dict[str, None]:
@@ -149,7 +166,7 @@ def _absent(index: Path) -> dict[str, None]:
 
 
 def flow_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a flow transformer's pipeline, a Stable Diffusion 3, takes over from the components of "shapes".
+    """What "shapes-flow", a Stable Diffusion 3, takes over from the components of "shapes".
 
     The text encoder stands in both places, and what it pools is not projected.
     """
@@ -168,7 +185,7 @@ def flow_parts(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def draws_shapes(pipeline: str | Path) -> bool:
     """Whether a pipeline is one of the drawn world's: a shipped one, or a folder of such a name."""
-    return Path(pipeline).name in (*PIPELINES, _FLOW)
+    return Path(pipeline).name in PIPELINES
 
 
 def call_arguments(pipeline: str | Path) -> dict[str, Any]:
@@ -204,8 +221,9 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all weights: results of different models never mix."""
-        digest = hashlib.sha256()
+        """A hash of all weights, and of what says how they are used: results of different models never mix."""
+        used = {name: value for name, value in self.config.items() if name != "guidance"}
+        digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode())
         for file in sorted(self.folder.glob("*.safetensors")):
             digest.update(file.name.encode() + file.read_bytes())
         return digest.hexdigest()[:16]
@@ -217,11 +235,12 @@ class Model:
 
     def label(self, concept: int | str) -> int:
         """The label of a class given by name or number."""
-        if isinstance(concept, int) and not isinstance(concept, bool) and 0 <= concept < len(self.classes):
-            return concept
-        if str(concept) not in self.classes:
-            raise UnknownNameError("concept", concept, self.classes)
-        return self.classes.index(str(concept))
+        if str(concept) in self.classes and not isinstance(concept, int):
+            return self.classes.index(concept)
+        number = -1 if isinstance(concept, bool) or not str(concept).isdecimal() else int(concept)
+        if 0 <= number < len(self.classes):
+            return number
+        raise UnknownNameError("concept", concept, self.classes)
 
     @cached_property
     def _loaded(self) -> dict[str, Any]:
