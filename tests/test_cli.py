@@ -57,6 +57,7 @@ def test_several_concepts_each_have_a_posterior(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (("train", "shapes", "--part", "judge"), "leave --part out"),
         (("remove", "cats", "-c", "3"), "unknown model 'cats'; known: digits"),
         (("remove", "digits", "-c", "cat"), "unknown concept 'cat'; known: 0, 1"),
         (("remove", "digits", "-c", "3", "--samples", "2"), "use at least 16"),

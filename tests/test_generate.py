@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from diffsteer.bench.prompt_runs import Plan
 from diffsteer.bench.prompts import bench_prompts
 from diffsteer.cli import app
 from diffsteer.engine import stream
-from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
+from diffsteer.errors import OutputError, ParameterError, UnknownNameError, UnsupportedError, WeightsError
 from diffsteer.generate import _strict, generate, load_pipeline
 
 sys.path.insert(0, str(Path(__file__).parent / "adapters"))
@@ -155,8 +156,20 @@ def test_mistakes_come_before_any_work(folder: str, tmp_path: Path) -> None:
         generate("a", pipeline=folder, method="magic", out=tmp_path)
     with pytest.raises(WeightsError, match="not a pipeline"):
         generate("a", pipeline=str(tmp_path / "nothing"), out=tmp_path)
-    with pytest.raises(ParameterError, match="at least 1"):
-        generate("a", pipeline=folder, num=0, out=tmp_path)
+    for wrong in ({"num": 0}, {"batch_size": 0}, {"steps": 0}, {"seed": -1}):
+        with pytest.raises(ParameterError, match="at least"):
+            generate("a", pipeline=folder, out=tmp_path, **wrong)
+    with pytest.raises(ParameterError, match="device 'gpu' cannot be used here"):
+        generate("a", pipeline=folder, device="gpu", out=tmp_path / "gpu")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    weights = damaged / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:999])
+    with pytest.raises(WeightsError, match="not a pipeline"):
+        generate("a", pipeline=str(damaged), out=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="Cannot write"):
+        generate("a", pipeline=folder, out=tmp_path / "file")
     tiny.dit().save_pretrained(tmp_path / "dit")
     with pytest.raises(UnsupportedError, match="does not make pictures from a prompt"):
         generate("a", pipeline=str(tmp_path / "dit"), out=tmp_path)
@@ -176,6 +189,26 @@ def test_calibrates_before_it_generates(folder: str, tmp_path: Path) -> None:
     for wrong in ({"method": "np"}, {"method": "dng", "negative": ""}):
         with pytest.raises(ParameterError, match="calibration wants"):
             generate("a", out=tmp_path / "d", calibrate=20, **(options | wrong))
+
+
+def test_calibration_sees_what_will_be_generated(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def watched(pipe: Any, method: Any, **keywords: Any) -> Any:
+        asked.append(keywords)
+        return method
+
+    monkeypatch.setattr(generating, "calibrate_pipeline", watched)
+    options = {"pipeline": folder, "negative": "red", "method": METHOD, "steps": 2, "num": 1, "compare": False}
+    generate("a", out=tmp_path, calibrate=40, size=(32, 16), batch_size=1, **options)
+    (said,) = asked
+    assert (said["width"], said["height"], said["batch_size"]) == (32, 16, 1)
+
+
+def test_without_a_negative_the_prompt_alone_guides(folder: str, tmp_path: Path) -> None:
+    assert list(generate("a", pipeline=folder, steps=2, num=3, out=tmp_path)) == ["cfg:7.5"]
+    assert list(generate("a circle", pipeline="shapes", steps=2, num=1, out=tmp_path)) == ["cfg:1.5"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000.png", "record.json", "sheet.png"]  # three before
 
 
 def test_the_student_of_shapes_has_settings_of_its_own(tmp_path: Path) -> None:

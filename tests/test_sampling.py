@@ -311,3 +311,9 @@ def test_a_derivative_in_inference_mode_is_refused() -> None:
         with pytest.raises(UnsupportedError, match="no_grad"):
             run(dng, scheduler=ddim)
         run(ds.DynamicNegativeGuidance(prior=1 / 8, divergence="difference"), scheduler=ddim)
+
+
+def test_what_is_no_method_is_refused() -> None:
+    for wrong in ("cfg:2", ds.ClassifierFreeGuidance):
+        with pytest.raises(ParameterError, match="method must be a Guidance"):
+            ds.sample(DEN, wrong, scheduler=DDIMScheduler(clip_sample=False), num_samples=1, steps=2)  # type: ignore[arg-type]

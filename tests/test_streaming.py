@@ -105,27 +105,30 @@ def test_a_torn_chunk_is_made_again(tmp_path: Path, left: int) -> None:
 
 
 def test_nothing_has_its_name_before_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(tensors: object, path: Path, metadata: object) -> None:
-        Path(path).write_bytes(b"half")
+    def half(path: Path, data: bytes) -> None:
+        with open(path, "wb") as file:
+            file.write(data[:9])
         raise OSError("no space left")
 
-    monkeypatch.setattr(streaming, "save_file", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="no space"):
         ds.sample_to(tmp_path, DEN, DNG, **RUN)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
-def network(seed: int) -> torch.nn.Module:
+def network(seed: int, factor: float = 1.0) -> torch.nn.Module:
     class Net(torch.nn.Linear):
         def forward(self, x, t, label):  # type: ignore[override]
-            return super().forward(x) * label[:, None]
+            return super().forward(x) * label[:, None] * self.factor
 
     torch.manual_seed(seed)
-    return Net(2, 2)
+    net = Net(2, 2)
+    net.factor = factor
+    return net
 
 
-def wrapped(seed: int = 0, label: object = 1.0) -> ds.Denoiser:
-    return ds.denoiser(network(seed), contexts={"null": {"label": label}}, shape=(2,))
+def wrapped(seed: int = 0, label: object = 1.0, factor: float = 1.0) -> ds.Denoiser:
+    return ds.denoiser(network(seed, factor), contexts={"null": {"label": label}}, shape=(2,))
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,7 @@ def wrapped(seed: int = 0, label: object = 1.0) -> ds.Denoiser:
     [
         ({"denoiser": wrapped(1)}, "denoiser"),
         ({"denoiser": wrapped(0, 2.0)}, "denoiser"),
+        ({"denoiser": wrapped(factor=2.0)}, "denoiser"),
         ({"denoiser": wrapped(0, torch.tensor([1.0, 2.0]))}, "denoiser"),
         ({"models": {"weak": wrapped()}}, "models"),
         ({"method": ds.Unguided("pos")}, "method"),
@@ -293,7 +297,7 @@ def test_what_its_name_says_is_not_hashed(tmp_path: Path) -> None:
     torch.nn.init.constant_(net.bias, 1.0)
     den = ds.denoiser(Ignorant(net), contexts={"null": {}}, shape=(2,))
     plain = ds.sample_to(tmp_path / "plain", den, **RUN).configuration
-    assert plain["denoiser"] == "1f7f1a05cb4358660e37a79e25a3cd05"
+    assert plain["denoiser"] == "ee642590a9daf52a1e8cd43a1b537721"
     assert plain["models"] == "dcc8c84223ee3f35960b68b85c32a94b"
 
 
@@ -307,6 +311,23 @@ def test_refusals(tmp_path: Path) -> None:
         ds.sample_to(tmp_path, DEN, DNG, **RUN, eat=1)
     with pytest.raises(ParameterError, match="first at least 0"):
         ds.sample(DEN, DNG, first=-1, **RUN)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"steps": 1001}, {"batch_size": 0}, {"num_samples": 0}, {"trace": "some"}, {"batching": -1},
+     {"seed": -1}, {"eta": 2.0}, {"shape": ()}],
+    ids=str,
+)  # fmt: skip
+def test_what_is_refused_leaves_no_run_behind(tmp_path: Path, wrong: dict) -> None:
+    with pytest.raises(ParameterError):
+        ds.sample_to(tmp_path / "run", DEN, DNG, **{**RUN, **wrong})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_for_whoever_may_read_the_folder(tmp_path: Path) -> None:
+    run = ds.sample_to(tmp_path, DEN, DNG, **RUN)
+    assert len({path.stat().st_mode for path in run.folder.iterdir()}) == 1
 
 
 def test_one_chunk_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

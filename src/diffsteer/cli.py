@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from diffsteer import __version__
-from diffsteer.errors import DiffsteerError
+from diffsteer.errors import DiffsteerError, ParameterError
 
 app = App(
     name="diffsteer",
@@ -127,10 +127,12 @@ def removal(
     if quick:
         few = tuple((kind, 8) for kind, _ in chosen.samplers[:2])
         chosen = replace(chosen, samplers=few, samples=48, final=chosen.final and ("ddpm", 8, 48))
-    if samples:
+    if samples is not None:
         final = chosen.final and (*chosen.final[:2], chosen.final[2] * samples // chosen.samples)
         chosen = replace(chosen, samples=samples, final=final)
-    chosen = replace(chosen, methods=tuple(method or chosen.methods), concepts=concepts or chosen.concepts)
+    if concepts is not None:
+        chosen = replace(chosen, concepts=concepts)
+    chosen = replace(chosen, methods=tuple(method or chosen.methods))
     folder = out or Path("runs") / f"removal-{Path(model).name}-{tier}"
     sweep(model, chosen, out=folder, separate=separate, device=device)
 
@@ -218,6 +220,9 @@ def bench_methods(
     """
     from diffsteer.bench.catalogue import bench_methods as run
     from diffsteer.bench.pages import write_pages
+
+    if method and pages is not None:
+        raise ParameterError("pages show what was measured of every method; leave --method or --pages out")
 
     run(model, out=out, samples=samples, steps=steps, only=tuple(method or ()))
     if pages is not None:
@@ -325,24 +330,21 @@ def train(
     resume
         Go on from the last checkpoint.
     """
-    from diffsteer.train import train as run
+    from diffsteer import zoo
 
     folder = out or Path("runs") / Path(dataset).name
-    if dataset == "shapes":
+    if dataset in zoo.PIPELINES:
+        if part:
+            raise ParameterError(f"{dataset} is a pipeline, which is trained whole; leave --part out")
+        from diffsteer.train.flow import train_flow
         from diffsteer.train.shapes import train_shapes
-
-        train_shapes(folder, seed=seed, steps=steps, batch_size=batch_size, lr=lr, resume=resume)
-        return
-    if dataset == "shapes-lcm":
         from diffsteer.train.students import train_student
 
-        train_student(folder, seed=seed, steps=steps, batch_size=batch_size, lr=lr, resume=resume)
+        train_pipeline = {"shapes": train_shapes, "shapes-lcm": train_student, "shapes-flow": train_flow}[dataset]
+        train_pipeline(folder, seed=seed, steps=steps, batch_size=batch_size, lr=lr, resume=resume)
         return
-    if dataset == "shapes-flow":
-        from diffsteer.train.flow import train_flow
+    from diffsteer.train import train as run
 
-        train_flow(folder, seed=seed, steps=steps, batch_size=batch_size, lr=lr, resume=resume)
-        return
     run(
         dataset, folder, parts=part, seed=seed, steps=steps, batch_size=batch_size, lr=lr, image_size=image_size,
         resume=resume,
@@ -383,7 +385,8 @@ def generate(
         What not to draw; several separated by |.
     method
         Terms joined by +: a name of `diffsteer methods`, then : and values, such as cfg:7.5+dng:2,prior=0.01; by
-        default cfg:7.5+dng:1,prior=0.01; on shapes cfg:1.5+dng:15,late=1; on shapes-lcm, with a negative, nasa:0.8.
+        default cfg:7.5, with a negative cfg:7.5+dng:1,prior=0.01; on shapes cfg:1.5 and cfg:1.5+dng:15,late=1; on
+        shapes-lcm, with a negative, nasa:0.8.
     steps
         Inference steps of the pipeline's own scheduler; by default 30, and 4 of shapes-lcm, which has 8 at most.
     seed

@@ -47,6 +47,14 @@ class Joining(Denoiser, Protocol):
         ...
 
 
+def usable(device: str | torch.device) -> torch.device:
+    """A device, if tensors can be made on it."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: built without it
+        raise ParameterError(f"device {str(device)!r} cannot be used here ({error}); try cpu, cuda or mps") from error
+
+
 def prediction_space(prediction: str) -> str:
     """The name of a prediction type here: "eps", "x0", "v" or "flow"; diffusers' names are understood."""
     space = _ALIASES.get(prediction, prediction)

@@ -44,6 +44,10 @@ class OutputError(DiffsteerError, OSError):
     """A file or folder that cannot be written."""
 
 
+class DependencyError(DiffsteerError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+
 class ClippingWarning(UserWarning):
     """The scheduler clips or thresholds x0, which changes what is sampled."""
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from diffsteer.errors import OutputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
 
 
 @contextmanager
@@ -40,6 +45,21 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
     except OSError as error:
         raise _unwritable(path, error) from error
     return path
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write one safetensors file completely or not at all."""
+    from safetensors.torch import save  # save_file makes files that only their owner may read
+
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole(path) as part:
+        part.write_bytes(save(ready, dict(metadata or {})))
+
+
+def write_figure(path: Path, figure: Figure, **options: Any) -> None:
+    """Write a matplotlib figure completely or not at all; ``options`` are its ``savefig``'s."""
+    with whole(path) as part:
+        figure.savefig(part, format=path.suffix[1:], metadata={"Software": None}, **options)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

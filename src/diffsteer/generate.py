@@ -22,14 +22,13 @@ from diffsteer import zoo
 from diffsteer.adapters import attach, calibrate_pipeline
 from diffsteer.adapters.contexts import numbered, separate
 from diffsteer.core import Guidance, Sum
+from diffsteer.denoisers import usable
 from diffsteer.engine import stream
-from diffsteer.errors import ParameterError, UnsupportedError, WeightsError
-from diffsteer.files import write_text
+from diffsteer.errors import ParameterError, UnsupportedError
+from diffsteer.files import check_writable, write_figure, write_text
 from diffsteer.methods import ClassifierFreeGuidance, DynamicNegativeGuidance, NegativePrompting, parse_method
 from diffsteer.sampling import Result
 from diffsteer.shapes import share
-
-_OF_SHAPES = "cfg:1.5+dng:15,late=1"
 
 
 def generate(
@@ -58,8 +57,9 @@ def generate(
         "shapes", its few-step student "shapes-lcm", the folder of a diffusers pipeline, or its name on the Hugging Face
         hub. Safetensors only.
     method : str, optional
-        See :func:`diffsteer.methods.parse_method`; default: "cfg:7.5+dng:1,prior=0.01", on "shapes"
-        "cfg:1.5+dng:15,late=1", on "shapes-lcm", whose guidance is its own, "nasa:0.8" with a negative.
+        See :func:`diffsteer.methods.parse_method`; by default "cfg:7.5", on "shapes" "cfg:1.5", and with a negative
+        "cfg:7.5+dng:1,prior=0.01", on "shapes" "cfg:1.5+dng:15,late=1", on "shapes-lcm", whose guidance is its own,
+        "nasa:0.8".
     steps : int, optional
         By default 30, and 4 of "shapes-lcm".
     seed, num, batch_size
@@ -86,26 +86,27 @@ def generate(
     UnsupportedError
         It does not make pictures from a prompt, or ``method`` cannot run in it.
     """
-    if num < 1 or batch_size < 1:
-        raise ParameterError("num and batch_size must be at least 1")
+    if min(num, batch_size) < 1 or (steps is not None and steps < 1) or seed < 0:
+        raise ParameterError("num, batch_size and steps must be at least 1, seed at least 0")
     negatives = separate(negative)
     drawn, student = zoo.draws_shapes(pipeline), zoo.few_steps(pipeline)
-    if student:
-        method, steps = method or ("nasa:0.8" if negatives else "cfg:1"), steps or 4
-    else:
-        method, steps = method or (_OF_SHAPES if drawn else "cfg:7.5+dng:1,prior=0.01"), steps or 30
+    method, steps = method or _default(pipeline, bool(negatives)), steps or (4 if student else 30)
     if student and steps > 8:
         raise ParameterError(f"{pipeline} draws in 1 to 8 steps, not in {steps}")
     guidance = parse_method(method)
+    check_writable(out / "record.json")
     out.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(pipeline, device, dtype)
     for text in negatives if drawn else ():
         share(text)  # refuses what the drawn world knows nothing of
     if calibrate is None:
         calibrate = 128 if drawn and negatives and _tracks(guidance) else 0
+    arguments: dict[str, Any] = dict(zoo.call_arguments(pipeline))
+    if size is not None:
+        arguments |= {"width": size[0], "height": size[1]}
     if calibrate:
-        spared = zoo.call_arguments(pipeline)
-        guidance = _calibrated(pipe, guidance, prompt, negatives, steps, calibrate, seed, spared)
+        many = max(batch_size, 32) if drawn else batch_size
+        guidance = _calibrated(pipe, guidance, prompt, negatives, steps, calibrate, seed, many, arguments)
     w = 1.0 if student else _positive_scale(guidance)  # the student's guidance is its own
     rows: dict[str, tuple[Guidance, str]] = {method: (guidance, negative)}
     if compare and negative:
@@ -113,9 +114,6 @@ def generate(
         if replacing > 1:
             rows["negative prompt"] = (NegativePrompting.replacing_null(replacing), negative.replace("|", ", "))
         rows["no negative"] = (ClassifierFreeGuidance(w), "")
-    arguments: dict[str, Any] = {"num_inference_steps": steps, **zoo.call_arguments(pipeline)}
-    if size is not None:
-        arguments |= {"width": size[0], "height": size[1]}
     pictures: dict[str, list[Any]] = {}
     results: dict[str, Result] = {}
     for label, (guide, unwanted) in rows.items():
@@ -125,12 +123,16 @@ def generate(
             for first in range(0, num, batch_size):
                 generators = [stream(seed, i) for i in range(first, min(first + batch_size, num))]
                 given = {"negative_prompt": [unwanted] * len(generators)} if unwanted else {}
-                answer = pipe(prompt=[prompt] * len(generators), generator=generators, **given, **arguments)
+                answer = pipe(
+                    prompt=[prompt] * len(generators), generator=generators, num_inference_steps=steps,
+                    **given, **arguments,
+                )  # fmt: skip
                 pictures[label] += answer.images
                 assert guided.last is not None
                 traces.append({name: value.numpy() for name, value in guided.last.trace.items()})
                 results[label] = guided.last
         if label == method:
+            _clear(out)
             for i, picture in enumerate(pictures[label]):
                 picture.save(out / f"{i:03d}.png")
             _draw_trace(out / "trace.png", traces)
@@ -144,6 +146,24 @@ def generate(
     return results
 
 
+def _clear(out: Path) -> None:
+    """Take away the pictures of an earlier run: there may be fewer now, and no trace."""
+    record = out / "record.json"
+    if record.is_file():
+        for i in range(json.loads(record.read_text(encoding="utf-8"))["num"]):
+            (out / f"{i:03d}.png").unlink(missing_ok=True)
+        (out / "trace.png").unlink(missing_ok=True)
+
+
+def _default(pipeline: str, negative: bool) -> str:
+    """The method where none is given."""
+    drawn, student = zoo.draws_shapes(pipeline), zoo.few_steps(pipeline)
+    if student:
+        return "nasa:0.8" if negative else "cfg:1"
+    positive, unwanted = ("cfg:1.5", "dng:15,late=1") if drawn else ("cfg:7.5", "dng:1,prior=0.01")
+    return f"{positive}+{unwanted}" if negative else positive
+
+
 def _tracks(method: Guidance) -> bool:
     return any(isinstance(term, DynamicNegativeGuidance) for term in _terms(method))
 
@@ -154,7 +174,7 @@ def _terms(method: Guidance) -> Sequence[Guidance]:
 
 def _calibrated(
     pipe: Any, method: Guidance, prompt: str, negatives: Sequence[str], steps: int, rollouts: int, seed: int,
-    arguments: Mapping[str, Any],
+    batch_size: int, arguments: Mapping[str, Any],
 ) -> Guidance:  # fmt: skip
     """The method with its DNG calibrated for the prompt and the negatives, from other noise than the pictures'."""
     if not negatives or not _tracks(method):
@@ -165,7 +185,7 @@ def _calibrated(
         calibrate_pipeline(
             pipe, replace(term, contexts=numbered(len(negatives))), negative_prompt="|".join(negatives),
             prompt=prompt if beside else "", beside=beside, num_inference_steps=steps, num_rollouts=rollouts,
-            batch_size=min(rollouts, 32), seed=seed + 1, progress=True, **arguments,
+            batch_size=min(rollouts, batch_size), seed=seed + 1, progress=True, **arguments,
         )
         if isinstance(term, DynamicNegativeGuidance)
         else term
@@ -189,17 +209,14 @@ def load_pipeline(pipeline: str, device: str, dtype: str) -> Any:
     kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in kinds:
         raise ParameterError(f"dtype must be one of {list(kinds)}, got {dtype!r}")
-    try:
-        loaded = zoo.read_pipeline(pipeline, kinds[dtype])
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{pipeline!r} is not a pipeline that diffusers can load: {error}") from error
+    where, loaded = usable(device), zoo.read_pipeline(pipeline, kinds[dtype])
     taken = inspect.signature(type(loaded).__call__).parameters
     if "prompt" not in taken or "num_frames" in taken:
         raise UnsupportedError(
             f"{type(loaded).__name__} does not make pictures from a prompt; call it yourself inside diffsteer.attach()"
         )
     loaded.set_progress_bar_config(leave=False)
-    return loaded.to(device)
+    return loaded.to(where)
 
 
 def _strict(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,7 +255,7 @@ def _draw_sheet(path: Path, pictures: Mapping[str, Sequence[Any]]) -> None:
                 axis.imshow(np.asarray(row[i]))
                 axis.set(title=f"{i:03d}", xticks=[], yticks=[])
                 axis.spines[:].set(color="0.8", lw=0.5)  # a white picture on white paper
-        figure.savefig(path, dpi=150, metadata={"Software": None})
+        write_figure(path, figure, dpi=150)
 
 
 def _draw_trace(path: Path, traces: Sequence[Mapping[str, Any]]) -> None:
@@ -257,7 +274,7 @@ def _draw_trace(path: Path, traces: Sequence[Mapping[str, Any]]) -> None:
         if 1 < len(lines) <= 10:  # as many as there are colours
             labels = [f"{i:03d}" for i in range(len(lines))]
             figure.legend(lines, labels, loc="outside right upper", frameon=False)
-        figure.savefig(path, dpi=150, metadata={"Software": None})
+        write_figure(path, figure, dpi=150)
 
 
 __all__ = ["generate", "load_pipeline"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import Call, Guidance, Info, Plan, Repeat, State, Step
-from diffsteer.denoisers import Denoiser
+from diffsteer.denoisers import Denoiser, usable
 from diffsteer.engine import Batching, Engine, describe, describe_scheduler, every_kth, stack_trace, stream, versions
 from diffsteer.errors import ParameterError, StateError
 from diffsteer.schedulers import SchedulerView
@@ -117,6 +117,8 @@ def sample(
     MissingContextError, ParameterError, UnsupportedError, NonFiniteError
     """
     method = method if method is not None else Unguided()
+    check_method(method)
+    device = usable(device)
     if first < 0:
         raise ParameterError(f"samples are numbered from 0: first at least 0, got {first}")
     shape = checked_shape(denoiser, shape, num_samples, batch_size, seed, x_T)
@@ -130,7 +132,7 @@ def sample(
     with advancing(progress, num_samples * len(view.timesteps)) as advance:
         for start in range(0, num_samples, batch):
             numbers = torch.arange(first + start, first + start + batch)
-            chunk = _Chunk(nets, method, numbers, seed, dtype, torch.device(device), batching)
+            chunk = _Chunk(nets, method, numbers, seed, dtype, device, batching)
             noise = None
             if x_T is not None:
                 noise = x_T[(numbers - first) % num_samples].to(device, dtype)
@@ -159,6 +161,15 @@ def sample(
         "versions": versions(),
     }  # fmt: skip
     return Result(torch.cat(samples), merged, torch.cat(nfe), record)
+
+
+def check_method(method: Any) -> None:
+    """Refuse what is no guidance method."""
+    if not isinstance(method, Guidance):
+        raise ParameterError(
+            f"method must be a Guidance, got {method!r}; parse_method() makes one of a text, and what optimizes its "
+            "start goes to optimize_latents()"
+        )
 
 
 def checked_shape(

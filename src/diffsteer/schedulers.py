@@ -240,7 +240,7 @@ class SchedulerView(ScheduleReading):
             own.set_timesteps(steps, device=device)
         except ValueError as error:
             if "`mu` must be passed" not in str(error):
-                raise
+                raise ParameterError(f"{type(scheduler).__name__} cannot take {steps} steps: {error}") from error
             shift = "shift" if "shift" in own.config else "flow_shift"
             raise UnsupportedError(
                 f"this {type(scheduler).__name__} has use_dynamic_shifting=True: it shifts its levels by the size of "

@@ -22,15 +22,15 @@ from typing import Any, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffsteer.core import Guidance
 from diffsteer.denoisers import Denoiser
-from diffsteer.engine import describe, describe_scheduler, plain
+from diffsteer.engine import check_batching, describe, describe_scheduler, every_kth, plain
 from diffsteer.errors import ParameterError, StateError
-from diffsteer.files import whole, write_text
-from diffsteer.sampling import Result, Unguided, advancing, sample
+from diffsteer.files import write_tensors, write_text
+from diffsteer.sampling import Result, Unguided, advancing, check_method, checked_shape, sample
+from diffsteer.schedulers import SchedulerView
 
 
 def sample_to(
@@ -89,22 +89,23 @@ def sample_to(
         )
     method = method if method is not None else Unguided()
     asked = {**keywords, "num_samples": num_samples, "batch_size": batch_size}
-    run = _opened(Path(folder), _configuration(denoiser, method, asked))
+    bound = inspect.signature(sample).bind(denoiser, method, **asked)
+    bound.apply_defaults()
+    _check(bound.arguments)
+    run = _opened(Path(folder), _configuration(bound.arguments))
     missing = run.missing()
     found = next((k for k in range(len(run)) if k not in missing), None)
     if keywords.get("batching") == "auto" and found is not None:
         keywords["batching"] = run[found].record["batching"]  # as it was measured then
     rank, processes = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    with advancing(progress, sum(map(run.size, missing))) as advance:
-        for k in missing:
-            if k % processes == rank:
-                size = run.size(k)
-                part = sample(
-                    denoiser, method, num_samples=size, batch_size=batch_size, first=k * batch_size, **keywords
-                )
-                run.write(k, part)
-                keywords["batching"] = part.record["batching"]
-                advance(size)
+    mine = [k for k in missing if k % processes == rank]
+    with advancing(progress, sum(map(run.size, mine))) as advance:
+        for k in mine:
+            size = run.size(k)
+            part = sample(denoiser, method, num_samples=size, batch_size=batch_size, first=k * batch_size, **keywords)
+            run.write(k, part)
+            keywords["batching"] = part.record["batching"]
+            advance(size)
     return run
 
 
@@ -164,9 +165,7 @@ class StoredRun(Sequence[Result]):
         """Keep a chunk."""
         tensors = {"samples": part.samples, "nfe": part.nfe}
         tensors |= {f"trace.{name}": value for name, value in part.trace.items()}
-        with whole(self._path(k)) as path:
-            contiguous = {name: value.contiguous() for name, value in tensors.items()}
-            save_file(contiguous, path, {"record": json.dumps(part.record)})
+        write_tensors(self._path(k), tensors, {"record": json.dumps(part.record)})
 
     def _path(self, k: int) -> Path:
         return self.folder / f"chunk-{k:06d}.safetensors"
@@ -192,11 +191,20 @@ def _readable(path: Path) -> bool:
         return False
 
 
-def _configuration(denoiser: Denoiser, method: Guidance, asked: Mapping[str, Any]) -> dict[str, Any]:
+def _check(asked: Mapping[str, Any]) -> None:
+    """Refuse what sampling will refuse, before anything is written."""
+    check_method(asked["method"])
+    shape, numbers = asked["shape"], (asked["num_samples"], asked["batch_size"], asked["seed"])
+    checked_shape(asked["denoiser"], shape, *numbers, None)
+    every_kth(asked["trace"])
+    check_batching(asked["batching"])
+    SchedulerView(asked["scheduler"], asked["steps"], asked["eta"]).require(asked["method"].needs)
+
+
+def _configuration(asked: Mapping[str, Any]) -> dict[str, Any]:
     """All that the samples depend on, as plain data; networks, tensors and unnamed code by a hash of their values."""
-    bound = inspect.signature(sample).bind(denoiser, method, **asked)
-    bound.apply_defaults()
-    values = {k: v for k, v in bound.arguments.items() if k not in ("callback", "progress", "x_T", "first")}
+    values = {k: v for k, v in asked.items() if k not in ("callback", "progress", "x_T", "first")}
+    method = values["method"]
     values |= {"method": describe(method), "dtype": str(values["dtype"]), "device": str(values["device"])}
     values["scheduler"] = describe_scheduler(values["scheduler"])
     hashed = {name: values[name] for name in ("denoiser", "models")}
@@ -232,7 +240,7 @@ def _feed(digest: Any, value: Any, within: tuple[int, ...] = ()) -> None:
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     elif isinstance(value, nn.Module):
-        _feed(digest, dict(value.state_dict()), within)
+        _feed(digest, [repr(value), _settings(value), dict(value.named_buffers()), dict(value.state_dict())], within)
     elif isinstance(value, Mapping):
         for name, part in value.items():
             digest.update(str(name).encode())
@@ -244,6 +252,17 @@ def _feed(digest: Any, value: Any, within: tuple[int, ...] = ()) -> None:
         _feed(digest, parts, (*within, id(value)))
     else:
         digest.update(re.sub(" at 0x[0-9a-f]+", "", str(plain(value))).encode())
+
+
+def _settings(net: nn.Module) -> dict[str, Any]:
+    """What a network and its parts keep beside their tensors: numbers, names and switches."""
+    kept = {
+        f"{name}.{setting}": value
+        for name, part in net.named_modules()
+        for setting, value in vars(part).items()
+        if isinstance(value, (int, float, str, tuple)) and not setting.startswith("_") and setting != "training"
+    }
+    return {**kept, **dict(getattr(net, "config", {}))}
 
 
 def _parts(value: Any) -> Any:

@@ -177,5 +177,8 @@ def test_refuses(model, real) -> None:
         Plan(images=1)
     with pytest.raises(ParameterError, match="held-out images"):
         tasks_of(model, "inpainting", Plan(images=1000), real)
+    other = replace(model, config={**model.config, "classes": list("ABCDEFGHIJ")})
+    with pytest.raises(ParameterError, match="the model's classes are"):
+        real_images(other, "digits")
     with pytest.raises(ParameterError, match="two of each class"):
         tasks_of(model, "labels", Plan(choosing=9), real)

@@ -98,6 +98,9 @@ def test_the_shipped_pipeline_is_guided_to_a_patch_and_runs_are_kept(
 def test_what_has_no_say_in_a_layout_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="one task, a layout"):
         bench_energy("shapes", Plan(tasks=("labels",)), out=tmp_path)
-    with pytest.raises(UnknownNameError, match="known: unguided, dps, mpgd, freedom, ug"):
+    with pytest.raises(UnknownNameError, match="known: unguided, dps, mpgd, freedom, ugd"):
         bench_energy("shapes", Plan(methods=("lgd",)), out=tmp_path)
+    for wrong in ({"plan": Plan(samples=50)}, {"data": "digits"}):
+        with pytest.raises(ParameterError, match="leave data and samples out"):
+            bench_energy("shapes", out=tmp_path, **wrong)
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from diffsteer.bench.findings import finding
 from diffsteer.bench.removal import scheduler
 from diffsteer.bench.tasks import CLASSES, EMBEDDED, ONE, TUNED, TWICE, TWO, Bench, Classes, Column
 from diffsteer.bench.trials import TRIALS, Trial, method_of
-from diffsteer.errors import UnknownNameError
+from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
 from diffsteer.methods import entry
 
 
@@ -178,6 +178,11 @@ def test_the_command_resumes_and_writes_every_task(tmp_path: Path) -> None:
 def test_an_unknown_trial_is_an_error_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="known: "):
         bench_methods(out=tmp_path, only=("magic",))
+    with pytest.raises(ParameterError, match="at least 20 samples"):
+        bench_methods(out=tmp_path, samples=10)
+    with pytest.raises(UnsupportedError, match="--part weak"):
+        bench_methods("mnist", out=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_claim_that_holds_at_few_scales_shows_in_part() -> None:

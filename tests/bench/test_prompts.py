@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("transformers", reason='needs pip install "diffsteer[pipelines]"')
 
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
@@ -117,6 +118,19 @@ def test_other_weights_have_another_name(pipe) -> None:
     assert before != fingerprint(tiny.stable_diffusion(unet=tiny.unet(seed=9)))
 
 
+def test_another_schedule_has_another_name_too() -> None:
+    other = tiny.stable_diffusion()
+    other.scheduler = type(other.scheduler).from_config(other.scheduler.config, prediction_type="v_prediction")
+    assert fingerprint(other) != fingerprint(tiny.stable_diffusion())
+
+
+def test_large_runs_are_read_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16 * 16)  # a third of a run's: an attack, thinks Pillow
+    made, again = (bench.run(PLAN.grid[0], SAMPLER, "np", 1.0).pictures for _ in range(2))
+    assert np.array_equal(made, again)
+    assert Image.MAX_IMAGE_PIXELS == 16 * 16
+
+
 def test_a_scale_of_zero_moves_nothing_and_others_do(bench: Bench) -> None:
     pair = PLAN.grid[0]
     assert bench.moved(pair, SAMPLER, "np", 0.0).max() < 0.01  # a rounded pixel
@@ -135,6 +149,14 @@ def test_rejection_throws_away_and_pays(bench: Bench) -> None:
     assert (none.n, line.n) == (3, 2)
     assert line.nfe == pytest.approx(none.nfe * 1.5)
     assert line.kl < none.kl
+
+
+def test_where_hardly_anything_is_kept_there_is_no_rejection_row(bench: Bench) -> None:
+    bench.judge = type("Dark", (Bright,), {"__call__": lambda self, *seen: replace(
+        Bright.__call__(self, *seen), forbidden=np.array([1.0, 1.0, *[0.0] * (len(seen[0]) - 2)])
+    )})()  # fmt: skip
+    assert measure(bench, SAMPLER, "related", PLAN.grid[:1], "rejection", 0.0) is None
+    assert measure(bench, SAMPLER, "related", PLAN.grid[:1], "none", 0.0).kl is not None
 
 
 def test_intervals_know_how_little_was_seen(bench: Bench) -> None:
@@ -246,6 +268,9 @@ def test_methods_have_their_own_names_and_wrong_ones_are_refused() -> None:
         method_for("magic", 1.0, guidance_scale=1.5, dng=DNG, steps=25)
     with pytest.raises(UnknownNameError, match="magic"):
         Plan(methods=("magic",))
+    for wrong in ({"samples": 1}, {"rollouts": 1}, {"batch_size": 0}, {"samplers": (("ddim", 0),)}):
+        with pytest.raises(ParameterError, match="at least 2 samples"):
+            Plan(**wrong)
     with pytest.raises(ParameterError, match="ddim:50"):
         parse_sampler("ddim")
     assert parse_sampler("dpm++:25") == ("dpm++", 25)
@@ -257,8 +282,15 @@ def test_a_flow_has_samplers_of_its_own(pipe) -> None:
     assert Plan().on(pipe).samplers == SAMPLERS
     assert Plan.quick().on(flow).samplers == (("flow-euler", 10),)
     assert PLAN.on(pipe) == PLAN
+    assert Plan.quick().but(samplers=(SAMPLER,)).on(pipe).samplers == (SAMPLER,)
+    assert "dng-any" in Plan().on(pipe).methods
+    assert "dng-any" not in Plan(prior=0.1).on(pipe).methods  # it would be dng
+    assert Plan(prior=0.1, methods=("dng-any",)).on(pipe).methods == ("dng-any",)
     assert parse_sampler("flow-euler:28") == FLOW_SAMPLERS[0]
     assert type(scheduler(flow, "flow-euler")) is type(flow.scheduler)
+    multistep = tiny.stable_diffusion_3()
+    multistep.scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    assert Plan().on(multistep).samplers == FLOW_SAMPLERS
     with pytest.raises(UnsupportedError, match="choose of flow-euler"):
         scheduler(flow, "ddim")
     with pytest.raises(UnsupportedError, match="ddpm, euler-a, ddim"):

@@ -26,7 +26,7 @@ from diffsteer.bench.removal import (
     scheduler,
     unguided,
 )
-from diffsteer.errors import UnknownNameError, UnsupportedError
+from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
 
 SETTING = Setting((3,), "ddpm", steps=4, samples=16)
 
@@ -70,6 +70,24 @@ def test_measure_counts_what_the_judge_says(model) -> None:
     assert row.forbidden_interval[0] < 5 / 185 < row.forbidden_interval[1]
     assert row.kl_rejection == pytest.approx(row.kl_uniform, abs=1e-9)
     assert row.kl_rejection == pytest.approx(math.log((1 / 9) / (20.5 / 190)))  # every count raised by a half
+
+
+def test_few_samples_have_no_neighbours(model) -> None:
+    row = measure(model, SETTING, outcome([0, 1, 2, 4, 5]), outcome(list(range(10)) * 5), "x", "1")
+    assert row.precision is row.coverage is None
+    assert row.n == 5
+
+
+def test_the_share_of_a_run_has_that_share_of_its_time() -> None:
+    part = sweeping._first(outcome([0, 1, 2, 3]), 1)
+    assert (len(part.labels), len(part.features), part.seconds) == (1, 1, outcome([0, 1, 2, 3]).seconds / 4)
+
+
+def test_recommended_scales_are_the_samplers(model) -> None:
+    mnist = ds.zoo.load("mnist")
+    kinds = [sweeping.recommended(mnist, ["dng"], kind)["dng"] for kind in ("ddpm", "ddim")]
+    assert kinds == [mnist.guidance["dng"]["scale"], mnist.guidance["dng/ode"]["scale"]]
+    assert kinds[0] != kinds[1]
 
 
 def test_runs_are_kept_and_read_back(model, tmp_path: Path) -> None:
@@ -136,7 +154,9 @@ def test_a_tier_can_be_run_in_parts(model) -> None:
     tier = sweeping.tier_of(model, 1)
     part = sweeping.among(tier, ["ddim:50"])
     assert part.samplers == (("ddim", 50),)
-    assert replace(part, samplers=tier.samplers) == tier
+    assert replace(part, samplers=tier.samplers, final=tier.final) == tier
+    assert part.final is None  # whose scales are chosen under DDPM
+    assert sweeping.among(tier, ["ddim:50", "ddpm:50"]) == tier
     with pytest.raises(UnknownNameError, match="known: ddpm:50, ddim:50"):
         sweeping.among(tier, ["dpm++:25"])
 
@@ -163,6 +183,13 @@ def test_a_model_is_calibrated_in_its_own_folder(model, tmp_path: Path) -> None:
     calibrate_model(mine, "ddim", steps=3, rollouts=110)
     assert mine.calibration(3, "sde") == before
     assert mine.calibration(3, "ode").steps == 3
+
+
+def test_too_little_is_refused_before_anything_runs(model, tmp_path: Path) -> None:
+    for wrong in ({"samples": 31}, {"concepts": 0}, {"concepts": -1}):
+        with pytest.raises(ParameterError, match="at least 32 samples and 1 concept"):
+            sweeping.sweep("digits", replace(sweeping.tier_of(model, 1), **wrong), out=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_method_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -94,6 +95,66 @@ def test_a_folder_of_images_is_cropped_resized_and_split(tmp_path: Path, monkeyp
         assert len(data.heldout_labels) == 2
         assert data.images[data.labels == 1, 0].min() > data.images[data.labels == 0, 0].max()
         assert set(for_images(tuple(data.images.shape[1:]), 2)) >= {"denoiser", "marginal", "judge", "only_1"}
+
+
+def _saved(root: Path, *names: str) -> Path:
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        _picture(20 * i).save(root / name)
+    return root
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "images"
+
+
+def test_no_image_is_left_out_for_what_it_is_called(images: Path) -> None:
+    names = [
+        f"{kind}/{word}_{i}.png" for kind in ("train", "test-tube", "car") for word in ("train", "a") for i in "12"
+    ]
+    data = load(str(_saved(images, *names)), image_size=8)
+    assert data.classes == ("car", "test-tube", "train")
+    assert len(data.labels) + len(data.heldout_labels) == 12
+    assert torch.bincount(data.heldout_labels).tolist() == [1, 1, 1]  # of four of a class, too
+
+
+def test_train_and_test_are_splits(images: Path) -> None:
+    names = [f"{split}/{kind}/{i}.png" for split in ("train", "test") for kind in "ab" for i in range(3)]
+    data = load(str(_saved(images, *names)), image_size=8)
+    assert (len(data.labels), len(data.heldout_labels), data.classes) == (6, 6, ("a", "b"))
+    _saved(images.parent / "other", *(name.replace("test/", "val/") for name in names))
+    with pytest.raises(ParameterError, match="call what is held out 'test'"):
+        load(str(images.parent / "other"))
+
+
+def test_sixteen_bits_and_transparency_become_pictures(images: Path) -> None:
+    _saved(images, "a/0.png", "a/1.png", "b/0.png", "b/1.png")
+    ramp = np.tile(np.linspace(0, 65535, 12).astype(np.uint16), (12, 1))
+    icon = Image.new("RGBA", (12, 12))
+    icon.paste((0, 0, 0, 255), (0, 0, 6, 12))
+    Image.fromarray(ramp).save(images / "a" / "1.png")
+    icon.save(images / "b" / "1.png")
+    data = load(str(images), image_size=12)
+    both = torch.cat([data.images, data.heldout_images])
+    deep = next(x for x in both if x[0, 0].diff().min() > 0)
+    torch.testing.assert_close(deep[0, 0], torch.linspace(-1, 1, 12), atol=0.02, rtol=0)
+    halves = torch.cat([torch.full((6,), -1.0), torch.ones(6)])
+    assert any(torch.equal(x, halves.expand(3, 12, 12)) for x in both)
+
+
+def test_what_is_no_picture_is_named(images: Path) -> None:
+    _saved(images, "a/0.png", "a/1.png", "b/0.png", "b/1.png")
+    with pytest.raises(ParameterError, match="multiple of 4, got 30"):
+        load(str(images), image_size=30)
+    (images / "b" / "1.png").write_bytes(b"nothing")
+    with pytest.raises(ParameterError, match="take it out"):
+        load(str(images))
+    (images.parent / "empty").mkdir()
+    with pytest.raises(ParameterError, match="no images that can be read"):
+        load(str(images.parent / "empty"))
 
 
 def test_a_folder_of_one_class_is_refused(tmp_path: Path, monkeypatch) -> None:

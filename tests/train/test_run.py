@@ -115,6 +115,12 @@ def test_the_marginal_begins_where_the_denoiser_ended_and_takes_its_place(tmp_pa
     config = json.loads((tmp_path / "config.json").read_text())
     assert "marginal" not in config["networks"]
     assert set(config["recipe"]) == {"seed", "denoiser", "marginal"}
+    before = (tmp_path / "denoiser.safetensors").read_bytes()
+    with pytest.raises(ParameterError, match=r"began from another denoiser.*--part marginal --no-resume"):
+        train("digits", tmp_path, parts=["denoiser"], resume=False, lr=1e-2, **small)
+    assert (tmp_path / "denoiser.safetensors").read_bytes() == before
+    train("digits", tmp_path, parts=["marginal"], resume=False, **small)
+    assert (tmp_path / "denoiser.safetensors").read_bytes() != before
 
 
 def test_networks_of_one_class_see_that_class_alone() -> None:

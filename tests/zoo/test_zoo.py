@@ -76,6 +76,30 @@ def test_names_labels_and_contexts(model) -> None:
         ds.zoo.load("cats")
 
 
+def test_classes_with_names_have_numbers_too(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["classes"] = ["cat", "dog", *"23456789"]
+    (copy / "config.json").write_text(json.dumps(config))
+    mine = ds.zoo.load(copy)
+    assert [mine.label(c) for c in ("dog", "1", 1, "9")] == [1, 1, 1, 9]
+    for wrong in ("10", 10, -1, "-1", True, "bird"):
+        with pytest.raises(UnknownNameError, match="unknown concept"):
+            mine.label(wrong)
+
+
+def test_what_uses_the_same_weights_otherwise_is_another_model(model, copy: Path) -> None:
+    assert ds.zoo.load(copy).fingerprint == model.fingerprint
+    path = copy / "config.json"
+    path.write_text(path.read_text().replace('"epsilon"', '"v_prediction"'))
+    assert ds.zoo.load(copy).fingerprint != model.fingerprint
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    for name in ("digits", "shapes"):
+        with pytest.raises(ParameterError, match="device 'gpu' cannot be used here"):
+            ds.zoo.load(name, device="gpu")
+
+
 def test_a_users_folder_loads_like_a_shipped_one(model, copy: Path) -> None:
     mine = ds.zoo.load(copy)
     x = torch.zeros(2, 1, 8, 8)

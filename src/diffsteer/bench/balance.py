@@ -141,8 +141,8 @@ def kl_interval(
     shares, kept = _target(target, counts, kept)
     observed = _counts(counts)
     size = round(float(observed.sum()))
-    if size < 1:
-        raise ParameterError("kl_interval needs at least one counted sample.")
+    if size < 1 or (target_samples is not None and target_samples < 1):
+        raise ParameterError("kl_interval needs at least one counted sample, and one behind the target.")
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(size, _half(observed), size=check_resamples(n)).astype(np.float64)
     if target_samples is not None:

@@ -24,8 +24,8 @@ from diffsteer.bench.report import MethodPanel
 from diffsteer.bench.sweep import bars
 from diffsteer.bench.tasks import Bench
 from diffsteer.bench.trials import TRIALS, method_of
-from diffsteer.errors import UnknownNameError
-from diffsteer.files import check_writable, write_text
+from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
+from diffsteer.files import check_writable, write_figure, write_text
 from diffsteer.zoo import Model
 
 
@@ -57,7 +57,12 @@ def bench_methods(
     for wanted in only:
         if wanted not in known:
             raise UnknownNameError("trial", wanted, sorted(known))
-    bench = Bench(zoo.load_model(name), samples, steps, out / "runs")
+    if samples < 20 or steps < 1:
+        raise ParameterError(f"needs at least 20 samples and 1 step, got {samples} and {steps}")
+    model = zoo.load_model(name)
+    if "weak" not in model.config["networks"]:
+        raise UnsupportedError(f"{name} has no weak network beside it; train it (diffsteer train ... --part weak)")
+    bench = Bench(model, samples, steps, out / "runs")
     check_writable(out / "methods.json")
     plan = [
         (key, w)
@@ -181,7 +186,7 @@ def _draw(path: Path, lines: Sequence[Line]) -> None:
             axis.grid(alpha=0.25, which="both", lw=0.4)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=6.5)
-        figure.savefig(path, dpi=150, metadata={"Software": None})
+        write_figure(path, figure, dpi=150)
 
 
 def _seen(line: Line, name: str) -> float:

@@ -302,6 +302,10 @@ def bench_energy(
     if zoo.draws_shapes(name):
         if plan.tasks != TASKS:
             raise ParameterError("the pipeline of the drawn world has one task, a layout; leave tasks out")
+        if data is not None or plan.samples not in (Plan.samples, Plan.quick().samples):
+            raise ParameterError(
+                "a layout needs no data and has pictures (images=), not samples; leave data and samples out"
+            )
         methods = plan.methods if plan.methods != Plan.methods else tuple(METHODS)
         return run_layout(
             name, out=out, pictures=plan.images, choosing=plan.choosing, steps=plan.steps, methods=methods,
@@ -349,7 +353,7 @@ def bench_energy(
             pictures[kind] = report.pictures() + [
                 Picture(line.label, outcome.pixels, outcome.labels != report.wanted) for line, outcome in found.values()
             ]
-    write(out, model, lines, pictures, steps=plan.steps, noise=NOISE, diverged=diverged)
+    write(out, model, lines, pictures, diverged, steps=plan.steps, noise=NOISE)
     console.print((out / "energy.md").read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
     return lines
 
@@ -363,6 +367,10 @@ def real_images(model: Model, data: str | None = None) -> Dataset:
     if tuple(real.images.shape[1:]) != shape:
         raise ParameterError(
             f"the model makes images {shape}, the data are {tuple(real.images.shape[1:])}: {real.name}"
+        )
+    if list(real.classes) != model.classes:
+        raise ParameterError(
+            f"the model's classes are {model.classes}, the data's {list(real.classes)}; give the data it was trained on"
         )
     return real
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffsteer.bench.intervals import Interval
 from diffsteer.bench.report_tables import rows_to_csv
-from diffsteer.files import write_text
+from diffsteer.files import write_figure, write_text
 from diffsteer.zoo import Model
 
 COLUMNS = 20  # pictures in a row
@@ -59,15 +59,20 @@ class Picture:
 
 
 def write(
-    out: Path, model: Model, lines: Sequence[Line], pictures: Mapping[str, Sequence[Picture]], **facts: Any
-) -> None:
-    """energy.json, energy.csv, energy.md and <task>.png."""
-    record = {"model": model.name, "fingerprint": model.fingerprint, **facts, "lines": [asdict(line) for line in lines]}
+    out: Path, model: Model, lines: Sequence[Line], pictures: Mapping[str, Sequence[Picture]],
+    diverged: Sequence[str], **facts: Any,
+) -> None:  # fmt: skip
+    """energy.json, energy.csv, energy.md and <task>.png; ``diverged`` names the runs that left the numbers behind."""
+    record = {
+        "model": model.name, "fingerprint": model.fingerprint, **facts, "diverged": diverged,
+        "lines": [asdict(line) for line in lines],
+    }  # fmt: skip
     write_text(out / "energy.json", json.dumps(record, indent=1) + "\n")
     write_text(out / "energy.csv", rows_to_csv(lines, Line))
-    write_text(out / "energy.md", "\n".join(markdown(lines)))
+    write_text(out / "energy.md", "\n".join([*markdown(lines), *lost(diverged)]))
     for task, rows in pictures.items():
-        draw(out / f"{task}.png", rows)
+        if rows:
+            draw(out / f"{task}.png", rows)
 
 
 def markdown(lines: Sequence[Line]) -> list[str]:
@@ -90,6 +95,11 @@ def markdown(lines: Sequence[Line]) -> list[str]:
             text.append("| " + " | ".join([*cells, f"{m.nfe:g}", f"{m.seconds:.0f}"]) + " |")
         text.append("")
     return text
+
+
+def lost(diverged: Sequence[str]) -> list[str]:
+    """A line about runs that have no figures."""
+    return [f"NaN or infinity, and no figures: {', '.join(diverged)}.", ""] if diverged else []
 
 
 def _share(value: float, interval: Interval) -> str:
@@ -122,6 +132,4 @@ def draw(path: Path, rows: Sequence[Picture]) -> None:
         axis.set_xticks([])
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-        figure.savefig(
-            path, dpi=200, bbox_inches="tight", pad_inches=0.05, metadata={"Software": None}
-        )  # with the names
+        write_figure(path, figure, dpi=200, bbox_inches="tight", pad_inches=0.05)  # with the names

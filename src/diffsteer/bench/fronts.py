@@ -92,7 +92,7 @@ def removal_hypervolume(shares: ArrayLike, kls: ArrayLike, n: int, unguided_shar
     >>> round(removal_hypervolume([0.01], [0.01], n=1000, unguided_share=0.1), 9)
     2.0
     """
-    return _log_hypervolume(shares, kls, n, unguided_share, floor=0.5 / n, reference=1.0)
+    return _log_hypervolume(shares, kls, n, unguided_share, floor=0.5 / max(n, 1), reference=1.0)
 
 
 def distance_hypervolume(

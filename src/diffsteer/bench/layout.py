@@ -21,7 +21,7 @@ import diffsteer as ds
 from diffsteer import zoo
 from diffsteer.adapters import attach
 from diffsteer.bench import intervals
-from diffsteer.bench.energy_report import Picture, draw
+from diffsteer.bench.energy_report import Picture, draw, lost
 from diffsteer.bench.prompt_runs import fingerprint
 from diffsteer.bench.removal import Outcome, read_outcome, write_outcome
 from diffsteer.bench.sweep import bars
@@ -70,7 +70,7 @@ METHODS: Mapping[str, tuple[Callable[[Residual, float], Guidance], tuple[float, 
     "freedom": (
         lambda energy, w: ds.FreeDoM(energy, w, normalize="eps", num_recurrences=1, base=_PROMPTED), (0.025, 0.05, 0.1),
     ),
-    "ug": (
+    "ugd": (
         lambda energy, w: ds.UniversalGuidance(
             _squared(energy), w, num_recurrences=1, num_x0_iterations=0, base=_PROMPTED
         ),
@@ -140,6 +140,7 @@ def run_layout(
     pipe.set_progress_bar_config(disable=True)
     chosen = {key: METHODS[key] for key in METHODS if key in methods}
     tallies, shown = list[Tally](), [Picture("painted", painted(_dealt(REPORTED, pictures)))]
+    diverged: list[str] = []
     console = Console()
     with bars(console) as progress:
         bar = progress.add_task("layout", total=sum(len(scales) + (len(scales) > 1) for _, scales in chosen.values()))
@@ -151,6 +152,7 @@ def run_layout(
             try:
                 outcome = _run(pipe, key, scale, patches, steps, out / "runs")
             except NonFiniteError:
+                diverged.append(f"{key} {scale:g}")
                 return None
             finally:
                 progress.advance(bar)
@@ -166,9 +168,12 @@ def run_layout(
                     tally, outcome = done
                     tallies.append(tally)
                     shown.append(Picture(tally.label, outcome.pixels, outcome.labels < 3))
-    record = {"pipeline": str(name), "steps": steps, "near": NEAR, "side": SIDE, "lines": [asdict(t) for t in tallies]}
+    record = {
+        "pipeline": str(name), "steps": steps, "near": NEAR, "side": SIDE, "diverged": diverged,
+        "lines": [asdict(t) for t in tallies],
+    }  # fmt: skip
     write_text(out / "layout.json", json.dumps(record, indent=1) + "\n")
-    write_text(out / "layout.md", "\n".join([*_table(tallies), ""]))
+    write_text(out / "layout.md", "\n".join([*_table(tallies), "", *lost(diverged)]))
     draw(out / "layout.png", shown)
     console.print((out / "layout.md").read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True)
     return tallies

@@ -12,6 +12,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from diffsteer.files import write_figure
+
 if TYPE_CHECKING:
     from diffsteer.bench.report import MethodPanel
     from diffsteer.bench.sweep import Entry
@@ -56,7 +58,7 @@ def draw_samples(
             axis.imshow(sheet, interpolation="nearest")
             axis.set_title(f"{panel.label}\n{forbidden.mean():.1%} {framed}")
             axis.axis("off")
-        figure.savefig(path, dpi=200, metadata={"Software": None})
+        write_figure(path, figure, dpi=200)
 
 
 def draw_fronts(out: Path, entries: Sequence[Entry]) -> None:
@@ -90,7 +92,7 @@ def draw_fronts(out: Path, entries: Sequence[Entry]) -> None:
             handles, labels = axes[0, 0].get_legend_handles_labels()
             columns = min(len(labels), max(2, 2 * len(concepts) - 3))  # as many labels as the panels are wide
             figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
-            figure.savefig(out / f"fronts-{kind}.png", dpi=150, metadata={"Software": None})
+            write_figure(out / f"fronts-{kind}.png", figure, dpi=150)
 
 
 def draw_rows(path: Path, groups: Sequence[tuple[str, Sequence[tuple[str, Any]]]]) -> None:
@@ -106,4 +108,4 @@ def draw_rows(path: Path, groups: Sequence[tuple[str, Sequence[tuple[str, Any]]]
                 axis.set_ylabel(textwrap.fill(label, 30), rotation=0, ha="right", va="center")
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(False)
-        figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})
+        write_figure(path, figure, dpi=150, bbox_inches="tight")

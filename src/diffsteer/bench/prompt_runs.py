@@ -25,7 +25,8 @@ from diffsteer.bench import balance, intervals
 from diffsteer.bench.judges import Judge, Verdict
 from diffsteer.bench.removal import digest
 from diffsteer.core import Guidance
-from diffsteer.engine import describe, plain, stream
+from diffsteer.denoisers import prediction_space
+from diffsteer.engine import describe, describe_scheduler, plain, stream
 from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
 from diffsteer.files import whole, write_text
 from diffsteer.methods import (
@@ -131,7 +132,7 @@ class Plan:
     samplers : tuple of (str, int)
         Schedulers and steps; by default ``SAMPLERS``, of a flow ``FLOW_SAMPLERS``.
     steps : int, optional
-        Of every sampler, instead of its own.
+        Of the default samplers, instead of their own.
     samples : int
         Pictures per run, under the same seeds for every method; the rejection set has four times as many, of others.
     guidance_scale : float
@@ -139,8 +140,8 @@ class Plan:
     methods : tuple of str
         Of ``SCALES``.
     prior : float, optional
-        Of the negative prompt's posterior, the same for all pairs, and no calibration. By default prior and reading are
-        calibrated: on each prompt, or on the empty one.
+        Of the negative prompt's posterior, the same for all pairs, and no calibration: "dng-any" is then "dng", and
+        left out beside it. By default prior and reading are calibrated: on each prompt, or on the empty one.
     rollouts : int
         Pictures behind each calibration, under seeds of their own.
     batch_size, seed : int
@@ -163,9 +164,13 @@ class Plan:
         return cls(samples=4, steps=10, rollouts=64, batch_size=16)
 
     def on(self, pipe: Any) -> Plan:
-        """The same with the samplers of a pipeline."""
-        samplers = self.samplers or (FLOW_SAMPLERS if _is_flow(pipe) else SAMPLERS)
-        return self.but(samplers=tuple((name, self.steps or steps) for name, steps in samplers))
+        """The same with the samplers of a pipeline, and without what would be run twice."""
+        own = FLOW_SAMPLERS if _is_flow(pipe) else SAMPLERS
+        same = self.prior is not None and "dng" in self.methods
+        return self.but(
+            samplers=self.samplers or tuple((name, self.steps or steps) for name, steps in own),
+            methods=tuple(name for name in self.methods if not (same and name == "dng-any")),
+        )
 
     def but(self, **changes: Any) -> Plan:
         """The same with other values, where they are not None."""
@@ -175,6 +180,8 @@ class Plan:
         for name in self.methods:
             if name not in SCALES:
                 raise UnknownNameError("method", name, SCALES)
+        if min(self.samples, self.rollouts) < 2 or min(self.batch_size, *(n for _, n in self.samplers), 1) < 1:
+            raise ParameterError("needs at least 2 samples, 2 rollouts, and 1 step")
         for pair in self.grid:
             if not pair.prompt or not pair.negative:
                 raise ParameterError("a pair needs a prompt and a negative prompt")
@@ -267,7 +274,7 @@ def scheduler(pipe: Any, name: str) -> Any:
 
 
 def _is_flow(pipe: Any) -> bool:
-    return type(pipe.scheduler).__name__.startswith("FlowMatch")
+    return prediction_space(pipe.scheduler.config.get("prediction_type", "flow")) == "flow"
 
 
 @dataclass(frozen=True)
@@ -287,7 +294,6 @@ class Bench:
     ) -> None:
         self.pipe, self.judge, self.plan, self.store, self.arguments = pipe, judge, plan, store, arguments or {}
         self.fingerprint = fingerprint(pipe)
-        self._read: dict[Path, Run] = {}
         pipe.set_progress_bar_config(disable=True)
 
     def run(self, pair: Pair, sampler: tuple[str, int], method: str, scale: float, *, target: bool = False) -> Run:
@@ -303,9 +309,7 @@ class Bench:
             "seed": plan.seed + target, "samples": plan.samples * (4 if target else 1), **self.arguments,
         }  # fmt: skip
         path = self.store / f"{digest(context)}.png"
-        if path not in self._read:
-            self._read[path] = _open(path) if path.is_file() else self._make(guide, context, path)
-        return self._read[path]
+        return _open(path) if path.is_file() else self._make(guide, context, path)
 
     def tracker(self, prompt: str, negative: str, sampler: tuple[str, int]) -> DynamicNegativeGuidance:
         """Dynamic negative guidance for a negative prompt, calibrated on a prompt unless the plan says otherwise."""
@@ -388,8 +392,18 @@ def _save(path: Path, run: Run, context: Mapping[str, Any]) -> None:
         side_by_side.save(part, "PNG", pnginfo=facts)
 
 
+@contextmanager
+def _unlimited() -> Iterator[None]:
+    """Pictures may be as large as a run of ours is: Pillow takes large ones of strangers for an attack."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 def _open(path: Path) -> Run:
-    with Image.open(path) as sheet:
+    with _unlimited(), Image.open(path) as sheet:
         facts = json.loads(sheet.text["run"])  # type: ignore[attr-defined]
         number, height, width, _ = facts["shape"]
         pictures = np.asarray(sheet).reshape(height, number, width, 3).transpose(1, 0, 2, 3)
@@ -397,8 +411,8 @@ def _open(path: Path) -> Run:
 
 
 def fingerprint(pipe: Any) -> str:
-    """A hash of a pipeline's weights: runs of different ones never mix."""
-    digest = hashlib.sha256()
+    """A hash of a pipeline's weights and schedule: runs of different ones never mix."""
+    digest = hashlib.sha256(json.dumps(describe_scheduler(pipe.scheduler), sort_keys=True).encode())
     for name, part in sorted(pipe.components.items()):
         if isinstance(part, torch.nn.Module):
             for key, value in part.state_dict().items():
@@ -414,14 +428,16 @@ def sampler_name(sampler: tuple[str, int]) -> str:
 
 def measure(
     bench: Bench, sampler: tuple[str, int], pairs: str, among: Sequence[Pair], method: str, scale: float
-) -> Line:
-    """Mean figures over some pairs."""
+) -> Line | None:
+    """Mean figures over some pairs; None where rejection keeps too few pictures of one."""
     verdicts = [bench.verdict(pair, sampler, method, scale) for pair in among]
+    if any(len(v.forbidden) < 2 for v in verdicts):
+        return None
     runs = [bench.run(pair, sampler, "none" if method == "rejection" else method, scale) for pair in among]
     kl = kl_interval = distance = distance_interval = undecided = None
     if bench.judge.decides:
         targets = [bench.verdict(pair, sampler, "rejection", 0.0, target=True) for pair in among]
-        if all((~v.undecided).any() for v in (*verdicts, *targets)):  # else there is nothing to compare
+        if all(len(v.undecided) > 1 and (~v.undecided).any() for v in (*verdicts, *targets)):  # else nothing compares
             both = zip(verdicts, targets, strict=True)
             kl, kl_interval = _mean([(_kl(t.groups), v.attributes, t.attributes) for v, t in both])
         undecided = float(np.mean([v.undecided.mean() for v in verdicts]))

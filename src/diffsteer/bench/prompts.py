@@ -62,7 +62,8 @@ def bench_prompts(pipeline: str, plan: Plan, *, out: Path, clip: str = CLIP, dev
         def line(sampler: tuple[str, int], pairs: str, among: Sequence[Pair], method: str, scale: float) -> None:
             progress.update(task, description=f"{sampler[0]} {method} {scale:g}")
             if among and not (method == "rejection" and not bench.judge.decides):
-                lines.append(measure(bench, sampler, pairs, among, method, scale))
+                measured = measure(bench, sampler, pairs, among, method, scale)
+                lines.extend([measured] if measured else [])
             progress.advance(task)
 
         for sampler in plan.samplers:

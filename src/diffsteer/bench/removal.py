@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diffsteer.bench import balance, intervals, metrics
@@ -25,7 +24,7 @@ from diffsteer.bench.report import MethodRow
 from diffsteer.calibration import calibrate
 from diffsteer.core import Guidance
 from diffsteer.errors import UnknownNameError, UnsupportedError
-from diffsteer.files import whole, write_text
+from diffsteer.files import write_tensors, write_text
 from diffsteer.methods import DynamicNegativeGuidance, NegativePrompting, SafeLatentDiffusion
 from diffsteer.sampling import Result, Unguided, describe, sample
 from diffsteer.zoo import Model
@@ -183,6 +182,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "sld-medium": {"scale": 1.0},
 }
 METHODS = ("unguided", "np", "sld", "sld-medium", "dng", "dng-paper", "ceiling")
+_NEIGHBOURS = 5  # of precision, recall, density and coverage, which fewer samples have not
 UNTOUCHED = 0.1  # root mean square difference of pixels in [-1, 1] below which nobody sees one
 
 
@@ -275,7 +275,9 @@ def measure(
     if base is not None and base.images is not None and outcome.images is not None:
         moved = (outcome.images.float() - base.images.float()).flatten(1).square().mean(1).sqrt() / 127.5
         untouched = float((moved < UNTOUCHED).double().mean())
-    overlap = metrics.precision_recall_density_coverage(rejection, outcome.features)
+    overlap: dict[str, float] = {}
+    if min(len(rejection), len(outcome.features)) > _NEIGHBOURS:
+        overlap = metrics.precision_recall_density_coverage(rejection, outcome.features, k=_NEIGHBOURS)._asdict()
     return MethodRow(
         name=label,
         label=label,
@@ -295,7 +297,7 @@ def measure(
         nfe=outcome.nfe,
         seconds=outcome.seconds,
         untouched=untouched,
-        **overlap._asdict(),
+        **overlap,
     )
 
 
@@ -322,7 +324,10 @@ def asked_otherwise(model: Model, outcome: Outcome, concepts: Sequence[int]) -> 
     """
     asked = torch.arange(len(outcome.labels)) % len(model.classes)
     mask = ~torch.isin(asked, torch.tensor(list(concepts)))
-    return replace(outcome, labels=outcome.labels[mask], features=outcome.features[mask], images=None, result=None)
+    seconds = outcome.seconds * float(mask.double().mean())
+    return replace(
+        outcome, labels=outcome.labels[mask], features=outcome.features[mask], seconds=seconds, images=None, result=None
+    )
 
 
 def digest(context: Mapping[str, Any]) -> str:
@@ -340,8 +345,7 @@ def write_outcome(store: Path, context: dict[str, Any], outcome: Outcome) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"nfe": outcome.nfe, "seconds": outcome.seconds, "record": outcome.record}
     tensors = {"labels": outcome.labels, "features": outcome.features, "images": outcome.images}
-    with whole(path) as part:
-        save_file({k: v for k, v in tensors.items() if v is not None}, part, metadata={"facts": json.dumps(facts)})
+    write_tensors(path, {k: v for k, v in tensors.items() if v is not None}, {"facts": json.dumps(facts)})
 
 
 def read_outcome(store: Path, context: dict[str, Any]) -> Outcome | None:

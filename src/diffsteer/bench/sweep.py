@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from diffsteer.bench.removal import (
 from diffsteer.bench.remove import NAMES
 from diffsteer.bench.report import MethodPanel, MethodRow
 from diffsteer.bench.report_tables import rows_to_csv
-from diffsteer.errors import UnknownNameError, UnsupportedError
+from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
 from diffsteer.files import check_writable, write_text
 from diffsteer.zoo import Model
 
@@ -120,12 +121,14 @@ def tier_of(model: Model, number: int) -> Tier:
 
 
 def among(tier: Tier, samplers: Sequence[str]) -> Tier:
-    """The tier with these of its samplers alone, each as "name:steps"."""
+    """The tier with these of its samplers alone, each as "name:steps"; without the first one, no final point either."""
     own = {f"{kind}:{steps}": (kind, steps) for kind, steps in tier.samplers}
     for name in samplers:
         if name not in own:
             raise UnknownNameError("sampler of this tier", name, own)
-    return replace(tier, samplers=tuple(own[name] for name in samplers))
+    kept = tuple(own[name] for name in own if name in samplers)
+    # operating points are read off the first sampler, and mean nothing under another one
+    return replace(tier, samplers=kept, final=tier.final if kept[:1] == tier.samplers[:1] else None)
 
 
 @dataclass(frozen=True)
@@ -181,12 +184,12 @@ def sweep(name: str, tier: Tier, *, out: Path, separate: bool = False, device: s
     for method in tier.methods:
         if method not in SCALES:
             raise UnknownNameError("method", method, SCALES)
-    model = zoo.load_model(name, device=device)
+    if tier.samples < 32 or tier.concepts < 1:
+        raise ParameterError(f"needs at least 32 samples and 1 concept, got {tier.samples} and {tier.concepts}")
+    model = zoo.load_model(name, device=_own_device(device))
     check_writable(out / "results.json")
     choose, report = halves(model)
-    report = report[: tier.concepts]
-    if separate:
-        report = list(model.alone)
+    report = (list(model.alone) if separate else report)[: tier.concepts]
     choosing = choose if tier.choose and not separate else []
     plan = [
         _Job(
@@ -211,6 +214,8 @@ def sweep(name: str, tier: Tier, *, out: Path, separate: bool = False, device: s
     for setting in dict.fromkeys(job.setting for job in plan):
         entries += _references(model, setting, bases, setting.concepts[0] in report)
     points = operating_points(entries, model, choosing, tier.methods)
+    if not choosing:
+        points = recommended(model, tier.methods, (tier.final or tier.samplers[0])[0])
     final: list[Entry] = []
     if tier.final is not None:
         kind, steps, samples = tier.final
@@ -227,7 +232,8 @@ def sweep(name: str, tier: Tier, *, out: Path, separate: bool = False, device: s
         leads = list(_leads(model, outcomes, bases, report, tier))
         _write(out, model, entries, leads, points, final, tier=asdict(tier), separate=separate)
         for kind, steps in tier.samplers:
-            _grids(out, model, Setting((report[0],), kind, steps, tier.samples, separate=separate), points, bases)
+            shown = points if choosing else recommended(model, tier.methods, kind)
+            _grids(out, model, Setting((report[0],), kind, steps, tier.samples, separate=separate), shown, bases)
         console.print(summary(model, entries, leads, points, final), markup=False, highlight=False)
 
 
@@ -268,10 +274,7 @@ class _Bases:
 
     def base(self, setting: Setting) -> Outcome:
         """Under the same seeds as the methods; the first samples, where a setting asks for fewer."""
-        whole = self._unguided(setting, self.samples, setting.seed)
-        cut = slice(setting.samples)
-        images = None if whole.images is None else whole.images[cut]
-        return replace(whole, labels=whole.labels[cut], features=whole.features[cut], images=images, result=None)
+        return _first(self._unguided(setting, self.samples, setting.seed), setting.samples)
 
     def target(self, setting: Setting) -> Outcome:
         """Under other seeds: its kept samples are the rejection set."""
@@ -283,9 +286,26 @@ class _Bases:
         return conditional(self.model, plain, store=self.store)
 
 
+def _first(outcome: Outcome, samples: int) -> Outcome:
+    """The first samples of a run, for as large a share of its time."""
+    labels, features = outcome.labels[:samples], outcome.features[:samples]
+    images = None if outcome.images is None else outcome.images[:samples]
+    seconds = outcome.seconds * len(labels) / len(outcome.labels)
+    return replace(outcome, labels=labels, features=features, images=images, seconds=seconds, result=None)
+
+
 def _rank() -> tuple[int, int]:
     """This process's number and how many there are."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+_WAIT = timedelta(days=7)
+
+
+def _own_device(device: str) -> str:
+    """Under ``torchrun``, another of a machine's GPUs for each process."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{int(local) % torch.cuda.device_count()}" if device == "cuda" and local else device
 
 
 def _share_out(model: Model, plan: Sequence[_Job], bases: _Bases, store: Path, console: Console, title: str) -> None:
@@ -311,7 +331,7 @@ def _share_out(model: Model, plan: Sequence[_Job], bases: _Bases, store: Path, c
     if world > 1:
         from accelerate import PartialState
 
-        state = PartialState(cpu=not torch.cuda.is_available())
+        state = PartialState(cpu=True, timeout=_WAIT)  # they only meet; the first to finish may wait for hours
         if state.num_processes != world:
             raise UnsupportedError(f"{world} processes were started, but this one sees {state.num_processes}")
         state.wait_for_everyone()
@@ -331,25 +351,25 @@ def _references(model: Model, setting: Setting, bases: _Bases, reported: bool) -
     base = bases.base(setting)
     named = {"unguided": base, "rejection": reject(base, setting.concepts)}
     if not setting.separate:
-        others, cut = asked_otherwise(model, bases.conditional(setting), setting.concepts), slice(setting.samples)
-        named["conditional"] = replace(others, labels=others.labels[cut], features=others.features[cut])
+        others = asked_otherwise(model, bases.conditional(setting), setting.concepts)
+        named["conditional"] = _first(others, setting.samples)
     return [_entry(model, setting, method, 0.0, outcome, bases, reported) for method, outcome in named.items()]
 
 
 def _grids(out: Path, model: Model, setting: Setting, points: Mapping[str, float], bases: _Bases) -> None:
     """The first samples of every method at its operating point, or the swept scale next to it."""
-    outcomes = {"unguided": bases.base(setting)}
+    outcomes = {NAMES["unguided"]: bases.base(setting)}
     for method, scale in points.items():
         near = min(scales_of(model, method, setting.scheduler), key=lambda w: abs(w - scale))
-        outcomes[method] = _Job(setting, method, near).run(model, out / "runs")
+        outcomes[f"{NAMES[method]} {near:g}"] = _Job(setting, method, near).run(model, out / "runs")
     panels = [
         MethodPanel(
-            label=NAMES[method],
+            label=label,
             images=outcome.pixels,
             forbidden=~outcome.kept(setting.concepts),
             class_shares=balance.class_shares(outcome.labels, len(model.classes)),
         )
-        for method, outcome in outcomes.items()
+        for label, outcome in outcomes.items()
         if outcome.images is not None
     ]
     draw_samples(out / f"samples-{sampler_name(setting)}.png", panels)
@@ -360,17 +380,12 @@ def operating_points(
 ) -> dict[str, float]:
     """Per method the scale with the lowest mean KL among those close enough to the judge's floor.
 
-    Read off the classes for choosing alone. Where no scale is safe enough, the safest; where no class was swept for
-    choosing, what the model's folder recommends.
+    Read off the classes for choosing alone. Where no scale is safe enough, the safest.
     """
     names = [model.classes[c] for c in choose]
     margin = MARGINS.get(model.name, 0.01)
     points: dict[str, float] = {}
     for method in methods:
-        if not choose:
-            setting = Setting((0,))
-            points[method] = float(getattr(method_for(model, method, setting), "scale"))  # noqa: B009
-            continue
         scored: list[tuple[bool, float, float]] = []
         chosen = [e for e in entries if e.method == method and e.concept in names]
         for scale in sorted({e.scale for e in chosen}):
@@ -381,6 +396,12 @@ def operating_points(
         if scored:
             points[method] = min(scored)[2]
     return points
+
+
+def recommended(model: Model, methods: Sequence[str], scheduler: str) -> dict[str, float]:
+    """Per method the scale that the model's folder recommends for a sampler."""
+    one = Setting((0,), scheduler)
+    return {method: float(getattr(method_for(model, method, one), "scale")) for method in methods}  # noqa: B009
 
 
 def _leads(

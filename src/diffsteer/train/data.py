@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsteer.errors import ParameterError, UnknownNameError
+from diffsteer.errors import DependencyError, ParameterError, UnknownNameError
 
 __all__ = ["LOADERS", "Dataset", "cifar10", "digits", "image_folder", "load", "mnist"]
 
@@ -49,7 +49,7 @@ def _stratified_split(labels: Tensor, heldout: float, seed: int) -> tuple[Tensor
     kept, held = [], []
     for label in labels.unique():
         rows = rng.permutation(torch.nonzero(labels == label).flatten().numpy())
-        cut = round(heldout * len(rows))
+        cut = max(round(heldout * len(rows)), len(rows) > 1)
         held.append(rows[:cut])
         kept.append(rows[cut:])
     return torch.from_numpy(np.sort(np.concatenate(kept))), torch.from_numpy(np.sort(np.concatenate(held)))
@@ -80,7 +80,7 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError('this data set needs datasets: pip install "diffsteer[train]"') from error
+        raise DependencyError('this data set needs datasets: pip install "diffsteer[train]"') from error
     return datasets
 
 
@@ -132,27 +132,44 @@ def cifar10() -> Dataset:
 def image_folder(folder: Path, image_size: int = 32) -> Dataset:
     """Load a folder with one sub-folder of images per class, or such folders called ``train`` and ``test``.
 
-    Images are cropped to the middle square and resized; all of them are grey if all files are. Without a ``test``
-    folder a tenth of every class is held out.
+    Images are cropped to the middle square and resized; all of them are grey if all files are, and what is transparent
+    is white. Without a ``test`` folder a tenth of every class is held out, at least one image.
 
     Raises
     ------
     ParameterError
-        There are fewer than two classes, or a class has no image left to train on.
+        There are fewer than two classes, a class has no image left to train on, or a file is no image that can be read.
     """
-    splits = _datasets().load_dataset("imagefolder", data_dir=str(folder))
+    if image_size < 4 or image_size % 4:
+        raise ParameterError(f"image_size must be a multiple of 4, got {image_size}")
+    inside = {part.name for part in folder.iterdir() if part.is_dir()}
+    if inside == {"train", "val"} or inside == {"train", "valid"}:
+        raise ParameterError(f"{folder} holds {' and '.join(sorted(inside))}: call what is held out 'test'")
+    files = {split: f"{split}/**" for split in inside} if inside == {"train", "test"} else {"train": "**"}
+    try:
+        splits = _datasets().load_dataset("imagefolder", data_dir=str(folder), data_files=files)
+    except (OSError, ValueError) as error:
+        raise ParameterError(f"{folder} holds no images that can be read ({error})") from error
     if "label" not in splits["train"].features:
         raise ParameterError(f"{folder} holds no classes: put the images of each class into a folder of its name")
     classes = tuple(splits["train"].features["label"].names)
-    grey = all(image.mode in ("L", "1") for split in splits.values() for image in split["image"])
 
-    def read(rows: Any) -> tuple[Tensor, Tensor]:
-        square = [_square(image.convert("L" if grey else "RGB"), image_size) for image in rows["image"]]
-        return _tensors(square), torch.as_tensor(rows["label"])
+    def read(rows: Any) -> tuple[list[Any], Tensor]:
+        try:
+            return [_eight_bits(image) for image in rows["image"]], torch.as_tensor(rows["label"])
+        except (OSError, SyntaxError) as error:  # SyntaxError: a broken PNG
+            raise ParameterError(f"{folder} holds a file that is no image ({error}); take it out") from error
 
-    images, labels = read(splits["train"])
+    pictures = {split: read(rows) for split, rows in splits.items()}
+    grey = all(image.mode in ("L", "1") for images, _ in pictures.values() for image in images)
+
+    def squares(split: str) -> tuple[Tensor, Tensor]:
+        images, labels = pictures[split]
+        return _tensors([_square(image.convert("L" if grey else "RGB"), image_size) for image in images]), labels
+
+    images, labels = squares("train")
     if "test" in splits:
-        training, heldout = (images, labels), read(splits["test"])
+        training, heldout = (images, labels), squares("test")
     else:
         train, held = _stratified_split(labels, heldout=0.1, seed=0)
         training, heldout = (images[train], labels[train]), (images[held], labels[held])
@@ -166,6 +183,19 @@ def image_folder(folder: Path, image_size: int = 32) -> Dataset:
         licence="the user's own",
         note=f"{len(labels)} images, cropped and resized to {image_size}x{image_size} pixels in [-1, 1].",
     )
+
+
+def _eight_bits(image: Any) -> Any:
+    """A picture of 8 bits and without transparency."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        return Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
+    if image.has_transparency_data:
+        laid = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return laid.convert("L" if image.mode == "LA" else "RGB")
+    return image
 
 
 def _square(image: Any, size: int) -> Any:

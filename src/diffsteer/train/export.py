@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,16 +10,17 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffsteer.denoisers import denoiser
 from diffsteer.errors import ParameterError
-from diffsteer.files import write_text
+from diffsteer.files import write_tensors, write_text
 from diffsteer.sampling import Unguided, sample
 from diffsteer.train import data as datasets
 from diffsteer.train.card import card
-from diffsteer.train.loop import averaged, read_checkpoint, write_atomically
+from diffsteer.train.loop import averaged, read_checkpoint
 from diffsteer.train.recipes import PARTS, SCHEDULE
 from diffsteer.zoo.networks import build
 
@@ -51,22 +53,24 @@ def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str
     Raises
     ------
     ParameterError
-        There is no denoiser checkpoint.
+        There is no denoiser checkpoint, or the parts are not of one data set, image size and seed, or the second stage
+        began from another denoiser.
     """
     named = [*PARTS, "marginal", *sorted(path.stem for path in run_dir.glob("only_*.safetensors"))]
     paths = {part: path for part in named if (path := run_dir / f"{part}.safetensors").exists()}
     if "denoiser" not in paths:
         raise ParameterError(f"{run_dir} holds no denoiser.safetensors: train the part 'denoiser' first")
+    checkpoints = {part: read_checkpoint(path) for part, path in paths.items()}
+    _check_alike(run_dir, checkpoints)
     out_dir.mkdir(parents=True, exist_ok=True)
     nets: dict[str, Any] = {}
     networks: dict[str, Any] = {}
     recipe: dict[str, Any] = {}
     record: dict[str, Any] = {}
-    for part, path in paths.items():
-        tensors, record = read_checkpoint(path)
+    for part, (tensors, record) in checkpoints.items():
         weights = {name: _half(value) for name, value in averaged(tensors).items()}
         role = "denoiser" if part == "marginal" else part  # the last one of its role is kept
-        write_atomically(out_dir / f"{role}.safetensors", weights)
+        write_tensors(out_dir / f"{role}.safetensors", weights)
         networks[role] = record["recipe"].pop("network")
         nets[role] = build(networks[role]).eval().requires_grad_(False)
         nets[role].load_state_dict(weights)
@@ -89,7 +93,7 @@ def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str
         "data": {"name": data.name, "licence": data.licence, "note": data.note},
     }
     if "features" in nets and "judge" in nets:
-        rows = torch.linspace(0, len(data.labels) - 1, min(REFERENCES, len(data.labels))).round().long()
+        rows = _evenly(data.images, REFERENCES)
         reference = {
             "features": _in_parts(nets["features"].features, data.images[rows]),
             "labels": data.labels[rows],
@@ -97,10 +101,35 @@ def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str
             "heldout_judged": _in_parts(nets["judge"], data.heldout_images).argmax(1),
         }
         small = {k: v.half() if v.is_floating_point() else v.short() for k, v in reference.items()}
-        write_atomically(out_dir / "reference.safetensors", small)
+        write_tensors(out_dir / "reference.safetensors", small)
     write_text(out_dir / "README.md", card(config, len(data.labels), len(data.heldout_labels)))
     write_text(out_dir / "config.json", json.dumps(config, indent=1) + "\n")
     return config
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """A hash of a network's weights."""
+    return hashlib.sha256(save({name: value.contiguous() for name, value in weights.items()})).hexdigest()[:16]
+
+
+def _check_alike(run_dir: Path, checkpoints: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> None:
+    """Refuse parts that were not trained for one model."""
+    for name in ("dataset", "image_size", "seed"):
+        values = {part: record.get(name) for part, (_, record) in checkpoints.items()}
+        if len({*values.values()}) > 1:
+            raise ParameterError(f"the parts in {run_dir} differ in {name}: {values}; train them alike")
+    if "marginal" in checkpoints:
+        begins = checkpoints["marginal"][1].get("begins")
+        if begins not in (None, fingerprint(averaged(checkpoints["denoiser"][0]))):
+            raise ParameterError(
+                f"{run_dir / 'marginal.safetensors'} began from another denoiser than the one beside it: train it anew "
+                "(--part marginal --no-resume), or delete it"
+            )
+
+
+def _evenly(images: Tensor, number: int) -> Tensor:
+    """Rows of at most ``number`` images of all classes, which may lie one after the other."""
+    return torch.linspace(0, len(images) - 1, min(number, len(images))).round().long()
 
 
 def _in_parts(net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -152,8 +181,9 @@ def _noisy(images: Tensor, timestep: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _denoising_loss(net: nn.Module, images: Tensor, labels: Tensor, timestep: int, number: int) -> float:
-    x_t, t, noise = _noisy(images[:number], timestep)
-    prediction = net(x_t, t, class_labels=labels[:number], return_dict=False)[0]
+    rows = _evenly(images, number)
+    x_t, t, noise = _noisy(images[rows], timestep)
+    prediction = net(x_t, t, class_labels=labels[rows], return_dict=False)[0]
     return round(F.mse_loss(prediction, noise).item(), 4)
 
 
@@ -161,9 +191,10 @@ def _noisy_classifier(
     net: nn.Module, data: datasets.Dataset, levels: Sequence[int], number: int
 ) -> dict[str, list[float]]:
     figures: dict[str, list[float]] = {"heldout_accuracy": [], "heldout_cross_entropy": []}
+    rows = _evenly(data.heldout_images, number)
     for timestep in levels:
-        x_t, t, _ = _noisy(data.heldout_images[:number], timestep)
-        logits, labels = net(x_t, t), data.heldout_labels[:number]
+        x_t, t, _ = _noisy(data.heldout_images[rows], timestep)
+        logits, labels = net(x_t, t), data.heldout_labels[rows]
         figures["heldout_accuracy"].append(_accuracy(logits, labels))
         figures["heldout_cross_entropy"].append(round(F.cross_entropy(logits, labels).item(), 4))
     return figures

@@ -145,7 +145,7 @@ def train_flow(
 
     Raises
     ------
-    ImportError
+    DependencyError
         accelerate is not installed.
     ParameterError
         The checkpoint belongs to another recipe or seed.

@@ -22,18 +22,17 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from diffsteer.errors import ParameterError, UnsupportedError
-from diffsteer.files import whole
+from diffsteer.errors import DependencyError, ParameterError, UnsupportedError
+from diffsteer.files import write_tensors
 from diffsteer.train.recipes import Recipe
 from diffsteer.train.tasks import Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["accelerator", "averaged", "fit", "generator_of_step", "read_checkpoint", "write_atomically"]
+__all__ = ["accelerator", "averaged", "fit", "generator_of_step", "read_checkpoint"]
 
 _REPORT_EVERY = 20  # reading the loss waits for the device
 
@@ -45,7 +44,7 @@ def accelerator() -> Accelerator:
 
     Raises
     ------
-    ImportError
+    DependencyError
         accelerate is not installed.
     UnsupportedError
         The launcher started several processes, but they do not know each other.
@@ -53,7 +52,7 @@ def accelerator() -> Accelerator:
     try:
         from accelerate import Accelerator
     except ImportError as error:
-        raise ImportError('training needs accelerate: pip install "diffsteer[train]"') from error
+        raise DependencyError('training needs accelerate: pip install "diffsteer[train]"') from error
     # without cpu=True, processes on a machine without accelerator would each believe to be alone
     default = "bf16" if torch.cuda.is_available() else "no"
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", default)
@@ -79,13 +78,6 @@ def learning_rate(recipe: Recipe, step: int) -> float:
         return recipe.lr * warm * min(1.0, 4 * (1 - step / recipe.steps))
     progress = max(0, step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
     return recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def write_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write one safetensors file; a reader sees the old file or the new one, never a part."""
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with whole(path) as part:
-        part.write_bytes(save(ready, dict(metadata or {})))  # save_file makes files that only their owner may read
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -162,7 +154,7 @@ def fit(
             tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
         elapsed = seconds + time.perf_counter() - began
         state = {"step": step, "seconds": elapsed, "device": _device_name(acc)}
-        write_atomically(checkpoint, tensors, {"record": json.dumps({**record, **state})})
+        write_tensors(checkpoint, tensors, {"record": json.dumps({**record, **state})})
 
     began = time.perf_counter()
     devices = [acc.device] if acc.device.type == "cuda" else []

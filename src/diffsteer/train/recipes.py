@@ -36,7 +36,7 @@ class Recipe:
         Peak learning rate of AdamW, after ``warmup`` steps.
     decay : {"cosine", "tail"}
         What the learning rate does after the warm-up. With "tail" it is constant and falls to zero over the last
-        quarter only: until then, the number of steps may still be changed.
+        quarter only.
     weight_decay, betas, clip
         AdamW's, and the largest gradient norm.
     ema : float
@@ -66,6 +66,9 @@ class Recipe:
 
     def but(self, **changes: Any) -> Recipe:
         """The same with other values, where they are not None."""
+        for name in ("steps", "batch_size", "lr"):
+            if (value := changes.get(name)) is not None and not value > 0:
+                raise ParameterError(f"{name} must be positive, got {value}")
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
 

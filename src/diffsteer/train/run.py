@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from diffsteer.errors import ParameterError, UnknownNameError
+from diffsteer.files import check_writable
 from diffsteer.train import data as datasets
-from diffsteer.train.export import export
+from diffsteer.train.export import export, fingerprint
 from diffsteer.train.loop import accelerator, averaged, fit, read_checkpoint
 from diffsteer.train.recipes import PARTS, RECIPES, SCHEDULE, Recipe, for_images
 from diffsteer.train.tasks import AUGMENTATIONS, Classify, ClassifyNoisy, Denoise, Marginalise, Task
@@ -62,7 +64,7 @@ def train(
 
     Raises
     ------
-    ImportError
+    DependencyError
         accelerate is not installed.
     UnknownNameError
         There is no such data set or part.
@@ -71,6 +73,9 @@ def train(
     KeyboardInterrupt
         Stopped by a signal; the checkpoint has been written, and the same command resumes.
     """
+    if seed < 0:
+        raise ParameterError(f"seed must be at least 0, got {seed}")
+    check_writable(out / "config.json")
     data = datasets.load(dataset, image_size)
     recipes = RECIPES.get(dataset) or for_images(tuple(data.images.shape[1:]), len(data.classes))
     if parts is None:
@@ -86,7 +91,9 @@ def train(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream)
             net = _denoiser(checkpoints, recipe) if part == "marginal" else build(recipe.network)
-        own = {} if dataset in RECIPES else {"image_size": image_size}
+        own: dict[str, Any] = {} if dataset in RECIPES else {"image_size": image_size}
+        if part == "marginal":
+            own["begins"] = fingerprint(net.state_dict())
         record = {"dataset": dataset, **own, "seed": seed, "recipe": asdict(recipe)}
         path = checkpoints / f"{part}.safetensors"
         fit(net, task(recipe, data, net), recipe, path, seed=stream, record=record, resume=resume)

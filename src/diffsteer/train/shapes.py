@@ -195,7 +195,7 @@ def train_shapes(
 
     Raises
     ------
-    ImportError
+    DependencyError
         accelerate is not installed.
     ParameterError
         A checkpoint belongs to another recipe or seed.

@@ -184,7 +184,7 @@ def train_student(
 
     Raises
     ------
-    ImportError
+    DependencyError
         accelerate is not installed.
     ParameterError
         The checkpoint belongs to another recipe or seed.
