@@ -2,9 +2,10 @@
 
 Follows unguided rollouts of a trained model and asks at each level how well a witness tells the samples that the judge
 will call a class from the others (area under the ROC curve; 0.5 knows nothing, 1 everything). The witnesses are DNG's
-tracked log-odds, made of the denoiser's own evaluations, and the model's noise-aware classifier. Classes for choosing
-alone. Prints a Markdown table of means over the classes, with the odds that the finished samples' likelihood ratio
-gives in the last line, which no path leads to.
+tracked log-odds, made of the denoiser's own evaluations, and the model's noise-aware classifier; under any sampler, and
+by any estimator of the tracker, which is nowhere frozen. Classes for choosing alone. Prints a Markdown table of means
+over the classes, with the odds that the finished samples' likelihood ratio gives in the last line, which no path leads
+to.
 """
 
 from __future__ import annotations
@@ -30,31 +31,39 @@ def main() -> None:
     parser.add_argument("--model", default="digits")
     parser.add_argument("--classes", type=int, nargs="*", help="default: all for choosing")
     parser.add_argument("--samples", type=int, default=600)
+    parser.add_argument("--sampler", default="ddpm")
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--estimator", default="", help="default: the model's for the sampler")
     options = parser.parse_args()
     model = ds.zoo.load(options.model)
     classes = tuple(options.classes or halves(model)[0])
-    setting = Setting(classes, "ddpm", options.steps, options.samples)
-    plain = replace(method_for(model, "dng", setting, 0.0), calibration=None)
+    setting = Setting(classes, options.sampler, options.steps, options.samples)
+    plain = replace(method_for(model, "dng", setting, 0.0), calibration=None, rho_min=0.0)
+    if options.estimator:
+        plain = replace(plain, estimator=options.estimator)
     told: list[Tensor] = []  # the classifier's probabilities, (classes, N) a step
     names = model.negatives(classes)
-    den, sampler = model.denoiser(neg=classes), scheduler(model, "ddpm")
-    levels = ds.schedulers.SchedulerView(sampler, options.steps).levels
+    den, sampler = model.denoiser(neg=classes), scheduler(model, options.sampler)
+    view = ds.schedulers.SchedulerView(sampler, options.steps)
+    levels = view.levels
     posteriors = [model.posterior(c) for c in classes]
 
     def watch(index: int, x: Tensor, info: object) -> None:
         told.append(torch.stack([p(x, levels[index + 1]) for p in posteriors]))
 
     common = {"num_samples": options.samples, "batch_size": options.samples, "steps": options.steps}
-    run = ds.sample(den, watching(plain, 1.0), scheduler=sampler, seed=10, callback=watch, progress=True, **common)
+    run = ds.sample(
+        den, watching(plain, view.stochastic), scheduler=sampler, seed=10, callback=watch, progress=True, **common
+    )
     verdicts = model.judge(run.samples).argmax(1)
     ratio = LikelihoodRatio(run.samples, names)
-    weighed = ds.sample(den, ratio, scheduler=sampler, seed=11, progress=True, **common).trace
+    weighed = ds.sample(den, ratio, scheduler=scheduler(model, "ddpm"), seed=11, **common).trace
 
     def knows(values: Tensor, label: int) -> float:
         return float(binary_auroc(values.double().argsort().argsort() / len(values), (verdicts == label).long()))
 
-    print(f"\n{options.samples} unguided samples of {options.model}, classes {', '.join(map(str, classes))}\n")
+    under = f"{options.sampler}, {options.steps} steps, {plain.estimator}"
+    print(f"\n{options.samples} unguided samples of {options.model}, {under}, classes {', '.join(map(str, classes))}\n")
     print("| log-SNR | tracked | noise-aware classifier |\n|---|---|---|")
     log_snr = np.array([level.log_snr for level in levels[1:-1]])  # where the classifier was asked
     for wanted in SHOWN:

@@ -380,10 +380,13 @@ def test_processes_share_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_another_process_goes_on_with_a_run(tmp_path: Path) -> None:
     """Two processes with hash seeds of their own, as two sessions have them, describe the same run alike."""
     script = """
-import sys, diffsteer as ds
-from diffusers import DDPMScheduler
-den = ds.toy.ring().denoiser({"null": None})
-energy = lambda x: x.square().sum(1) if str(x.ndim) in {"one", "two", "2"} else x.sum(1)
+import sys, torch, diffsteer as ds
+from diffusers import DDPMScheduler, UNet2DModel
+torch.manual_seed(0)
+blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (4,)}
+net = UNet2DModel(4, 1, 1, layers_per_block=1, norm_num_groups=2, add_attention=False, **blocks)
+den = ds.denoiser(net, contexts={"null": {}}, shape=(1, 4, 4))
+energy = lambda x: x.square().sum((1, 2, 3)) if str(x.ndim) in {"one", "two", "4"} else x.sum((1, 2, 3))
 method = ds.FreeDoM(energy, 0.1)
 run = ds.sample_to(sys.argv[1], den, method, scheduler=DDPMScheduler(), num_samples=4, steps=2, batch_size=2)
 print(run.configuration["scheduler"]["name"], len(run.missing()))

@@ -153,14 +153,14 @@ def prompts(
 ) -> None:
     """Run negative prompts, related and unrelated to the prompt, under every method, and count what is left.
 
-    On "shapes", and what `diffsteer train shapes-flow` makes, the pictures are read exactly; on any other Stable
-    Diffusion pipeline CLIP scores them. Hours on 2 cores. Interrupt it at will: finished runs are kept and read back.
+    On "shapes" and "shapes-flow" the pictures are read exactly; on any other Stable Diffusion pipeline CLIP scores
+    them. Hours on 2 cores. Interrupt it at will: finished runs are kept and read back.
 
     Parameters
     ----------
     pipeline
-        shapes, the folder of a Stable Diffusion pipeline (or runs/shapes-flow), or its name on the Hugging Face hub;
-        safetensors only.
+        shapes, shapes-flow, the folder of a Stable Diffusion pipeline, or its name on the Hugging Face hub; safetensors
+        only.
     out
         Folder for runs, tables and the report; by default runs/prompts-PIPELINE.
     samples
@@ -379,8 +379,8 @@ def generate(
     prompt
         What to draw.
     pipeline
-        shapes, its few-step student shapes-lcm, the folder of a pipeline, or its name on the Hugging Face hub;
-        safetensors only.
+        shapes, its twin by flow matching shapes-flow, its few-step student shapes-lcm, the folder of a pipeline, or its
+        name on the Hugging Face hub; safetensors only.
     negative
         What not to draw; several separated by |.
     method

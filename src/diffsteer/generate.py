@@ -30,6 +30,12 @@ from diffsteer.methods import ClassifierFreeGuidance, DynamicNegativeGuidance, N
 from diffsteer.sampling import Result
 from diffsteer.shapes import share
 
+_METHODS = {
+    "shapes": ("cfg:1.5", "cfg:1.5+dng:15,late=1"),
+    "shapes-flow": ("cfg:2.5", "cfg:2.5+dng:7.5,late=1"),
+    "shapes-lcm": ("cfg:1", "nasa:0.8"),
+}  # by default of the drawn world's pipelines: without a negative, and with one
+
 
 def generate(
     prompt: str,
@@ -54,8 +60,8 @@ def generate(
     ----------
     prompt, negative : str
     pipeline : str
-        "shapes", its few-step student "shapes-lcm", the folder of a diffusers pipeline, or its name on the Hugging Face
-        hub. Safetensors only.
+        "shapes", its twin by flow matching "shapes-flow", its few-step student "shapes-lcm", the folder of a diffusers
+        pipeline, or its name on the Hugging Face hub. Safetensors only.
     method : str, optional
         See :func:`diffsteer.methods.parse_method`; by default "cfg:7.5", on "shapes" "cfg:1.5", and with a negative
         "cfg:7.5+dng:1,prior=0.01", on "shapes" "cfg:1.5+dng:15,late=1", on "shapes-lcm", whose guidance is its own,
@@ -90,7 +96,8 @@ def generate(
         raise ParameterError("num, batch_size and steps must be at least 1, seed at least 0")
     negatives = separate(negative)
     drawn, student = zoo.draws_shapes(pipeline), zoo.few_steps(pipeline)
-    method, steps = method or _default(pipeline, bool(negatives)), steps or (4 if student else 30)
+    without, against = _METHODS.get(Path(pipeline).name, ("cfg:7.5", "cfg:7.5+dng:1,prior=0.01"))
+    method, steps = method or (against if negatives else without), steps or (4 if student else 30)
     if student and steps > 8:
         raise ParameterError(f"{pipeline} draws in 1 to 8 steps, not in {steps}")
     guidance = parse_method(method)
@@ -153,15 +160,6 @@ def _clear(out: Path) -> None:
         for i in range(json.loads(record.read_text(encoding="utf-8"))["num"]):
             (out / f"{i:03d}.png").unlink(missing_ok=True)
         (out / "trace.png").unlink(missing_ok=True)
-
-
-def _default(pipeline: str, negative: bool) -> str:
-    """The method where none is given."""
-    drawn, student = zoo.draws_shapes(pipeline), zoo.few_steps(pipeline)
-    if student:
-        return "nasa:0.8" if negative else "cfg:1"
-    positive, unwanted = ("cfg:1.5", "dng:15,late=1") if drawn else ("cfg:7.5", "dng:1,prior=0.01")
-    return f"{positive}+{unwanted}" if negative else positive
 
 
 def _tracks(method: Guidance) -> bool:

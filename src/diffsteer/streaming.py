@@ -256,13 +256,16 @@ def _feed(digest: Any, value: Any, within: tuple[int, ...] = ()) -> None:
 
 def _settings(net: nn.Module) -> dict[str, Any]:
     """What a network and its parts keep beside their tensors: numbers, names and switches."""
-    kept = {
-        f"{name}.{setting}": value
-        for name, part in net.named_modules()
-        for setting, value in vars(part).items()
-        if isinstance(value, (int, float, str, tuple)) and not setting.startswith("_") and setting != "training"
-    }
-    return {**kept, **dict(getattr(net, "config", {}))}
+    kept: dict[str, Any] = {}
+    for name, part in net.named_modules():
+        config = getattr(part, "config", None)
+        told = {**vars(part), **(config if isinstance(config, Mapping) else {}), "training": None}
+        kept |= {
+            f"{name}.{setting}": value
+            for setting, value in told.items()
+            if isinstance(value, (int, float, str, list, tuple)) and not setting.startswith("_")
+        }
+    return kept
 
 
 def _parts(value: Any) -> Any:

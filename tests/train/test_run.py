@@ -14,6 +14,7 @@ import diffsteer as ds
 from diffsteer.bench.removal import Setting, calibrate_model, method_for
 from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
 from diffsteer.train import export, run, train
+from diffsteer.train.card import card as model_card
 from diffsteer.train.data import digits
 from diffsteer.train.loop import read_checkpoint
 from diffsteer.train.recipes import PARTS, RECIPES, Recipe
@@ -70,6 +71,8 @@ def test_the_card_states_data_licence_and_figures(folder: Path) -> None:
     card = (folder / "README.md").read_text()
     for text in ("CC BY 4.0", "Alpaydin", "diffsteer train digits", "held-out", "DDIM share", "## Limits"):
         assert text in card
+    mine = {**json.loads((folder / "config.json").read_text()), "name": "photos"}
+    assert "`diffsteer train IMAGES --image-size 8 --out DIR`" in model_card(mine, 100, 10)
 
 
 def test_a_finished_model_is_not_trained_again(folder: Path) -> None:

@@ -33,7 +33,7 @@ def bench_prompts(pipeline: str, plan: Plan, *, out: Path, clip: str = CLIP, dev
     Parameters
     ----------
     pipeline : str
-        "shapes" or a folder "shapes-flow", whose pictures are read exactly, or any Stable Diffusion pipeline (a folder,
+        "shapes" or "shapes-flow", whose pictures are read exactly, or any Stable Diffusion pipeline (a folder,
         or a name on the hub), which CLIP scores.
     plan : Plan
     clip : str

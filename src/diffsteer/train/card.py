@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffsteer.train.recipes import RECIPES
+
 __all__ = ["card"]
 
 
@@ -20,6 +22,7 @@ def card(config: Mapping[str, Any], num_train: int, num_heldout: int) -> str:
     """
     data, metrics, recipes = config["data"], config["metrics"], config["recipe"]
     parts = [part for part in recipes if part != "seed"]
+    images = config["name"] if config["name"] in RECIPES else f"IMAGES --image-size {config['image_shape'][-1]}"
     lines = [
         f"# diffsteer model: {config['name']}",
         "",
@@ -34,7 +37,7 @@ def card(config: Mapping[str, Any], num_train: int, num_heldout: int) -> str:
         "",
         "## Recipe",
         "AdamW, gradient clipping, weight averaging; every setting is in `config.json`. The command `diffsteer train "
-        f"{config['name']} --out DIR` with seed {recipes['seed']} repeats it, up to the machine's rounding.",
+        f"{images} --out DIR` with seed {recipes['seed']} repeats it, up to the machine's rounding.",
         "",
         *_table(
             ("part", "steps", "batch", "peak lr", "wall seconds", "device"),
