@@ -186,8 +186,8 @@ def test_a_model_is_calibrated_in_its_own_folder(model, tmp_path: Path) -> None:
 
 
 def test_too_little_is_refused_before_anything_runs(model, tmp_path: Path) -> None:
-    for wrong in ({"samples": 31}, {"concepts": 0}, {"concepts": -1}):
-        with pytest.raises(ParameterError, match="at least 32 samples and 1 concept"):
+    for wrong in ({"samples": 15}, {"concepts": 0}, {"concepts": -1}):
+        with pytest.raises(ParameterError, match="at least 16 samples and 1 concept"):
             sweeping.sweep("digits", replace(sweeping.tier_of(model, 1), **wrong), out=tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -184,8 +184,8 @@ def sweep(name: str, tier: Tier, *, out: Path, separate: bool = False, device: s
     for method in tier.methods:
         if method not in SCALES:
             raise UnknownNameError("method", method, SCALES)
-    if tier.samples < 32 or tier.concepts < 1:
-        raise ParameterError(f"needs at least 32 samples and 1 concept, got {tier.samples} and {tier.concepts}")
+    if tier.samples < 16 or tier.concepts < 1:
+        raise ParameterError(f"needs at least 16 samples and 1 concept, got {tier.samples} and {tier.concepts}")
     model = zoo.load_model(name, device=_own_device(device))
     check_writable(out / "results.json")
     choose, report = halves(model)
