@@ -156,16 +156,16 @@ def image_folder(folder: Path, image_size: int = 32) -> Dataset:
 
     def read(rows: Any) -> tuple[list[Any], Tensor]:
         try:
-            return [_eight_bits(image) for image in rows["image"]], torch.as_tensor(rows["label"])
+            return [_square(_plain(image), image_size) for image in rows["image"]], torch.as_tensor(rows["label"])
         except (OSError, SyntaxError) as error:  # SyntaxError: a broken PNG
             raise ParameterError(f"{folder} holds a file that is no image ({error}); take it out") from error
 
     pictures = {split: read(rows) for split, rows in splits.items()}
-    grey = all(image.mode in ("L", "1") for images, _ in pictures.values() for image in images)
+    grey = all(image.mode == "L" for images, _ in pictures.values() for image in images)
 
     def squares(split: str) -> tuple[Tensor, Tensor]:
         images, labels = pictures[split]
-        return _tensors([_square(image.convert("L" if grey else "RGB"), image_size) for image in images]), labels
+        return _tensors([image.convert("L" if grey else "RGB") for image in images]), labels
 
     images, labels = squares("train")
     if "test" in splits:
@@ -185,8 +185,8 @@ def image_folder(folder: Path, image_size: int = 32) -> Dataset:
     )
 
 
-def _eight_bits(image: Any) -> Any:
-    """A picture of 8 bits and without transparency."""
+def _plain(image: Any) -> Any:
+    """A picture in grey or colours of 8 bits, without transparency."""
     from PIL import Image
 
     if image.mode.startswith("I"):
@@ -195,7 +195,7 @@ def _eight_bits(image: Any) -> Any:
     if image.has_transparency_data:
         laid = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return laid.convert("L" if image.mode == "LA" else "RGB")
-    return image
+    return image.convert("L" if image.mode in ("L", "1") else "RGB")
 
 
 def _square(image: Any, size: int) -> Any:
