@@ -25,7 +25,7 @@ from diffsteer.core import Guidance
 from diffsteer.engine import Batching, check_batching, every_kth
 from diffsteer.errors import IgnoredPromptWarning, ParameterError, StateError, UnsupportedError, UnverifiedWarning
 from diffsteer.methods import Renorm
-from diffsteer.sampling import Result
+from diffsteer.sampling import Result, check_method
 
 
 def attach(
@@ -106,8 +106,7 @@ class Attached:
     ) -> None:
         if hasattr(type(pipe), "_diffsteer"):
             raise StateError(f"a method is attached to this {type(pipe).__name__} already; detach it first")
-        if not isinstance(method, Guidance):
-            raise ParameterError(f"method must be a Guidance, got {type(method).__name__}")
+        check_method(method)
         if "pos" in contexts:
             raise ParameterError('"pos" is the prompt of the call; contexts= is for others')
         check_needs(method)
