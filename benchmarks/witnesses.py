@@ -2,8 +2,9 @@
 
 Follows unguided rollouts of a trained model and asks at each level how well a witness tells the samples that the judge
 will call a class from the others (area under the ROC curve; 0.5 knows nothing, 1 everything). The witnesses are DNG's
-tracked log-odds, made of the denoiser's own evaluations, and the model's noise-aware classifier; under any sampler, and
-by any estimator of the tracker, which is nowhere frozen. Classes for choosing alone. Prints a Markdown table of means
+tracked log-odds, made of the denoiser's own evaluations, the posterior that the model's calibration reads from them,
+and the model's noise-aware classifier; under any sampler, and by any estimator of the tracker, which is nowhere
+frozen (another estimator than the model's is not read). Classes for choosing alone. Prints a Markdown table of means
 over the classes, with the odds that the finished samples' likelihood ratio gives in the last line, which no path leads
 to.
 """
@@ -38,9 +39,10 @@ def main() -> None:
     model = ds.zoo.load(options.model)
     classes = tuple(options.classes or halves(model)[0])
     setting = Setting(classes, options.sampler, options.steps, options.samples)
-    plain = replace(method_for(model, "dng", setting, 0.0), calibration=None, rho_min=0.0)
-    if options.estimator:
-        plain = replace(plain, estimator=options.estimator)
+    plain = replace(method_for(model, "dng", setting, 0.0), rho_min=0.0)
+    readings = plain.calibration
+    if options.estimator and options.estimator != plain.estimator:
+        plain, readings = replace(plain, estimator=options.estimator), None
     told: list[Tensor] = []  # the classifier's probabilities, (classes, N) a step
     names = model.negatives(classes)
     den, sampler = model.denoiser(neg=classes), scheduler(model, options.sampler)
@@ -52,27 +54,28 @@ def main() -> None:
         told.append(torch.stack([p(x, levels[index + 1]) for p in posteriors]))
 
     common = {"num_samples": options.samples, "batch_size": options.samples, "steps": options.steps}
-    run = ds.sample(
-        den, watching(plain, view.stochastic), scheduler=sampler, seed=10, callback=watch, progress=True, **common
-    )
+    watcher = replace(watching(plain, view.stochastic), calibration=readings)
+    run = ds.sample(den, watcher, scheduler=sampler, seed=20, callback=watch, progress=True, **common)
     verdicts = model.judge(run.samples).argmax(1)
     ratio = LikelihoodRatio(run.samples, names)
-    weighed = ds.sample(den, ratio, scheduler=scheduler(model, "ddpm"), seed=11, **common).trace
+    weighed = ds.sample(den, ratio, scheduler=scheduler(model, "ddpm"), seed=21, **common).trace
 
     def knows(values: Tensor, label: int) -> float:
         return float(binary_auroc(values.double().argsort().argsort() / len(values), (verdicts == label).long()))
 
     under = f"{options.sampler}, {options.steps} steps, {plain.estimator}"
     print(f"\n{options.samples} unguided samples of {options.model}, {under}, classes {', '.join(map(str, classes))}\n")
-    print("| log-SNR | tracked | noise-aware classifier |\n|---|---|---|")
+    print("| log-SNR | tracked | read | noise-aware classifier |\n|---|---|---|---|")
     log_snr = np.array([level.log_snr for level in levels[1:-1]])  # where the classifier was asked
     for wanted in SHOWN:
         step = int(np.abs(log_snr - wanted).argmin())
         tracked = [knows(run.trace[f"log_odds:{n}"][step + 1], c) for n, c in zip(names, classes, strict=True)]
+        read = [knows(run.trace[f"posterior:{n}"][step + 1], c) for n, c in zip(names, classes, strict=True)]
         asked = [knows(told[step][i], c) for i, c in enumerate(classes)]
-        print(f"| {log_snr[step]:.1f} | {np.mean(tracked):.3f} | {np.mean(asked):.3f} |")
+        shown = f"{np.mean(read):.3f}" if readings else ""
+        print(f"| {log_snr[step]:.1f} | {np.mean(tracked):.3f} | {shown} | {np.mean(asked):.3f} |")
     ratios = [knows(weighed[f"log_ratio:{n}"][-1], c) for n, c in zip(names, classes, strict=True)]
-    print(f"| likelihood ratio of the finished samples | {np.mean(ratios):.3f} | |")
+    print(f"| likelihood ratio of the finished samples | {np.mean(ratios):.3f} | | |")
 
 
 if __name__ == "__main__":

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 
 import diffsteer as ds
 from diffsteer import calibration
-from diffsteer.calibration import LikelihoodRatio, fit, highest, watching
+from diffsteer.calibration import LikelihoodRatio, fit, fit_filter, highest, watching
 from diffsteer.errors import CalibrationWarning, ParameterError, UnsupportedError
 
-DDPM = DDPMScheduler(clip_sample=False)
+DDPM, DDIM = DDPMScheduler(clip_sample=False), DDIMScheduler(clip_sample=False)
 
 
 class Biased:
@@ -87,11 +88,16 @@ def test_too_few_rollouts_and_callables_are_refused() -> None:
         ds.calibrate(net, ds.DynamicNegativeGuidance(estimator=lambda x, le: x[:, 0]), scheduler=DDPM, steps=5)
 
 
+def line(log_odds: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
+    """Intercept and slope of the reading that is fitted to these log-odds."""
+    return fit(torch.stack([torch.ones_like(log_odds), log_odds], 1), member, log_odds) + torch.tensor([0.0, 1.0])
+
+
 def test_the_fit_recovers_a_known_reading() -> None:
     generator = torch.Generator().manual_seed(0)
     log_odds = 3 * torch.randn(20_000, generator=generator, dtype=torch.float64)
     truth = torch.rand(20_000, generator=generator, dtype=torch.float64) < (1.0 + 0.5 * log_odds).sigmoid()
-    intercept, slope = fit(log_odds, truth.double())
+    intercept, slope = line(log_odds, truth)
     assert abs(intercept - 1.0) < 0.1
     assert abs(slope - 0.5) < 0.05
 
@@ -99,11 +105,11 @@ def test_the_fit_recovers_a_known_reading() -> None:
 def test_separated_rollouts_give_a_bounded_slope_and_silent_ones_the_identity() -> None:
     log_odds = torch.cat([torch.full((50,), 2.0), torch.full((450,), -6.0)]).double()
     member = torch.cat([torch.ones(50), torch.zeros(450)]).double()
-    intercept, slope = fit(log_odds, member)
+    intercept, slope = line(log_odds, member)
     assert 0.5 < slope < 3
     assert (intercept + slope * torch.tensor([2.0, -6.0])).sigmoid().sub(torch.tensor([1.0, 0.0])).abs().max() < 0.1
     noise = -2.2 + 1e-3 * torch.randn(500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    intercept, slope = fit(noise, (torch.arange(500) < 50).double())
+    intercept, slope = line(noise, torch.arange(500) < 50)
     assert abs(intercept + slope * -2.2 - (-2.2)) < 0.1
 
 
@@ -115,6 +121,72 @@ def test_automatic_estimators_become_those_that_a_calibration_serves_best() -> N
     assert watching(dataclasses.replace(method, estimator="ode"), 0.0).estimator == "ode"
     watch = watching(method, 1.0)
     assert (watch.scale, watch.baseline, watch.lazy) == (0, 0, False)
+
+
+@pytest.fixture(scope="module")
+def filtered():
+    net, method = Biased(0.35), ds.DynamicNegativeGuidance(prior=1 / 8)
+    return net, method, ds.calibrate(net, method, scheduler=DDIM, steps=40, num_rollouts=1200, seed=5)
+
+
+def told(net: Biased, guide: ds.DynamicNegativeGuidance, steps: int, at: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The posterior of fresh unguided rollouts at a log-SNR, and whether they end in what is unwanted."""
+    out = ds.sample(net, dataclasses.replace(guide, scale=0.0), scheduler=DDIM, num_samples=800, steps=steps, seed=9)
+    step = int((torch.tensor(out.record["log_snr"][:-1]) - at).abs().argmin())
+    return out.trace["posterior"][step], forbidden(net, out.samples)
+
+
+def test_a_deterministic_sampler_is_read_by_a_filter_and_better(filtered) -> None:
+    net, method, calibrated = filtered
+    assert calibrated.estimator == "surrogate"
+    assert isinstance(calibrated.calibrations[0], ds.Filter)
+    raw = dataclasses.replace(method, estimator="surrogate")
+    for at, most in ((-2.0, 0.9), (0.0, 0.85), (2.0, 0.5)):
+        assert log_loss(*told(net, calibrated, 40, at)) < most * log_loss(*told(net, raw, 40, at)), at
+
+
+@pytest.mark.filterwarnings("ignore::diffsteer.errors.CalibrationWarning")  # what is shown here
+@pytest.mark.parametrize("steps", [20, 80])
+def test_a_filter_holds_at_other_steps_than_those_of_its_fit(filtered, steps) -> None:
+    net, _, calibrated = filtered
+    for at in (-1.0, 1.0):
+        assert log_loss(*told(net, calibrated, steps, at)) < 1.15 * log_loss(*told(net, calibrated, 40, at)), at
+
+
+def test_rollouts_in_batches_are_the_same_rollouts() -> None:
+    net, method = Biased(0.35), ds.DynamicNegativeGuidance(prior=1 / 8)
+    options = {"scheduler": DDIM, "steps": 10, "num_rollouts": 100, "seed": 5}
+    done: list[int] = []
+    whole = ds.calibrate(net, method, **options, progress=done.append).calibrations[0]
+    parts = ds.calibrate(net, method, **options, batch_size=30).calibrations[0]
+    assert sum(done) == 2 * 100 * 10  # the rollouts, and their likelihood ratio
+    for name in ("drift", "forgetting", "size", "gain"):
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name), abs=2e-3)  # rounding of the chunk's shape
+
+
+def test_a_second_order_schedulers_inner_points_are_no_levels_of_a_filter() -> None:
+    net, method = Biased(0.35), ds.DynamicNegativeGuidance(prior=1 / 8)
+    fitted = ds.calibrate(net, method, scheduler=HeunDiscreteScheduler(), steps=8, num_rollouts=100)
+    log_snr = fitted.calibrations[0].log_snr
+    assert len(log_snr) == len(set(log_snr)) == 8
+
+
+def test_the_filter_knows_what_the_size_tells_and_keeps_it() -> None:
+    """Of four levels the second tells, and the tracked log-odds are noise: at the last one it is still known."""
+    generator = torch.Generator().manual_seed(0)
+    member = torch.arange(2000) % 5 == 0
+    noise, size = (torch.randn(4, 2000, generator=generator, dtype=torch.float64) for _ in range(2))
+    size[1] -= 3.0 * member
+    log_snr = torch.tensor([-3.0, -2.0, 0.0, 1.0])
+    found = fit_filter(log_snr, 5 * noise, size, member.double(), prior=0.2)
+    odds = torch.full((2000,), -1.386, dtype=torch.float64)
+    for i, span in enumerate((1.0, 2.0, 1.0), start=1):
+        drift, forgetting, weight, gain, usual = (found[n][i] for n in ("drift", "forgetting", "size", "gain", "usual"))
+        odds = math.exp(-forgetting * span) * odds + span * (drift + weight * (size[i] - usual))
+        odds = odds + gain * 5 * (noise[i] - noise[i - 1])
+    # Gaussians of unit width 3 apart, a fifth and four fifths of them: the best log-loss is about 0.13
+    assert log_loss(odds.sigmoid(), member) < 0.2
+    assert max(map(abs, found["gain"])) < 0.05
 
 
 def exact_log_ratio(mixture: ds.toy.GaussianMixture, x: torch.Tensor, among: list[int]) -> torch.Tensor:

@@ -57,7 +57,7 @@ _HOMES = {
     "self_ensemble": "methods",
     "Attached": "adapters", "attach": "adapters", "calibrate_pipeline": "adapters", "as_guider": "adapters.modular",
     "Level": "paths",
-    "Calibration": "posterior", "PosteriorTracker": "posterior",
+    "PosteriorTracker": "posterior", "Calibration": "readings", "Filter": "readings",
     "calibrate": "calibration",
     "denoiser": "denoisers",
     "OptimizedResult": "latents", "optimize_latents": "latents",
@@ -164,7 +164,8 @@ if TYPE_CHECKING:
         self_ensemble,
     )
     from diffsteer.paths import Level
-    from diffsteer.posterior import Calibration, PosteriorTracker
+    from diffsteer.posterior import PosteriorTracker
+    from diffsteer.readings import Calibration, Filter
     from diffsteer.sampling import Result, Unguided, sample
     from diffsteer.streaming import StoredRun, sample_to
 

@@ -2,11 +2,14 @@
 
 Along a chain of a trained network the tracked log-ratio drifts: both branches carry errors, their difference g does
 not vanish where it should, and each step that follows the chain's own score counts -|g|**2 / 2 of it as evidence
-against the tracked concept. The drift hits everybody, so at the end of a rollout the concept's samples still stand
-clearly apart. That separation labels the rollouts, and the labels calibrate every level before:
-p = sigmoid(a + b * log-odds). Where the concept's share is not known, the likelihood ratio of the finished samples
-labels them, and finds it. What is calibrated is the ratio of c to everything ("ito"), not the odds against the
-complement, which are more accurate where networks are exact but saturate under drift, and separate less.
+against the tracked concept. The drift hits everybody, so at the end of a noisy rollout the concept's samples still
+stand clearly apart. That separation labels the rollouts, and the labels calibrate every level before: p = sigmoid(a +
+b * log-odds). What is calibrated there is the ratio of c to everything ("ito"), not the odds against the complement,
+which are more accurate where networks are exact but saturate under drift, and separate less.
+
+Under a deterministic sampler they do not stand apart, since late steps bury what earlier ones told. There the
+likelihood ratio of the finished samples labels the rollouts, as it does where the concept's share is not known, and a
+filter is fitted, see :mod:`diffsteer.readings`.
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ from diffsteer.denoisers import Denoiser
 from diffsteer.errors import ParameterError
 from diffsteer.methods.dynamic_negative_guidance import DynamicNegativeGuidance
 from diffsteer.perturb._draws import noise
-from diffsteer.posterior import Calibration
-from diffsteer.sampling import sample
+from diffsteer.readings import Calibration, Filter, Reading
+from diffsteer.sampling import advancing, sample
 from diffsteer.schedulers import SchedulerView
 
 SMOOTHING = 0.005  # share of doubt in every label: bounds the slope where the rollouts separate perfectly
-ANCHOR = 2.0  # pseudo-observations that hold (a, b) at (0, 1) where the rollouts say nothing
+ANCHOR = 2.0  # pseudo-observations that hold a fit where it was where the rollouts say nothing
+_LEAST_KEPT = 0.01  # of the odds of the level before
 DECISIVE = (-7.0, 2.0)  # log-SNR between which content is decided; below the noise trained networks err
 
 
@@ -76,7 +80,8 @@ def calibrate(
 
     Notes
     -----
-    Costs ``num_rollouts * steps`` evaluations of every context, once per network, concept and sampler.
+    Costs ``num_rollouts * steps`` evaluations of every context, once per network, concept and sampler; on deterministic
+    samplers twice that at most.
     """
     rarest = min(method.priors)
     if num_rollouts * rarest < 10:
@@ -84,16 +89,28 @@ def calibrate(
             f"{num_rollouts} rollouts hold about {num_rollouts * rarest:.0f} samples of the rarest concept; "
             f"use at least {math.ceil(10 / rarest)}"
         )
-    watch = watching(method, SchedulerView(scheduler, steps, eta).stochastic)
-    rollouts = sample(
-        denoiser, watch, scheduler=scheduler, num_samples=num_rollouts, steps=steps, seed=seed, eta=eta,
-        batch_size=batch_size, device=device, progress=progress,
-    )  # fmt: skip
+    view = SchedulerView(scheduler, steps, eta)
+    watch = watching(method, view.stochastic)
+    common = {"scheduler": scheduler, "steps": steps, "seed": seed, "eta": eta, "device": device}
+    blind = view.stochastic == 0  # the path of a deterministic sampler does not tell where it ends
+    traces = []
+    size = min(batch_size or 256, num_rollouts)
+    with advancing(progress, (1 + blind) * num_rollouts * len(view.timesteps)) as advance:
+        for first in range(0, num_rollouts, size):
+            part = {"first": first, "num_samples": min(size, num_rollouts - first), "progress": advance, **common}
+            rollouts = sample(denoiser, watch, batch_size=part["num_samples"], **part)
+            trace = rollouts.trace
+            if blind:
+                ratio = LikelihoodRatio(rollouts.samples, method.contexts)
+                trace = {**trace, **sample(denoiser, ratio, batch_size=part["num_samples"], **part).trace}
+            traces.append(trace)
+    trace = {name: torch.cat([t[name] for t in traces], 1) for name in traces[0]}
+    witness = "log_ratio" if blind else "log_odds"
     members = [
-        highest(rollouts.trace[f"log_odds:{context}"][-1], prior)
+        highest(trace[f"{witness}:{context}"][-1], prior)
         for context, prior in zip(method.contexts, method.priors, strict=True)
     ]
-    return read_off(method, watch, rollouts.trace, rollouts.record, members)
+    return read_off(method, watch, trace, rollouts.record, members)
 
 
 def highest(values: Tensor, share: float) -> Tensor:
@@ -139,59 +156,91 @@ def read_off(
     Parameters
     ----------
     trace : mapping of str to Tensor, (steps, N)
-        With "log_odds:<context>" at every step.
+        With "log_odds:<context>" and "size:<context>" at every step.
     record : mapping
         With "log_snr" of every level and "stochastic", as results carry them.
     members : sequence of Tensor, (N,), bool
         Which rollouts turned out to belong to each context.
     """
-    log_snr = torch.tensor(record["log_snr"][:-1], dtype=torch.float64)
-    rising = torch.argsort(log_snr, stable=True)
-    rising = rising[torch.cat([torch.tensor([True]), log_snr[rising].diff() > 0])]  # inner points repeat a level
-    fitted = []
-    for context, member in zip(method.contexts, members, strict=True):
-        log_odds = trace[f"log_odds:{context}"].double()
-        fits = [fit(log_odds[i], member.double()) for i in rising]
-        fitted.append(
-            Calibration(
-                log_snr=tuple(round(float(log_snr[i]), 4) for i in rising),
-                intercept=tuple(round(a, 4) for a, _ in fits),
-                slope=tuple(round(b, 4) for _, b in fits),
-                stochastic=record["stochastic"],
-                steps=len(log_snr),
-            )
-        )
+    levels = torch.tensor(record["log_snr"][:-1], dtype=torch.float64)
+    rising = torch.argsort(levels, stable=True)
+    later = torch.cat([levels[rising].diff() > 0, torch.tensor([True])])  # a level's inner points come before it
+    rising = rising[later & levels[rising].isfinite()]
+    log_snr = levels[rising]
+    shared: dict[str, Any] = {
+        "log_snr": _rounded(log_snr), "stochastic": record["stochastic"], "steps": len(levels)
+    }  # fmt: skip
+    fitted: list[Reading] = []
+    for context, prior, member in zip(method.contexts, method.priors, members, strict=True):
+        log_odds, size = (trace[f"{name}:{context}"].double()[rising] for name in ("log_odds", "size"))
+        if record["stochastic"] == 0:
+            fitted.append(Filter(**shared, **fit_filter(log_snr, log_odds, size, member.double(), prior)))
+        else:
+            beyond = torch.stack([fit(torch.stack([torch.ones_like(v), v], 1), member, v) for v in log_odds])
+            intercept, slope = beyond[:, 0], 1 + beyond[:, 1]
+            fitted.append(Calibration(**shared, intercept=_rounded(intercept), slope=_rounded(slope)))
     return replace(method, estimator=watch.estimator, calibration=tuple(fitted), p_min=min(method.p_min, watch.p_min))
 
 
-def fit(log_odds: Tensor, member: Tensor) -> tuple[float, float]:
-    """Logistic regression of smoothed labels on log-odds, drawn towards the identity; (intercept, slope).
+def fit_filter(
+    log_snr: Tensor, log_odds: Tensor, size: Tensor, member: Tensor, prior: float
+) -> dict[str, tuple[float, ...]]:
+    """Coefficients of a :class:`diffsteer.Filter`, level after level: each is fitted to the odds of the one before.
 
     Parameters
     ----------
-    log_odds, member : Tensor, (N,), float64
-        The tracked value and the label, 0 or 1, of every rollout.
+    log_snr : Tensor, (L,), increasing
+    log_odds, size : Tensor, (L, N), float64
+    member : Tensor, (N,)
     """
-    target = member * (1 - 2 * SMOOTHING) + SMOOTHING
-    design = torch.stack([torch.ones_like(log_odds), log_odds], 1)
-    identity = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    weights, prior = identity.clone(), ANCHOR * torch.eye(2, dtype=torch.float64)
+    usual = size.mean(1)
+    odds = torch.full_like(member, math.log(prior) - math.log1p(-prior))
+    rows = [(0.0, 0.0, 0.0, 0.0)]  # nothing lies before the first level
+    for i, span in enumerate(log_snr.diff().tolist(), start=1):
+        told = torch.stack([torch.ones_like(odds), size[i] - usual[i], log_odds[i] - log_odds[i - 1], odds], 1)
+        weights = fit(told, member, odds)
+        if weights[-1] > 0:  # odds that grow by themselves would explode at other steps
+            weights = torch.cat([fit(told[:, :-1], member, odds), torch.zeros(1, dtype=torch.float64)])
+        weights[-1] = weights[-1].clamp(min=_LEAST_KEPT - 1)
+        odds = odds + told @ weights
+        start, weight, gain, change = weights.tolist()
+        rows.append((start / span, (0.0 if change == 0 else -math.log1p(change) / span), weight / span, gain))
+    columns = (*torch.tensor(rows).T, usual)
+    return {n: _rounded(c) for n, c in zip(("drift", "forgetting", "size", "gain", "usual"), columns, strict=True)}
+
+
+def fit(told: Tensor, member: Tensor, odds: Tensor) -> Tensor:
+    """Logistic regression of smoothed labels on what is told beside given log-odds, its weights drawn to 0; (K,).
+
+    Parameters
+    ----------
+    told : Tensor, (N, K), float64
+        A column of ones for the intercept.
+    member, odds : Tensor, (N,)
+        The label, 0 or 1, and log-odds that ``told @ weights`` is added to.
+    """
+    target = member.double() * (1 - 2 * SMOOTHING) + SMOOTHING
+    weights, prior = torch.zeros(told.shape[1], dtype=torch.float64), ANCHOR * torch.eye(told.shape[1]).double()
 
     def loss(w: Tensor) -> float:
-        fitness = torch.nn.functional.binary_cross_entropy_with_logits(design @ w, target, reduction="sum")
-        return float(fitness + ANCHOR / 2 * (w - identity).square().sum())
+        fitness = torch.nn.functional.binary_cross_entropy_with_logits(odds + told @ w, target, reduction="sum")
+        return float(fitness + ANCHOR / 2 * w.square().sum())
 
     for _ in range(100):  # damped Newton on a strictly convex function
-        p = (design @ weights).sigmoid()
-        gradient = design.T @ (p - target) + prior @ (weights - identity)
-        move = torch.linalg.solve((design * (p * (1 - p))[:, None]).T @ design + prior, gradient)
+        p = (odds + told @ weights).sigmoid()
+        gradient = told.T @ (p - target) + prior @ weights
+        move = torch.linalg.solve((told * (p * (1 - p))[:, None]).T @ told + prior, gradient)
         size = 1.0
         while loss(weights - size * move) > loss(weights) and size > 1e-6:
             size /= 2
         weights = weights - size * move
         if float(move.abs().max()) < 1e-9:
             break
-    return float(weights[0]), float(weights[1])
+    return weights
+
+
+def _rounded(values: Tensor) -> tuple[float, ...]:
+    return tuple(round(v, 4) for v in values.tolist())
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,17 +28,15 @@ smoothed over noisy probes and held where the posterior is in no doubt.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffsteer.core import Call, Run, Step, dot, gather, like, scatter
-from diffsteer.errors import CalibrationWarning, NonFiniteError, ParameterError, StateError, UnsupportedError
+from diffsteer.errors import NonFiniteError, ParameterError, StateError, UnsupportedError
 from diffsteer.paths import Level, reverse_kernel, ve_score
 
 Estimator = Literal["auto", "odds", "kernel", "ito", "ode", "surrogate"] | Callable[[Tensor, Level], Tensor]
@@ -120,58 +118,17 @@ class Tracked:
         assert self.last is not None
         return like(self.variance, self.last.x) * (self.last.alt - self.last.ref)
 
+    @property
+    def size(self) -> Tensor:
+        """log of the difference's squared norm; (B,)."""
+        assert self.last is not None
+        g = (self.last.alt - self.last.ref).to(self.log_odds)  # no squares in half precision
+        return dot(g, g).clamp(min=torch.finfo(g.dtype).tiny).log() + 2 * self.variance.to(g).log()
+
     def variation(self, level: Level) -> Tensor:
         """Quadratic variation of log r from there to ``level``, were the difference to stay; (B,)."""
         moved = self.difference
         return dot(moved, moved) * (level.rho**-2 - 1 / self.variance)
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A per-level reading ``intercept + slope * log_odds`` of tracked log-odds, fitted by :func:`diffsteer.calibrate`.
-
-    Parameters
-    ----------
-    log_snr : tuple of float, increasing
-        Levels of the fit, log(alpha**2 / sigma**2).
-    intercept, slope : tuple of float
-        One per level.
-    stochastic : float
-        kappa of the sampler that it holds for.
-    steps : int
-        Steps of the sampler that it was fitted on.
-    """
-
-    log_snr: tuple[float, ...]
-    intercept: tuple[float, ...]
-    slope: tuple[float, ...]
-    stochastic: float
-    steps: int
-
-    @classmethod
-    def from_plain(cls, stored: Mapping[str, Any]) -> Calibration:
-        """From its fields as JSON has them."""
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-        return cls(**values)
-
-    def check(self, run: Run) -> None:
-        """Refuse another kind of sampler; warn of another number of steps."""
-        if run.stochastic != self.stochastic:
-            raise UnsupportedError(
-                f"the calibration was fitted on a sampler with kappa = {self.stochastic:g}, this one has "
-                f"{run.stochastic}; calibrate for it with diffsteer.calibrate(), or pass calibration=None"
-            )
-        if len(run.levels) - 1 != self.steps:
-            warnings.warn(
-                f"the calibration was fitted at {self.steps} steps and is interpolated to {len(run.levels) - 1}",
-                CalibrationWarning,
-                stacklevel=6,
-            )
-
-    def read(self, log_odds: Tensor, level: Level) -> Tensor:
-        """Calibrated log-odds at ``level``, (B,); linear between the fitted levels, constant beyond them."""
-        a, b = (float(np.interp(level.log_snr, self.log_snr, values)) for values in (self.intercept, self.slope))
-        return a + b * log_odds
 
 
 @dataclass(frozen=True)

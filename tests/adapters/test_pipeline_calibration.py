@@ -14,6 +14,7 @@ import diffsteer as ds
 from diffsteer.adapters import calibration
 from diffsteer.calibration import LikelihoodRatio, read_off, watching
 from diffsteer.errors import ParameterError, UnsupportedError
+from diffsteer.posterior import Tracked
 
 
 def ancestral() -> Any:
@@ -119,7 +120,9 @@ def test_pictures_that_nearly_all_show_the_negative(monkeypatch: pytest.MonkeyPa
     (fitted,) = dng.calibrations
     assert dng.priors == pytest.approx((19.5 / 21,))
     assert fitted is not None
-    start = fitted.read(torch.logit(torch.tensor(dng.priors)), ds.Level(1e-3, 1.0)).sigmoid()
+    noise = ds.Level(1e-3, 1.0)
+    at_first = Tracked(torch.logit(torch.tensor(dng.priors)), (noise,))
+    start = fitted.read(at_first.log_odds, at_first, at_first, noise).sigmoid()
     assert 0.85 < float(start) < 0.99
 
 

@@ -35,7 +35,7 @@ from diffsteer.methods import (
     NegativePrompting,
     SafeLatentDiffusion,
 )
-from diffsteer.posterior import Calibration
+from diffsteer.readings import from_plain
 
 __all__ = [
     "FLOW_SAMPLERS",
@@ -335,7 +335,7 @@ class Bench:
             facts["calibration"] = fitted.calibrations[0]
             write_text(path, json.dumps({**context, "fitted": plain(facts)}, indent=1) + "\n")
         fitted = json.loads(path.read_text(encoding="utf-8"))["fitted"]
-        return replace(method, **{**fitted, "calibration": Calibration.from_plain(fitted["calibration"])})
+        return replace(method, **{**fitted, "calibration": from_plain(fitted["calibration"])})
 
     @contextmanager
     def _under(self, kind: str) -> Iterator[None]:

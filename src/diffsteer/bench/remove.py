@@ -88,9 +88,10 @@ def remove(
         dng = guides["dng"]
         if isinstance(dng, DynamicNegativeGuidance) and None in dng.calibrations:
             rollouts = math.ceil(max(500, 20 / min(dng.priors)))
+            passes = 2 if schedule.stochastic == 0 else 1
             guides["dng"] = calibrate(
                 loaded.denoiser(neg=labels), dng, scheduler=build(loaded, scheduler), steps=steps,
-                num_rollouts=rollouts, seed=seed + 2, device=device, progress=bar("Calibrating DNG", rollouts),
+                num_rollouts=rollouts, seed=seed + 2, device=device, progress=bar("Calibrating DNG", passes * rollouts),
             )  # fmt: skip
             notes.append(f"DNG was calibrated on {rollouts} rollouts for this run; their cost is not in its row.")
         target = unguided(loaded, aside, progress=bar("Rejection set", aside.samples))

@@ -16,7 +16,8 @@ from diffsteer.errors import ParameterError, UnknownNameError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
 from diffsteer.paths import Level, convert
-from diffsteer.posterior import Calibration, Estimator, PosteriorTracker, Tracked, one_each
+from diffsteer.posterior import Estimator, PosteriorTracker, Tracked, one_each
+from diffsteer.readings import Reading
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Followed:
     tracked: Tracked
     odds: Tensor  # (B,), log-odds as they were read when the context was last evaluated
     released: Tensor  # (B,), bool: it is not evaluated any more
+
+    @property
+    def size(self) -> Tensor:
+        """Of the branches' difference where it was last seen, as log of its squared norm; 0 before that; (B,)."""
+        return torch.zeros_like(self.odds) if self.tracked.last is None else self.tracked.size
 
 
 @register(
@@ -93,7 +99,7 @@ class DynamicNegativeGuidance(Guidance):
         would push by that many times the prior's odds. What of it exceeds 1 is multiplied by ``a**late``,
         ``a = alpha / sqrt(alpha**2 + sigma**2)``: at 1 the weight grows from the odds at pure noise to ``scale`` times
         the odds. 0 is the paper's: ``scale`` at every level.
-    calibration : Calibration or tuple of Calibration, one per context, optional
+    calibration : Calibration, Filter, or tuple of them with one per context, optional
         Reads the tracked log-odds through a map fitted on rollouts, see :func:`diffsteer.calibrate`.
     evidence : callable, optional
         A second witness, such as a safety model or a classifier of clean images: maps what "null" takes the clean
@@ -120,7 +126,8 @@ class DynamicNegativeGuidance(Guidance):
     1 evaluation per step, and at most one more for each unwanted context: see ``lazy``. On deterministic samplers one
     vector-Jacobian product beside them, about one more evaluation in cost, for samples in doubt. With a positive prompt
     use ``ClassifierFreeGuidance(w) + DynamicNegativeGuidance(...)``. Information, (B,) each: "posterior" (their sum),
-    "scale", and "posterior:<context>" and the raw "log_odds:<context>" of every context.
+    "scale", and of every context "posterior:<context>", the raw "log_odds:<context>", and "size:<context>", the log of
+    the squared difference between the clean samples that the two branches predict.
     The paper's settings: :meth:`preset`.
     """
 
@@ -137,7 +144,7 @@ class DynamicNegativeGuidance(Guidance):
     softening: float = 0.1
     baseline: float = 0.0
     late: float = 0.0
-    calibration: Calibration | tuple[Calibration, ...] | None = None
+    calibration: Reading | tuple[Reading, ...] | None = None
     evidence: Callable[[Tensor, Level], Tensor] | None = None
     contexts: tuple[str, ...] = ("neg",)
     lazy: bool = True
@@ -198,7 +205,7 @@ class DynamicNegativeGuidance(Guidance):
         return self.prior if isinstance(self.prior, tuple) else (self.prior,) * len(self.contexts)
 
     @property
-    def calibrations(self) -> tuple[Calibration | None, ...]:
+    def calibrations(self) -> tuple[Reading | None, ...]:
         """One per context."""
         if isinstance(self.calibration, tuple):
             return self.calibration
@@ -244,7 +251,7 @@ class DynamicNegativeGuidance(Guidance):
             prediction = prediction - like(weight, null) * difference
         info = {"posterior": total, "scale": weights.sum(0)}
         for context, p, f in zip(self.contexts, posteriors, followed, strict=True):
-            info |= {f"posterior:{context}": p, f"log_odds:{context}": f.tracked.log_odds}
+            info |= {f"posterior:{context}": p, f"log_odds:{context}": f.tracked.log_odds, f"size:{context}": f.size}
         return prediction, tuple(followed), info
 
     def _scale_at(self, level: Level) -> float:
@@ -289,12 +296,12 @@ class DynamicNegativeGuidance(Guidance):
         """Both predictions for ``rows``, (len(rows), ...), and how ``f``, their state, goes on; a generator."""
         if len(rows) == 0:
             return step.x[rows], step.x[rows], f
-        tracker, calibration, whole = self._trackers[i], self.calibrations[i], len(rows) == len(step.x)
+        tracker, reading, whole = self._trackers[i], self.calibrations[i], len(rows) == len(step.x)
         streams = [step.generators[k] for k in rows.tolist()] if step.generators else ()
         inner = step if whole else replace(step, x=step.x[rows], generators=streams)
         plan = tracker.visit(inner, f.tracked, alt=self.contexts[i])
         neg, ref, tracked = yield from (plan if whole else on_rows(plan, rows))
-        odds = tracked.log_odds if calibration is None else calibration.read(tracked.log_odds, step.level)
+        odds = tracked.log_odds if reading is None else reading.read(f.odds, f.tracked, tracked, step.level)
         negligible = min(self.negligible, tracker.prior / 20) if self._patient else 0.0
         return neg, ref, Followed(tracked, odds, odds.sigmoid() < negligible)
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from diffsteer.denoisers import Denoiser, NetDenoiser, denoiser, usable
 from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
 from diffsteer.paths import Level, VPPath
-from diffsteer.posterior import Calibration
+from diffsteer.readings import Reading, from_plain
 from diffsteer.zoo.networks import build
 
 if TYPE_CHECKING:
@@ -428,7 +428,7 @@ class Model:
             )
         return labels
 
-    def calibration(self, concept: int | str, kind: str) -> Calibration | None:
+    def calibration(self, concept: int | str, kind: str) -> Reading | None:
         """The stored calibration of one class, if there is one.
 
         Parameters
@@ -444,7 +444,7 @@ class Model:
             stored = json.loads(path.read_text(encoding="utf-8")).get(kind, {}).get(self.classes[self.label(concept)])
             if stored is None:
                 return None
-            return Calibration.from_plain(stored)
+            return from_plain(stored)
         except (AttributeError, TypeError, ValueError) as error:
             raise WeightsError(f"{path} is damaged ({error}); calibrate the model again") from error
 

@@ -1,0 +1,131 @@
+"""How tracked log-odds are read on a trained network: the maps that :func:`diffsteer.calibrate` fits.
+
+Where a sampler adds noise, every step asks the network which of its branches foresaw it, and the tracked log-odds
+know at the end what they have learnt on the way: one line per level takes the drift out, :class:`Calibration`. On a
+deterministic sampler there is nothing to foresee. What the steps add up to late says little and hides what was known
+before, but the size of the difference between the branches tells: it vanishes where the concept is already
+what the network sees. :class:`Filter` takes from both what each is worth at every level, and keeps it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffsteer.core import Run
+from diffsteer.errors import CalibrationWarning, UnsupportedError
+from diffsteer.paths import Level
+from diffsteer.posterior import Tracked
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What all readings share.
+
+    Parameters
+    ----------
+    log_snr : tuple of float, increasing
+        Levels of the fit, log(alpha**2 / sigma**2).
+    stochastic : float
+        kappa of the sampler that it holds for.
+    steps : int
+        Steps of the sampler that it was fitted on.
+    """
+
+    log_snr: tuple[float, ...]
+    stochastic: float
+    steps: int
+
+    def read(self, odds: Tensor, before: Tracked, now: Tracked, level: Level) -> Tensor:
+        """Log-odds, (B,), at ``level``: from the last ones that were read, and what was tracked then and now."""
+        raise NotImplementedError
+
+    def check(self, run: Run) -> None:
+        """Refuse another kind of sampler; warn of another number of steps."""
+        if run.stochastic != self.stochastic:
+            raise UnsupportedError(
+                f"the calibration was fitted on a sampler with kappa = {self.stochastic:g}, this one has "
+                f"{run.stochastic}; calibrate for it with diffsteer.calibrate(), or pass calibration=None"
+            )
+        if len(run.levels) - 1 != self.steps:
+            warnings.warn(
+                f"the calibration was fitted at {self.steps} steps and is interpolated to {len(run.levels) - 1}",
+                CalibrationWarning,
+                stacklevel=6,
+            )
+
+    def _at(self, level: Level, values: Sequence[float]) -> float:
+        """Linear between the fitted levels, constant beyond them."""
+        return float(np.interp(level.log_snr, self.log_snr, values))
+
+
+@dataclass(frozen=True)
+class Calibration(Reading):
+    """A line per level: ``intercept + slope * tracked log-odds``.
+
+    Parameters
+    ----------
+    log_snr, stochastic, steps
+        See :class:`Reading`.
+    intercept, slope : tuple of float
+        One per level.
+    """
+
+    intercept: tuple[float, ...]
+    slope: tuple[float, ...]
+
+    def read(self, odds: Tensor, before: Tracked, now: Tracked, level: Level) -> Tensor:
+        return self._at(level, self.intercept) + self._at(level, self.slope) * now.log_odds
+
+
+@dataclass(frozen=True)
+class Filter(Reading):
+    """A recursive filter for deterministic samplers.
+
+    .. math::
+        \\ell_s = e^{-f \\Delta} \\ell_t + \\Delta \\, (d + z \\, (q_s - m)) + g \\, (L_s - L_t),\\qquad
+        q = \\log |\\hat x_0(c) - \\hat x_0|^2
+
+    with l what is read, L what is tracked, and Delta = log-SNR(s) - log-SNR(t) > 0, so that it may be used at other
+    steps than those of the fit. It starts at the prior.
+
+    Parameters
+    ----------
+    log_snr, stochastic, steps
+        See :class:`Reading`.
+    drift, forgetting, size : tuple of float
+        d, f and z, per unit of log-SNR; one per level.
+    gain : tuple of float
+        g; one per level.
+    usual : tuple of float
+        m, the mean of q over the rollouts of the fit; one per level.
+    """
+
+    drift: tuple[float, ...]
+    forgetting: tuple[float, ...]
+    size: tuple[float, ...]
+    gain: tuple[float, ...]
+    usual: tuple[float, ...]
+
+    def read(self, odds: Tensor, before: Tracked, now: Tracked, level: Level) -> Tensor:
+        if before.last is None or now.last is None:  # nothing lies between
+            return odds
+        log_snr = torch.tensor([at.log_snr for at in now.levels], dtype=odds.dtype, device=odds.device)
+        span = log_snr[now.last.index] - log_snr[before.last.index]  # 0 where the posterior is frozen
+        drift, forgetting, size, gain, usual = (
+            self._at(level, values) for values in (self.drift, self.forgetting, self.size, self.gain, self.usual)
+        )
+        told = span * (drift + size * (now.size - usual)) + gain * (now.log_odds - before.log_odds)
+        return torch.exp(-forgetting * span) * odds + told
+
+
+def from_plain(stored: Mapping[str, Any]) -> Calibration | Filter:
+    """A reading from its fields as JSON has them."""
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    return Filter(**values) if "gain" in values else Calibration(**values)

@@ -1,0 +1,83 @@
+"""What a reading makes of the tracked log-odds, against the formulas of its docstring written out for one sample."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diffsteer import Calibration, Filter, Level
+from diffsteer.engine import plain
+from diffsteer.posterior import Point, Tracked
+from diffsteer.readings import from_plain
+
+LEVELS = tuple(Level(1.0, math.exp(-log_snr / 2)) for log_snr in (-4.0, -2.5, -1.0, 0.5))
+FILTER = Filter(
+    log_snr=(-4.0, -1.0, 1.0), stochastic=0.0, steps=3,
+    drift=(0.0, 0.7, -0.2), forgetting=(0.0, 0.3, 0.1), size=(0.0, -0.4, -0.1), gain=(0.0, 1.4, 0.2),
+    usual=(1.0, 3.0, -2.0),
+)  # fmt: skip
+CALIBRATION = Calibration(log_snr=(-4.0, -1.0), stochastic=1.0, steps=3, intercept=(0.0, 1.5), slope=(1.0, 0.4))
+
+
+def tracked(index: list[int], log_odds: list[float], dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tracked:
+    generator = torch.Generator().manual_seed(3)
+    x, alt, ref = (scale * torch.randn(len(index), 2, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    point = Point(x.to(dtype), alt.to(dtype), ref.to(dtype), torch.zeros(len(index)), torch.tensor(index))
+    return Tracked(torch.tensor(log_odds, dtype=torch.float64), LEVELS, point)
+
+
+def by_hand(odds: float, before: Tracked, now: Tracked, i: int, level: Level) -> float:
+    t, s = (LEVELS[int(state.last.index[i])] for state in (before, now))
+    d, f, z, g, m = (
+        float(np.interp(level.log_snr, FILTER.log_snr, getattr(FILTER, n)))
+        for n in ("drift", "forgetting", "size", "gain", "usual")
+    )
+    difference = s.rho**2 * (now.last.alt[i] - now.last.ref[i])
+    span = s.log_snr - t.log_snr
+    gained = float(now.log_odds[i] - before.log_odds[i])
+    return math.exp(-f * span) * odds + span * (d + z * (math.log(float(difference.square().sum())) - m)) + g * gained
+
+
+def test_the_filter_is_its_formula_for_each_sample() -> None:
+    before, now = tracked([0, 1, 1], [-2.0, -1.0, 0.5]), tracked([2, 2, 2], [-1.5, -2.0, 0.7])
+    odds = torch.tensor([-2.2, 0.3, 4.0], dtype=torch.float64)
+    found = FILTER.read(odds, before, now, LEVELS[2])
+    assert found.tolist() == pytest.approx([by_hand(float(odds[i]), before, now, i, LEVELS[2]) for i in range(3)])
+
+
+def test_the_filter_leaves_the_odds_where_nothing_is_new() -> None:
+    state, odds = tracked([1, 1], [-2.0, -1.0]), torch.tensor([0.3, -0.7], dtype=torch.float64)
+    assert torch.equal(FILTER.read(odds, state, state, LEVELS[3]), odds)  # frozen
+    assert torch.equal(FILTER.read(odds, dataclasses.replace(state, last=None), state, LEVELS[1]), odds)  # first seen
+
+
+def test_two_steps_of_steady_coefficients_are_one_of_their_length() -> None:
+    steady = Filter((-4.0,), 0.0, 3, drift=(0.0,), forgetting=(0.5,), size=(0.0,), gain=(0.8,), usual=(0.0,))
+    a, b, c = tracked([0], [-2.0]), tracked([1], [-2.0]), tracked([2], [-2.0])
+    odds = torch.tensor([1.3], dtype=torch.float64)
+    halfway = steady.read(odds, a, b, LEVELS[1])
+    torch.testing.assert_close(steady.read(halfway, b, c, LEVELS[2]), steady.read(odds, a, c, LEVELS[2]))
+
+
+def test_the_size_is_finite_in_half_precision_and_where_branches_agree() -> None:
+    wide = tracked([0, 0], [-2.0, -1.0], torch.float16, scale=300.0)  # its squares overflow float16
+    exact = tracked([0, 0], [-2.0, -1.0], scale=300.0)
+    torch.testing.assert_close(wide.size, exact.size, rtol=1e-3, atol=1e-3)
+    same = dataclasses.replace(exact, last=dataclasses.replace(exact.last, alt=exact.last.ref))
+    assert bool(same.size.isfinite().all())
+
+
+def test_the_line_is_interpolated_between_levels_and_held_beyond_them() -> None:
+    state, odds = tracked([0], [-2.0]), torch.zeros(1, dtype=torch.float64)
+    read = [float(CALIBRATION.read(odds, state, state, level)) for level in LEVELS]
+    assert read == pytest.approx([-2.0, 0.75 + 0.7 * -2.0, 1.5 + 0.4 * -2.0, 1.5 + 0.4 * -2.0])
+
+
+@pytest.mark.parametrize("reading", [FILTER, CALIBRATION])
+def test_readings_survive_json(reading) -> None:
+    assert from_plain(json.loads(json.dumps(plain(reading)))) == reading
