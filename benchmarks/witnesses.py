@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--sampler", default="ddpm")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--estimator", default="", help="default: the model's for the sampler")
+    parser.add_argument("--seed", type=int, default=10, help="another than the calibration's (10) judges its reading")
     options = parser.parse_args()
     model = ds.zoo.load(options.model)
     classes = tuple(options.classes or halves(model)[0])
@@ -55,10 +56,10 @@ def main() -> None:
 
     common = {"num_samples": options.samples, "batch_size": options.samples, "steps": options.steps}
     watcher = replace(watching(plain, view.stochastic), calibration=readings)
-    run = ds.sample(den, watcher, scheduler=sampler, seed=20, callback=watch, progress=True, **common)
+    run = ds.sample(den, watcher, scheduler=sampler, seed=options.seed, callback=watch, progress=True, **common)
     verdicts = model.judge(run.samples).argmax(1)
     ratio = LikelihoodRatio(run.samples, names)
-    weighed = ds.sample(den, ratio, scheduler=scheduler(model, "ddpm"), seed=21, **common).trace
+    weighed = ds.sample(den, ratio, scheduler=scheduler(model, "ddpm"), seed=options.seed + 1, **common).trace
 
     def knows(values: Tensor, label: int) -> float:
         return float(binary_auroc(values.double().argsort().argsort() / len(values), (verdicts == label).long()))

@@ -71,7 +71,8 @@ def calibrate(
     -------
     DynamicNegativeGuidance
         The method with its ``calibration`` set, one per context, and "auto" resolved: on samplers with the full
-        ancestral noise to "ito", on deterministic ones to "surrogate", whose bias the calibration takes out.
+        ancestral noise to "ito", on deterministic ones to "surrogate". There the calibration is a
+        :class:`diffsteer.Filter`, elsewhere a :class:`diffsteer.Calibration`.
 
     Raises
     ------
@@ -81,7 +82,8 @@ def calibrate(
     Notes
     -----
     Costs ``num_rollouts * steps`` evaluations of every context, once per network, concept and sampler; on deterministic
-    samplers twice that at most.
+    samplers twice that at most. There a rollout belongs to a concept where the likelihood ratio of the finished sample
+    is above 1, elsewhere where its tracked log-odds are among the highest, as many as the prior says.
     """
     rarest = min(method.priors)
     if num_rollouts * rarest < 10:
@@ -105,9 +107,8 @@ def calibrate(
                 trace = {**trace, **sample(denoiser, ratio, batch_size=part["num_samples"], **part).trace}
             traces.append(trace)
     trace = {name: torch.cat([t[name] for t in traces], 1) for name in traces[0]}
-    witness = "log_ratio" if blind else "log_odds"
     members = [
-        highest(trace[f"{witness}:{context}"][-1], prior)
+        trace[f"log_ratio:{context}"][-1] > 0 if blind else highest(trace[f"log_odds:{context}"][-1], prior)
         for context, prior in zip(method.contexts, method.priors, strict=True)
     ]
     return read_off(method, watch, trace, rollouts.record, members)

@@ -55,7 +55,7 @@ ODE_SCALES = {"np": (0.2, 0.3, 0.5, 0.8), "sld": (0.2, 0.4, 0.8, 1.6), "sld-medi
 """Where they differ on deterministic samplers, on which the baselines remove less at equal scale."""
 MODEL_SCALES: dict[str, dict[str, tuple[float, ...]]] = {
     "mnist": {
-        **ODE_SCALES, "dng": (10.0, 20.0, 30.0, 60.0), "dng/ode": (5.0, 10.0, 20.0, 40.0),
+        **ODE_SCALES, "dng": (10.0, 20.0, 30.0, 60.0), "dng/ode": (5.0, 10.0, 15.0, 40.0),
         "dng-paper": (2.0, 5.0, 10.0, 20.0), "ceiling": (2.0, 5.0),
     }
 }  # fmt: skip
