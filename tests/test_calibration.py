@@ -93,6 +93,12 @@ def line(log_odds: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
     return fit(torch.stack([torch.ones_like(log_odds), log_odds], 1), member, log_odds) + torch.tensor([0.0, 1.0])
 
 
+def test_a_concept_that_no_rollout_shows_is_refused() -> None:
+    net, method = Biased(20.0), ds.DynamicNegativeGuidance(prior=1 / 8)  # so bad that it explains nothing
+    with pytest.raises(ParameterError, match=r"0 of 100 rollouts show 'neg'.*stochastic"):
+        ds.calibrate(net, method, scheduler=DDIM, steps=8, num_rollouts=100)
+
+
 def test_the_fit_recovers_a_known_reading() -> None:
     generator = torch.Generator().manual_seed(0)
     log_odds = 3 * torch.randn(20_000, generator=generator, dtype=torch.float64)

@@ -77,7 +77,8 @@ def calibrate(
     Raises
     ------
     ParameterError
-        Too few rollouts, or a callable estimator, which needs no calibration.
+        Too few rollouts; a callable estimator, which needs no calibration; or, on a deterministic sampler, none or all
+        of the rollouts show a concept.
 
     Notes
     -----
@@ -111,6 +112,13 @@ def calibrate(
         trace[f"log_ratio:{context}"][-1] > 0 if blind else highest(trace[f"log_odds:{context}"][-1], prior)
         for context, prior in zip(method.contexts, method.priors, strict=True)
     ]
+    for context, member in zip(method.contexts, members, strict=True):
+        if bool(member.all()) or not bool(member.any()):
+            raise ParameterError(
+                f"by the network's own likelihood ratio {int(member.sum())} of {num_rollouts} rollouts show "
+                f"{context!r}, so there is nothing to fit; calibrate on more rollouts or for a stochastic sampler, or "
+                "leave the method uncalibrated"
+            )
     return read_off(method, watch, trace, rollouts.record, members)
 
 
