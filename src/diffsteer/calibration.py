@@ -94,18 +94,21 @@ def calibrate(
         )
     view = SchedulerView(scheduler, steps, eta)
     watch = watching(method, view.stochastic)
-    common = {"scheduler": scheduler, "steps": steps, "seed": seed, "eta": eta, "device": device}
     blind = view.stochastic == 0  # the path of a deterministic sampler does not tell where it ends
     traces = []
     size = min(batch_size or 256, num_rollouts)
     with advancing(progress, (1 + blind) * num_rollouts * len(view.timesteps)) as advance:
         for first in range(0, num_rollouts, size):
-            part = {"first": first, "num_samples": min(size, num_rollouts - first), "progress": advance, **common}
-            rollouts = sample(denoiser, watch, batch_size=part["num_samples"], **part)
+            number = min(size, num_rollouts - first)
+            part: dict[str, Any] = {
+                "first": first, "num_samples": number, "batch_size": number, "scheduler": scheduler, "steps": steps,
+                "seed": seed, "eta": eta, "device": device, "progress": advance,
+            }  # fmt: skip
+            rollouts = sample(denoiser, watch, **part)
             trace = rollouts.trace
             if blind:
                 ratio = LikelihoodRatio(rollouts.samples, method.contexts)
-                trace = {**trace, **sample(denoiser, ratio, batch_size=part["num_samples"], **part).trace}
+                trace = trace | sample(denoiser, ratio, **part).trace
             traces.append(trace)
     trace = {name: torch.cat([t[name] for t in traces], 1) for name in traces[0]}
     members = [

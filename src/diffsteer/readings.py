@@ -116,8 +116,7 @@ class Filter(Reading):
     def read(self, odds: Tensor, before: Tracked, now: Tracked, level: Level) -> Tensor:
         if before.last is None or now.last is None:  # nothing lies between
             return odds
-        log_snr = torch.tensor([at.log_snr for at in now.levels], dtype=odds.dtype, device=odds.device)
-        span = log_snr[now.last.index] - log_snr[before.last.index]  # 0 where the posterior is frozen
+        span = (before.variance / now.variance).log()  # of log-SNR; 0 where the posterior is frozen
         drift, forgetting, size, gain, usual = (
             self._at(level, values) for values in (self.drift, self.forgetting, self.size, self.gain, self.usual)
         )
