@@ -91,7 +91,7 @@ def test_scatter_undoes_gather() -> None:
     assert state[0].tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("module", ["core", "paths", "posterior", "energy.steps", "perturb", "methods"])
+@pytest.mark.parametrize("module", ["core", "paths", "posterior", "readings", "energy.steps", "perturb", "methods"])
 def test_the_ground_imports_torch_and_nothing_heavier(module: str) -> None:
     code = f"import sys, diffsteer.{module}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
     loaded = set(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from diffsteer.core import Call, Guidance, Plan, Run, Step, dot
 from diffsteer.denoisers import Denoiser
+from diffsteer.engine import join_traces
 from diffsteer.errors import ParameterError
 from diffsteer.methods.dynamic_negative_guidance import DynamicNegativeGuidance
 from diffsteer.perturb._draws import noise
@@ -110,7 +111,7 @@ def calibrate(
                 ratio = LikelihoodRatio(rollouts.samples, method.contexts)
                 trace = trace | sample(denoiser, ratio, **part).trace
             traces.append(trace)
-    trace = {name: torch.cat([t[name] for t in traces], 1) for name in traces[0]}
+    trace = join_traces(traces)
     members = [
         trace[f"log_ratio:{context}"][-1] > 0 if blind else highest(trace[f"log_odds:{context}"][-1], prior)
         for context, prior in zip(method.contexts, method.priors, strict=True)

@@ -371,6 +371,11 @@ def stack_trace(kept: list[dict[str, Tensor]], size: int) -> dict[str, Tensor]:
     return {name: torch.stack([info.get(name, missing) for info in kept]) for name in sorted(names)}
 
 
+def join_traces(traces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The traces of batches, (steps, size) each, as those of all their samples."""
+    return {name: torch.cat([trace[name] for trace in traces], 1) for name in traces[0]}
+
+
 def every_kth(trace: str) -> int:
     """The k of "every:k"; 1 for "full", 0 for "off"."""
     if trace in ("full", "off"):

@@ -17,7 +17,17 @@ from torch import Tensor
 
 from diffsteer.core import Call, Guidance, Info, Plan, Repeat, State, Step
 from diffsteer.denoisers import Denoiser, usable
-from diffsteer.engine import Batching, Engine, describe, describe_scheduler, every_kth, stack_trace, stream, versions
+from diffsteer.engine import (
+    Batching,
+    Engine,
+    describe,
+    describe_scheduler,
+    every_kth,
+    join_traces,
+    stack_trace,
+    stream,
+    versions,
+)
 from diffsteer.errors import ParameterError, StateError
 from diffsteer.schedulers import SchedulerView
 
@@ -149,7 +159,6 @@ def sample(
             samples.append(chunk.x[:keep].cpu())
             nfe.append(chunk.engine.nfe[:keep].cpu())
             traces.append(stack_trace(kept, keep))
-    merged = {name: torch.cat([t[name] for t in traces], 1) for name in traces[0]}
     record = {
         "method": describe(method),
         "scheduler": describe_scheduler(scheduler),
@@ -160,7 +169,7 @@ def sample(
         "seconds": time.perf_counter() - started,
         "versions": versions(),
     }  # fmt: skip
-    return Result(torch.cat(samples), merged, torch.cat(nfe), record)
+    return Result(torch.cat(samples), join_traces(traces), torch.cat(nfe), record)
 
 
 def check_method(method: Any) -> None:

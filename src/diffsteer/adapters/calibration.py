@@ -14,7 +14,7 @@ from diffsteer.adapters.attach import attach
 from diffsteer.adapters.contexts import separate
 from diffsteer.calibration import LikelihoodRatio, read_off, watching
 from diffsteer.core import Guidance
-from diffsteer.engine import stream
+from diffsteer.engine import join_traces, stream
 from diffsteer.errors import IgnoredPromptWarning, ParameterError
 from diffsteer.methods import ClassifierFreeGuidance, DynamicNegativeGuidance
 from diffsteer.sampling import Result, advancing
@@ -136,7 +136,7 @@ def calibrate_pipeline(
         method = replace(method, prior=tuple(priors.tolist()) if number > 1 else float(priors))
         watch = watching(method, ended.record["stochastic"])
         tracked = [along(watch if beside is None else beside + watch, numbers, **unwanted) for numbers in batches]
-    trace = {name: torch.cat([t.trace[name] for t in tracked], 1) for name in tracked[0].trace}
+    trace = join_traces([run.trace for run in tracked])
     return read_off(method, watch, trace, tracked[0].record, members)
 
 
