@@ -166,7 +166,7 @@ def prompts(
     samples
         Pictures per pair, method and scale.
     method
-        Only these: np, replace, sld, dng, dng-baseline, dng-late, dng-any.
+        Only these: np, replace, sld, dng, dng-baseline, dng-late, dng-capped, dng-any.
     sampler
         Only these, as name:steps: ddpm:250, euler-a:30, ddim:50, dpm++:25; of a flow flow-euler:28.
     guidance_scale

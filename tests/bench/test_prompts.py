@@ -255,7 +255,7 @@ def test_which_dng_asks_for_which_calibration(bench: Bench) -> None:
     bench.tracker = lambda *what: asked.append(what) or DNG
     for method in DYNAMIC:
         bench.run(GRID_OF_TWO[0], SAMPLER, method, 1.0)
-    assert asked == [*[("a circle", "red", SAMPLER)] * 3, ("", "red", SAMPLER)]
+    assert asked == [*[("a circle", "red", SAMPLER)] * 4, ("", "red", SAMPLER)]
 
 
 def test_methods_have_their_own_names_and_wrong_ones_are_refused() -> None:
@@ -264,6 +264,7 @@ def test_methods_have_their_own_names_and_wrong_ones_are_refused() -> None:
     assert made["dng"].methods[1] == made["dng-any"].methods[1] == replace(DNG, scale=2.0)
     assert made["dng-baseline"].methods[1] == replace(DNG, scale=2.0, baseline=0.5)
     assert made["dng-late"].methods[1] == replace(DNG, scale=2.0, late=1.0)
+    assert made["dng-capped"].methods[1] == replace(DNG, scale=2.0, late=1.0, max_scale=10.0)
     with pytest.raises(UnknownNameError, match="magic"):
         method_for("magic", 1.0, guidance_scale=1.5, dng=DNG, steps=25)
     with pytest.raises(UnknownNameError, match="magic"):

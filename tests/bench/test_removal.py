@@ -26,7 +26,7 @@ from diffsteer.bench.removal import (
     scheduler,
     unguided,
 )
-from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
+from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
 
 SETTING = Setting((3,), "ddpm", steps=4, samples=16)
 
@@ -182,6 +182,16 @@ def test_a_model_is_calibrated_in_its_own_folder(model, tmp_path: Path) -> None:
     before = mine.calibration(3, "sde")
     calibrate_model(mine, "ddim", steps=3, rollouts=110)
     assert mine.calibration(3, "sde") == before
+    assert mine.calibration(3, "ode").steps == 3
+
+
+@pytest.mark.parametrize("damage", ['{"ode": {"3": {"log_snr": [0.0], "gain": [0.0]}}}', "[1]", "{", ""])
+def test_a_damaged_calibration_is_made_anew(model, tmp_path: Path, damage: str) -> None:
+    mine = ds.zoo.load(shutil.copytree(model.folder, tmp_path / "mine"))
+    (mine.folder / "calibration.json").write_text(damage)
+    with pytest.raises(WeightsError, match="calibrate the model again"):
+        mine.calibration(3, "ode")
+    calibrate_model(mine, "ddim", steps=3, rollouts=110)
     assert mine.calibration(3, "ode").steps == 3
 
 

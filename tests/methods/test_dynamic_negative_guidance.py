@@ -96,6 +96,9 @@ def oracle(method: Any, scene: Script) -> list[Row]:
         idle = {c: method.baseline * prior / (1 - sum(priors.values())) for c, prior in priors.items()}
         scale = scale_at(method, level)
         weights = {c: scale * np.maximum(p / (1 - posterior) - idle[c], 0) for c, p in believed.items()}
+        if method.max_scale:
+            excess = np.maximum(sum(weights.values()) / method.max_scale, 1)
+            weights = {c: w / excess for c, w in weights.items()}
         prediction = null - sum(wide(weights[c], null) * away[c] for c in method.contexts)
         rows.append({"prediction": prediction, "posterior": posterior, "scale": sum(weights.values())})
     return rows
@@ -230,6 +233,9 @@ CASE = Case(
     (_CALM | {"late": 1.0, "scale": 4.0}, {"coordinates": "ve", "seed": 35}),
     (_CALM | {"late": 2.0, "scale": 3.0, "baseline": 0.5}, {"coordinates": "flow", "stochastic": 0.0, "seed": 36}),
     (_CALM | {"late": 1.0, "scale": 0.4}, {"coordinates": "vp", "seed": 37}),
+    (_CALM | {"max_scale": 0.4}, {"coordinates": "vp", "stochastic": 0.0, "seed": 43}),
+    (_CALM | {"contexts": ("neg", "neg2"), "prior": (0.3, 0.2), "scale": 2.0, "max_scale": 1.5, "baseline": 1.0},
+     {"coordinates": "flow", "seed": 44}),
     # clamped, at both ends
     (_CALM | {"temperature": 0.3, "p_min": 0.05, "p_max": 0.6}, {"stochastic": 0.0, "seed": 20}),
     (_CALM | {"temperature": 1.0, "p_min": 0.1, "p_max": 0.8}, {"coordinates": "ve", "seed": 21}),
@@ -688,6 +694,7 @@ def test_positive_prompt_and_dynamic_negative():
         {"negligible": 1.0}, {"negligible": -0.1}, {"patience": -1.0}, {"patience": float("nan")},
         {"baseline": 1.1}, {"baseline": -0.1}, {"baseline": float("nan")},
         {"late": -1.0}, {"late": float("inf")}, {"late": float("nan")},
+        {"max_scale": 0.0}, {"max_scale": -1.0}, {"max_scale": float("nan")},
     ],
     ids=str,
 )  # fmt: skip

@@ -86,7 +86,7 @@ def table(lines: Sequence[Line], decides: bool) -> tuple[list[str], list[list[st
             cells += [f"{x.undecided:.1%}", _number(x.kl, x.kl_interval, 3)]
         else:
             cells += [_number(x.forbidden, x.forbidden_interval, 3), f"{x.faithful:.3f}"]
-        body.append([*cells, _number(x.distance, x.distance_interval, 4), f"{x.nfe:.0f}", f"{x.seconds:.2f}"])
+        body.append([*cells, _number(x.distance, x.distance_interval, 3), f"{x.nfe:.0f}", f"{x.seconds:.2f}"])
     return header, body
 
 

@@ -68,6 +68,7 @@ NAMES = {
     "dng": "DNG",
     "dng-baseline": "DNG, baseline 0.5",
     "dng-late": "DNG, late 1",
+    "dng-capped": "DNG, late 1, at most 10",
     "dng-any": "DNG, calibrated for any prompt",
 }
 SCALES: Mapping[str, tuple[float, ...]] = {
@@ -77,12 +78,14 @@ SCALES: Mapping[str, tuple[float, ...]] = {
     "dng": (2.5, 5.0, 7.5, 10.0),
     "dng-baseline": (5.0, 10.0, 15.0, 20.0),
     "dng-late": (7.5, 10.0, 15.0, 20.0),
+    "dng-capped": (7.5, 10.0, 15.0, 20.0),
     "dng-any": (1.0, 2.5, 5.0, 10.0),
 }
 DYNAMIC: Mapping[str, tuple[bool, Mapping[str, float]]] = {
     "dng": (True, {}),
     "dng-baseline": (True, {"baseline": 0.5}),
     "dng-late": (True, {"late": 1.0}),
+    "dng-capped": (True, {"late": 1.0, "max_scale": 10.0}),
     "dng-any": (False, {}),
 }
 """Whether it is calibrated on the prompt, and its other parameters."""

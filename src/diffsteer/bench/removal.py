@@ -102,6 +102,15 @@ def method_for(model: Model, name: str, setting: Setting, scale: float | None = 
     scale : float, optional
         Instead of the recommended one.
     """
+    method = _uncalibrated(model, name, setting, scale)
+    if name != "dng":
+        return method
+    stored = [model.calibration(c, _calibrated_as(setting)) for c in setting.concepts]
+    return method if any(c is None for c in stored) else replace(method, calibration=tuple(stored))
+
+
+def _uncalibrated(model: Model, name: str, setting: Setting, scale: float | None) -> Guidance:
+    """:func:`method_for` but for what the model's folder keeps of calibrations."""
     negatives = model.negatives(setting.concepts)
     recommended = model.guidance
     kind = kind_of(setting.scheduler)
@@ -124,13 +133,7 @@ def method_for(model: Model, name: str, setting: Setting, scale: float | None = 
         values["estimator"] = model.posterior(setting.concepts[0])
     elif name != "dng":
         raise UnknownNameError("method", name, METHODS)
-    method = DynamicNegativeGuidance(prior=tuple(map(model.share, setting.concepts)), contexts=negatives, **values)
-    if name == "ceiling":
-        return method
-    stored = [model.calibration(c, _calibrated_as(setting)) for c in setting.concepts]
-    if any(c is None for c in stored):
-        return method
-    return replace(method, calibration=tuple(c for c in stored if c is not None))
+    return DynamicNegativeGuidance(prior=tuple(map(model.share, setting.concepts)), contexts=negatives, **values)
 
 
 def calibrate_model(
@@ -153,18 +156,21 @@ def calibrate_model(
     Returns
     -------
     Path
-        ``calibration.json``, in which all other entries are left as they are.
+        ``calibration.json``, in which all other entries are left as they are; a damaged one is written anew.
     """
     every = model.alone if separate else tuple(range(len(model.classes)))
     setting = Setting(every, scheduler_name, steps, separate=separate)
-    method = replace(method_for(model, "dng", setting, scale=0.0), calibration=None)
+    method = _uncalibrated(model, "dng", setting, scale=0.0)
     assert isinstance(method, DynamicNegativeGuidance)
     fitted = calibrate(
         model.denoiser(neg=every, separate=separate), method, scheduler=scheduler(model, scheduler_name), steps=steps,
         num_rollouts=rollouts, seed=seed, device=model.device, progress=progress,
     )  # fmt: skip
     path = model.folder / "calibration.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, TypeError, ValueError):
+        stored = {}
     named = zip(every, fitted.calibrations, strict=True)
     stored[_calibrated_as(setting)] = {model.classes[label]: asdict(c) for label, c in named if c is not None}
     write_text(path, json.dumps(stored) + "\n")

@@ -99,6 +99,9 @@ class DynamicNegativeGuidance(Guidance):
         would push by that many times the prior's odds. What of it exceeds 1 is multiplied by ``a**late``,
         ``a = alpha / sqrt(alpha**2 + sigma**2)``: at 1 the weight grows from the odds at pure noise to ``scale`` times
         the odds. 0 is the paper's: ``scale`` at every level.
+    max_scale : float, optional
+        > 0: the weights of a sample add up to at most this. Odds know no bound, but a push has one beyond which
+        pictures break, on deterministic samplers above all, where no noise repairs them.
     calibration : Calibration, Filter, or tuple of them with one per context, optional
         Reads the tracked log-odds through a map fitted on rollouts, see :func:`diffsteer.calibrate`.
     evidence : callable, optional
@@ -144,6 +147,7 @@ class DynamicNegativeGuidance(Guidance):
     softening: float = 0.1
     baseline: float = 0.0
     late: float = 0.0
+    max_scale: float | None = None
     calibration: Reading | tuple[Reading, ...] | None = None
     evidence: Callable[[Tensor, Level], Tensor] | None = None
     contexts: tuple[str, ...] = ("neg",)
@@ -155,6 +159,8 @@ class DynamicNegativeGuidance(Guidance):
         check_scale(self.scale)
         check_scale(self.patience, "patience")
         check_scale(self.late, "late")
+        if self.max_scale is not None and not self.max_scale > 0:
+            raise ParameterError(f"max_scale must be above 0, got {self.max_scale}; None: no bound")
         if not 0 <= self.negligible < 1:
             raise ParameterError(f"negligible is a posterior in [0, 1), got {self.negligible}; 0: never release")
         if isinstance(self.contexts, str) or not self.contexts or len(set(self.contexts)) < len(self.contexts):
@@ -246,6 +252,8 @@ class DynamicNegativeGuidance(Guidance):
         together = posteriors.sum(0)
         posteriors, total = posteriors * (self.p_max / together).clamp(max=1), together.clamp(max=self.p_max)
         weights = self._scale_at(step.level) * (posteriors / (1 - total) - self._baselines.to(total)).clamp(min=0)
+        if self.max_scale is not None:
+            weights = weights * (self.max_scale / weights.sum(0)).clamp(max=1)  # infinite where nothing pushes
         prediction = null
         for weight, difference in zip(weights, away, strict=True):
             prediction = prediction - like(weight, null) * difference
