@@ -126,7 +126,7 @@ def removal(
         chosen = among(chosen, sampler)
     if quick:
         few = tuple((kind, 8) for kind, _ in chosen.samplers[:2])
-        chosen = replace(chosen, samplers=few, samples=48, final=chosen.final and ("ddpm", 8, 48))
+        chosen = replace(chosen, samplers=few, samples=48, concepts=2, final=chosen.final and ("ddpm", 8, 48))
     if samples is not None:
         final = chosen.final and (*chosen.final[:2], chosen.final[2] * samples // chosen.samples)
         chosen = replace(chosen, samples=samples, final=final)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import shutil
 from dataclasses import replace
@@ -175,6 +176,11 @@ def test_the_whole_benchmark_runs_and_resumes(tmp_path: Path, monkeypatch) -> No
     assert first == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
     assert tables == [(tmp_path / name).read_text() for name in ("summary.md", "sweep.csv", "final.csv")]
     assert (tmp_path / "fronts-ddpm-3.png").stat().st_size > 10_000
+    page = html.unescape((tmp_path / "report.html").read_text())
+    cells = {c for line in tables[0].splitlines() if line.startswith("| ") for c in line.strip("| ").split(" | ")}
+    assert len(cells) > 50
+    assert all(f">{cell}<" in page for cell in cells)
+    assert page.count("data:image/png;base64,") == 1 + 4  # fronts and samples of the one sampler
 
 
 def test_a_model_is_calibrated_in_its_own_folder(model, tmp_path: Path) -> None:

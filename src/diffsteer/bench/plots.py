@@ -16,7 +16,7 @@ from diffsteer.files import write_figure
 
 if TYPE_CHECKING:
     from diffsteer.bench.report import MethodPanel
-    from diffsteer.bench.sweep import Entry
+    from diffsteer.bench.sweep_report import Entry
 
 _ACROSS = 5  # panels of samples beside each other: more would be too small to see
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,6 +16,8 @@ from diffsteer.bench.intervals import Interval
 from diffsteer.bench.plots import draw_rows
 from diffsteer.bench.prompt_runs import NAMES, Bench, Line, Pair, sampler_name
 from diffsteer.bench.report_html import template
+from diffsteer.bench.report_pictures import png_address
+from diffsteer.bench.report_tables import Titled, markdown
 from diffsteer.engine import plain
 from diffsteer.files import write_text
 
@@ -36,11 +36,8 @@ def write(out: Path, bench: Bench, lines: Sequence[Line]) -> None:
     write_text(out / "summary.md", summary(lines, bench.judge.decides))
     pairs = [(f"{p.prompt}, without {p.negative}", _rows(bench, p, lines)) for p in bench.plan.grid if p.reported]
     page = template("prompts.html.j2").render(
-        tables=[
-            (f"{sampler}: {_TITLES[pairs]}", *table(rows, bench.judge.decides))
-            for sampler, pairs, rows in _split(lines)
-        ],
-        rows=[(title, [(label, _address(sheet)) for label, sheet in rows]) for title, rows in pairs],
+        tables=_tables(lines, bench.judge.decides),
+        rows=[(title, [(label, png_address(sheet)) for label, sheet in rows]) for title, rows in pairs],
         sampler=bench.plan.samplers[0],
         record=json.dumps({k: v for k, v in record.items() if k != "lines"}, indent=1),
         decides=bench.judge.decides,
@@ -54,12 +51,11 @@ def write(out: Path, bench: Bench, lines: Sequence[Line]) -> None:
 
 def summary(lines: Sequence[Line], decides: bool) -> str:
     """The tables as Markdown."""
-    parts = []
-    for sampler, pairs, rows in _split(lines):
-        header, body = table(rows, decides)
-        parts += [f"### {sampler}. {_TITLES[pairs]}", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-        parts += ["| " + " | ".join(cells) + " |" for cells in body] + [""]
-    return "\n".join(parts)
+    return markdown(_tables(lines, decides))
+
+
+def _tables(lines: Sequence[Line], decides: bool) -> list[Titled]:
+    return [(f"{sampler}: {_TITLES[pairs]}", *table(rows, decides)) for sampler, pairs, rows in _split(lines)]
 
 
 def _split(lines: Sequence[Line]) -> list[tuple[str, str, list[Line]]]:
@@ -129,10 +125,3 @@ def _sheet(pictures: NDArray[np.uint8], forbidden: NDArray[Any], undecided: NDAr
     if width > 128:
         image = image.resize((image.width * 128 // width, image.height * 128 // width))
     return image
-
-
-def _address(image: Image.Image) -> str:
-    """As a PNG data address."""
-    out = io.BytesIO()
-    image.save(out, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

@@ -126,8 +126,13 @@ def grid(panel: MethodPanel, unguided: MethodPanel) -> str:
             line = gap * 3 // 4
             sheet[top - line : top + height + line, left - line : left + width + line] = frame
         sheet[top : top + height, left : left + width] = image
+    return png_address(Image.fromarray(sheet, "RGBA"))
+
+
+def png_address(image: Image.Image) -> str:
+    """A picture as a PNG data address, for pages that need no other file."""
     out = io.BytesIO()
-    Image.fromarray(sheet, "RGBA").save(out, "PNG", optimize=True)
+    image.save(out, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 

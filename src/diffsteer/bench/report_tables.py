@@ -21,7 +21,19 @@ from rich.text import Text
 from diffsteer.bench.intervals import Interval
 from diffsteer.bench.report import MethodRow, RemovalReport
 
-__all__ = ["grouped_cells", "headings", "percent", "rich_table", "rows_to_csv", "rows_to_json"]
+__all__ = ["Titled", "grouped_cells", "headings", "markdown", "percent", "rich_table", "rows_to_csv", "rows_to_json"]
+
+Titled = tuple[str, Sequence[str], Sequence[Sequence[str]]]
+"""A table: its title, its header, and its rows of cells."""
+
+
+def markdown(tables: Iterable[Titled]) -> str:
+    """Tables one under the other, each below its title."""
+    parts = []
+    for title, header, body in tables:
+        lines = [f"### {title}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        parts.append("\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in body)]) + "\n")
+    return "\n".join(parts)
 
 
 def rich_table(report: RemovalReport, width: int | None = None) -> Table:

@@ -7,7 +7,6 @@ benchmark goes on where it stopped.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,8 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from diffsteer import zoo
-from diffsteer.bench import balance, fronts, intervals, metrics
-from diffsteer.bench.plots import draw_fronts, draw_samples
+from diffsteer.bench import balance, fronts, intervals, metrics, sweep_report
 from diffsteer.bench.removal import (
     Outcome,
     Setting,
@@ -37,10 +35,10 @@ from diffsteer.bench.removal import (
     unguided,
 )
 from diffsteer.bench.remove import NAMES
-from diffsteer.bench.report import MethodPanel, MethodRow
-from diffsteer.bench.report_tables import rows_to_csv
+from diffsteer.bench.report import MethodPanel
+from diffsteer.bench.sweep_report import Entry, Lead
 from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
-from diffsteer.files import check_writable, write_text
+from diffsteer.files import check_writable
 from diffsteer.zoo import Model
 
 SCALES: dict[str, tuple[float, ...]] = {
@@ -131,30 +129,6 @@ def among(tier: Tier, samplers: Sequence[str]) -> Tier:
     return replace(tier, samplers=kept, final=tier.final if kept[:1] == tier.samplers[:1] else None)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One measured configuration."""
-
-    scheduler: str
-    concept: str
-    method: str
-    scale: float
-    reported: bool  # False on the half of the classes on which things were chosen
-    row: MethodRow
-
-
-@dataclass(frozen=True)
-class Lead:
-    """By how much one method's front is ahead of another's, in decades squared, with its 95% interval."""
-
-    scheduler: str
-    concept: str  # or "mean"
-    versus: str
-    axis: str  # "KL" or "distance"
-    difference: float
-    interval: tuple[float, float]
-
-
 def scales_of(model: Model, method: str, scheduler: str) -> tuple[float, ...]:
     """The scales that a method is swept over on a model under a scheduler, as many for every baseline."""
     kind = kind_of(scheduler)
@@ -229,12 +203,17 @@ def sweep(name: str, tier: Tier, *, out: Path, separate: bool = False, device: s
             outcome = job.run(model, out / "runs")
             final.append(_entry(model, job.setting, job.method, job.scale, outcome, finals, True))
     if _rank()[0] == 0:
-        leads = list(_leads(model, outcomes, bases, report, tier))
-        _write(out, model, entries, leads, points, final, tier=asdict(tier), separate=separate)
+        panels = {}
         for kind, steps in tier.samplers:
             shown = points if choosing else recommended(model, tier.methods, kind)
-            _grids(out, model, Setting((report[0],), kind, steps, tier.samples, separate=separate), shown, bases)
-        console.print(summary(model, entries, leads, points, final), markup=False, highlight=False)
+            setting = Setting((report[0],), kind, steps, tier.samples, separate=separate)
+            panels[sampler_name(setting)] = _panels(model, setting, shown, bases, out / "runs")
+        leads = list(_leads(model, outcomes, bases, report, tier))
+        sweep_report.write(
+            out, model, entries, leads, points, final, panels, choosing=[model.classes[c] for c in choosing],
+            tier=asdict(tier), separate=separate,
+        )  # fmt: skip
+        console.print((out / "summary.md").read_text(encoding="utf-8"), markup=False, highlight=False)
 
 
 @dataclass(frozen=True)
@@ -356,13 +335,15 @@ def _references(model: Model, setting: Setting, bases: _Bases, reported: bool) -
     return [_entry(model, setting, method, 0.0, outcome, bases, reported) for method, outcome in named.items()]
 
 
-def _grids(out: Path, model: Model, setting: Setting, points: Mapping[str, float], bases: _Bases) -> None:
-    """The first samples of every method at its operating point, or the swept scale next to it."""
+def _panels(
+    model: Model, setting: Setting, points: Mapping[str, float], bases: _Bases, store: Path
+) -> list[MethodPanel]:
+    """The samples of every method at its operating point, or the swept scale next to it; the unguided ones first."""
     outcomes = {NAMES["unguided"]: bases.base(setting)}
     for method, scale in points.items():
         near = min(scales_of(model, method, setting.scheduler), key=lambda w: abs(w - scale))
-        outcomes[f"{NAMES[method]} {near:g}"] = _Job(setting, method, near).run(model, out / "runs")
-    panels = [
+        outcomes[f"{NAMES[method]} {near:g}"] = _Job(setting, method, near).run(model, store)
+    return [
         MethodPanel(
             label=label,
             images=outcome.pixels,
@@ -372,7 +353,6 @@ def _grids(out: Path, model: Model, setting: Setting, points: Mapping[str, float
         for label, outcome in outcomes.items()
         if outcome.images is not None
     ]
-    draw_samples(out / f"samples-{sampler_name(setting)}.png", panels)
 
 
 def operating_points(
@@ -470,97 +450,6 @@ def _distance_lead(
 
 
 _WORST = 100.0  # feature distance at which a point no longer counts
-
-
-def _write(
-    out: Path,
-    model: Model,
-    entries: Sequence[Entry],
-    leads: Sequence[Lead],
-    points: dict[str, float],
-    final: Sequence[Entry],
-    **facts: Any,
-) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "model": model.name,
-        "fingerprint": model.fingerprint,
-        **facts,
-        "operating_points": points,
-        "sweep": [asdict(e) for e in entries],
-        "leads": [asdict(lead) for lead in leads],
-        "final": [asdict(e) for e in final],
-    }
-    write_text(out / "results.json", json.dumps(record, indent=1))
-    for name, rows in (("sweep", entries), ("final", final)):
-        table = rows_to_csv([replace(e.row, name=f"{e.scheduler}/{e.concept}/{e.method}") for e in rows])
-        write_text(out / f"{name}.csv", table)
-    write_text(out / "summary.md", summary(model, entries, leads, points, final))
-    draw_fronts(out, entries)
-
-
-def summary(
-    model: Model,
-    entries: Sequence[Entry],
-    leads: Sequence[Lead],
-    points: dict[str, float],
-    final: Sequence[Entry],
-) -> str:
-    """The figures that matter, as Markdown."""
-    lines = ["### Fronts: DNG's hypervolume minus the baseline's (decades squared, 95% interval)", ""]
-    lines += ["| sampler | concept | versus | KL to the rejection shares | distance to the rejection set |"]
-    lines += ["|---|---|---|---|---|"]
-    paired = {(le.scheduler, le.concept, le.versus, le.axis): le for le in leads}
-    for kind, concept, versus, axis in paired:
-        if axis == "KL":
-            cells = [_signed(paired[kind, concept, versus, a]) for a in ("KL", "distance")]
-            lines.append(f"| {kind} | {concept} | {NAMES[versus]} | {cells[0]} | {cells[1]} |")
-    named = ", ".join(model.classes[c] for c in halves(model)[0])
-    swept = any(not e.reported for e in entries)
-    lines += [
-        "",
-        f"### Operating points, {f'chosen on classes {named}' if swept else 'as the model recommends them'}",
-        "",
-    ]
-    lines += ["| method | scale |", "|---|---|", *(f"| {NAMES[m]} | {s:g} |" for m, s in points.items())]
-    if final:
-        lines += ["", "### At the operating points, mean over the reported classes", "", *_means(model, final)]
-    reported = [e for e in entries if e.reported]
-    for kind in dict.fromkeys(e.scheduler for e in reported):
-        chosen = [e for e in reported if e.scheduler == kind]
-        lines += ["", f"### The sweep under {kind}, mean over the reported classes", "", *_means(model, chosen)]
-    return "\n".join(lines) + "\n"
-
-
-def _means(model: Model, entries: Sequence[Entry]) -> list[str]:
-    """One line per method and scale."""
-    lines = [
-        "| method | scale | forbidden share | above the floor | KL to rejection | KL to uniform | "
-        "distance to rejection | distance to data | recall | untouched | evaluations |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    found = {(e.method, e.scale) for e in entries}
-    for method, scale in sorted(found, key=lambda m: (list(NAMES).index(m[0]), m[1])):
-        rows = [e for e in entries if (e.method, e.scale) == (method, scale)]
-        means = {
-            key: float(np.mean([getattr(e.row, key) for e in rows]))
-            for key in ("forbidden_share", "kl_rejection", "kl_uniform", "fd_rejection", "fd_data", "nfe", "recall")
-        }
-        touched = [e.row.untouched for e in rows if e.row.untouched is not None]
-        excess = means["forbidden_share"] - float(np.mean([model.floor([e.concept]) for e in rows]))
-        lines.append(
-            f"| {NAMES[method]} | {f'{scale:g}' if scale else ''} | {means['forbidden_share']:.2%} | {excess:+.2%} | "
-            f"{means['kl_rejection']:.3f} | {means['kl_uniform']:.3f} | {means['fd_rejection']:.2f} | "
-            f"{means['fd_data']:.2f} | {means['recall']:.2f} | "
-            f"{f'{np.mean(touched):.0%}' if touched else ''} | {means['nfe']:.0f} |"
-        )
-    return lines
-
-
-def _signed(lead: Lead) -> str:
-    low, high = lead.interval
-    verdict = "ahead" if low > 0 else "behind" if high < 0 else "even"
-    return f"{lead.difference:+.2f} ({low:+.2f} to {high:+.2f}), {verdict}"
 
 
 def bars(console: Console, disable: bool = False) -> Progress:
