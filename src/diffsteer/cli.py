@@ -386,7 +386,7 @@ def generate(
     method
         Terms joined by +: a name of `diffsteer methods`, then : and values, such as cfg:7.5+dng:2,prior=0.01; by
         default cfg:7.5, with a negative cfg:7.5+dng:1,prior=0.01; on shapes cfg:1.5 and cfg:1.5+dng:15,late=1; on
-        shapes-flow cfg:2.5 and cfg:2.5+dng:10,late=1; on shapes-lcm, with a negative, nasa:0.8.
+        shapes-flow cfg:2.5 and cfg:2.5+dng:15,late=1,max_scale=10; on shapes-lcm, with a negative, nasa:0.8.
     steps
         Inference steps of the pipeline's own scheduler; by default 30, and 4 of shapes-lcm, which has 8 at most.
     seed
