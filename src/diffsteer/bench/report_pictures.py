@@ -133,7 +133,12 @@ def png_address(image: Image.Image) -> str:
     """A picture as a PNG data address, for pages that need no other file."""
     out = io.BytesIO()
     image.save(out, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    return data_address(out.getvalue())
+
+
+def data_address(png: bytes) -> str:
+    """The content of a PNG file as a data address."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _pixels(images: NDArray) -> NDArray[np.uint8]:

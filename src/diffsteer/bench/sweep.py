@@ -207,7 +207,7 @@ def sweep(name: str, tier: Tier, *, out: Path, separate: bool = False, device: s
         for kind, steps in tier.samplers:
             shown = points if choosing else recommended(model, tier.methods, kind)
             setting = Setting((report[0],), kind, steps, tier.samples, separate=separate)
-            panels[sampler_name(setting)] = _panels(model, setting, shown, bases, out / "runs")
+            panels[sampler_name(setting)] = _panels(model, setting, shown, bases)
         leads = list(_leads(model, outcomes, bases, report, tier))
         sweep_report.write(
             out, model, entries, leads, points, final, panels, choosing=[model.classes[c] for c in choosing],
@@ -335,14 +335,12 @@ def _references(model: Model, setting: Setting, bases: _Bases, reported: bool) -
     return [_entry(model, setting, method, 0.0, outcome, bases, reported) for method, outcome in named.items()]
 
 
-def _panels(
-    model: Model, setting: Setting, points: Mapping[str, float], bases: _Bases, store: Path
-) -> list[MethodPanel]:
+def _panels(model: Model, setting: Setting, points: Mapping[str, float], bases: _Bases) -> list[MethodPanel]:
     """The samples of every method at its operating point, or the swept scale next to it; the unguided ones first."""
     outcomes = {NAMES["unguided"]: bases.base(setting)}
     for method, scale in points.items():
         near = min(scales_of(model, method, setting.scheduler), key=lambda w: abs(w - scale))
-        outcomes[f"{NAMES[method]} {near:g}"] = _Job(setting, method, near).run(model, store)
+        outcomes[f"{NAMES[method]} {near:g}"] = _Job(setting, method, near).run(model, bases.store)
     return [
         MethodPanel(
             label=label,

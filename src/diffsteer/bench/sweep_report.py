@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from diffsteer.bench.plots import draw_fronts, draw_samples
 from diffsteer.bench.remove import NAMES
 from diffsteer.bench.report import MethodPanel, MethodRow
 from diffsteer.bench.report_html import template
-from diffsteer.bench.report_pictures import SAMPLES, grid, png_address
+from diffsteer.bench.report_pictures import SAMPLES, data_address, grid
 from diffsteer.bench.report_tables import Titled, markdown, rows_to_csv
 from diffsteer.engine import versions
 from diffsteer.files import write_text
@@ -91,22 +90,20 @@ def write(
     for sampler, shown in panels.items():
         draw_samples(out / f"samples-{sampler}.png", shown)
     reported = [e for e in entries if e.reported]
-    page = template("removal.html.j2").render(
+    page = template("sweep.html.j2").render(
         model=model.name,
         concepts=list(dict.fromkeys(e.concept for e in [*reported, *final])),
         most=max(e.row.n for e in [*reported, *final]),
         tables=tables,
-        fronts=[(s, _picture(out / f"fronts-{s}.png")) for s in dict.fromkeys(e.scheduler for e in reported)],
+        fronts=[
+            (s, data_address((out / f"fronts-{s}.png").read_bytes()))
+            for s in dict.fromkeys(e.scheduler for e in reported)
+        ],
         samples=[(s, [(p.label, grid(p, shown[0])) for p in shown]) for s, shown in panels.items() if shown],
         shown=SAMPLES,
         record=json.dumps(run, indent=1),
     )
     write_text(out / "report.html", page)
-
-
-def _picture(path: Path) -> str:
-    with Image.open(path) as image:
-        return png_address(image)
 
 
 def _tables(
