@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffsteer import Calibration, Filter, Level
+from diffsteer import Calibration, Filter, Level, toy
 from diffsteer.engine import plain
 from diffsteer.posterior import Point, Tracked
 from diffsteer.readings import from_plain
@@ -31,7 +31,12 @@ def tracked(index: list[int], log_odds: list[float], dtype: torch.dtype = torch.
     return Tracked(torch.tensor(log_odds, dtype=torch.float64), LEVELS, point)
 
 
-def by_hand(odds: float, before: Tracked, now: Tracked, i: int, level: Level) -> float:
+def pushes(count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(count, 2, 3, generator=generator, dtype=torch.float64)
+
+
+def by_hand(odds: float, before: Tracked, now: Tracked, i: int, level: Level, push: torch.Tensor) -> float:
     t, s = (LEVELS[int(state.last.index[i])] for state in (before, now))
     d, f, z, g, m = (
         float(np.interp(level.log_snr, FILTER.log_snr, getattr(FILTER, n)))
@@ -39,29 +44,69 @@ def by_hand(odds: float, before: Tracked, now: Tracked, i: int, level: Level) ->
     )
     difference = s.rho**2 * (now.last.alt[i] - now.last.ref[i])
     span = s.log_snr - t.log_snr
-    gained = float(now.log_odds[i] - before.log_odds[i])
-    return math.exp(-f * span) * odds + span * (d + z * (math.log(float(difference.square().sum())) - m)) + g * gained
+    slope = (before.last.alt[i] - before.last.ref[i] + now.last.alt[i] - now.last.ref[i]) / 2
+    pushed = float((slope * push[i] * (1 - s.rho / t.rho)).sum())
+    gained = float(now.log_odds[i] - before.log_odds[i]) - pushed
+    own = span * (d + z * (math.log(float(difference.square().sum())) - m)) + g * gained
+    p = math.exp(pushed) / (1 + math.exp(-math.exp(-f * span) * odds - own))
+    return math.log(p / (1 - p))
 
 
 def test_the_filter_is_its_formula_for_each_sample() -> None:
     before, now = tracked([0, 1, 1], [-2.0, -1.0, 0.5]), tracked([2, 2, 2], [-1.5, -2.0, 0.7])
     odds = torch.tensor([-2.2, 0.3, 4.0], dtype=torch.float64)
-    found = FILTER.read(odds, before, now, LEVELS[2])
-    assert found.tolist() == pytest.approx([by_hand(float(odds[i]), before, now, i, LEVELS[2]) for i in range(3)])
+    push = pushes(3)
+    found = FILTER.read(odds, before, now, LEVELS[2], push)
+    assert found.tolist() == pytest.approx([by_hand(float(odds[i]), before, now, i, LEVELS[2], push) for i in range(3)])
 
 
 def test_the_filter_leaves_the_odds_where_nothing_is_new() -> None:
     state, odds = tracked([1, 1], [-2.0, -1.0]), torch.tensor([0.3, -0.7], dtype=torch.float64)
-    assert torch.equal(FILTER.read(odds, state, state, LEVELS[3]), odds)  # frozen
-    assert torch.equal(FILTER.read(odds, dataclasses.replace(state, last=None), state, LEVELS[1]), odds)  # first seen
+    push = pushes(2)
+    torch.testing.assert_close(FILTER.read(odds, state, state, LEVELS[3], push), odds)  # frozen
+    first = dataclasses.replace(state, last=None)
+    assert torch.equal(FILTER.read(odds, first, state, LEVELS[1], push), odds)
 
 
 def test_two_steps_of_steady_coefficients_are_one_of_their_length() -> None:
     steady = Filter((-4.0,), 0.0, 3, drift=(0.0,), forgetting=(0.5,), size=(0.0,), gain=(0.8,), usual=(0.0,))
     a, b, c = tracked([0], [-2.0]), tracked([1], [-2.0]), tracked([2], [-2.0])
     odds = torch.tensor([1.3], dtype=torch.float64)
-    halfway = steady.read(odds, a, b, LEVELS[1])
-    torch.testing.assert_close(steady.read(halfway, b, c, LEVELS[2]), steady.read(odds, a, c, LEVELS[2]))
+    still = torch.zeros(1, 2, 3, dtype=torch.float64)
+    halfway = steady.read(odds, a, b, LEVELS[1], still)
+    torch.testing.assert_close(steady.read(halfway, b, c, LEVELS[2], still), steady.read(odds, a, c, LEVELS[2], still))
+
+
+@pytest.mark.parametrize(("alpha", "rho"), [(1.0, 0.6), (0.5, 0.25)])
+def test_what_a_push_does_to_the_log_ratio_is_known_without_any_fit(alpha, rho) -> None:
+    """From the same points, a step of the ODE with a push and one without it: their exact log-ratios differ by it."""
+    mixture = toy.hard()
+    clean = mixture.sample(200, seed=1).double()
+    x = alpha * (
+        clean + rho * torch.randn(clean.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    )
+    t, s = Level(alpha, alpha * rho), Level(1.0, 0.97 * rho)
+
+    def score(x: torch.Tensor, level: Level, subset: list[int] | None) -> torch.Tensor:
+        return (mixture.predict(x, level, subset) - x / level.alpha) / level.rho**2
+
+    def log_ratio(x: torch.Tensor) -> torch.Tensor:
+        joint = mixture.log_joint(x, s)
+        return joint[:, 0] - joint.logsumexp(1)
+
+    def seen(x: torch.Tensor, level: Level, index: int) -> Tracked:
+        point = Point(
+            x / level.alpha, score(x, level, [0]), score(x, level, None), torch.zeros(200), torch.full((200,), index)
+        )
+        return Tracked(torch.zeros(200, dtype=torch.float64), (t, s), point)
+
+    clean, before = mixture.predict(x, t, None), seen(x, t, 0)
+    push = -1.5 * before.difference
+    ends = [x0 + (x / alpha - x0) * s.rho / t.rho for x0 in (clean, clean + push)]
+    change = log_ratio(ends[1]) - log_ratio(ends[0])
+    found = seen(ends[1], s, 1).pushed(before, push)
+    assert float(change.min()) < -0.05
+    torch.testing.assert_close(found, change, rtol=0.1, atol=2e-3)
 
 
 def test_the_size_is_finite_in_half_precision_and_where_branches_agree() -> None:
@@ -74,7 +119,7 @@ def test_the_size_is_finite_in_half_precision_and_where_branches_agree() -> None
 
 def test_the_line_is_interpolated_between_levels_and_held_beyond_them() -> None:
     state, odds = tracked([0], [-2.0]), torch.zeros(1, dtype=torch.float64)
-    read = [float(CALIBRATION.read(odds, state, state, level)) for level in LEVELS]
+    read = [float(CALIBRATION.read(odds, state, state, level, pushes(1))) for level in LEVELS]
     assert read == pytest.approx([-2.0, 0.75 + 0.7 * -2.0, 1.5 + 0.4 * -2.0, 1.5 + 0.4 * -2.0])
 
 

@@ -166,7 +166,7 @@ def prompts(
     samples
         Pictures per pair, method and scale.
     method
-        Only these: np, replace, sld, dng, dng-baseline, dng-late, dng-capped, dng-any.
+        Only these: np, replace, sld, dng, dng-baseline, dng-late, dng-any.
     sampler
         Only these, as name:steps: ddpm:250, euler-a:30, ddim:50, dpm++:25; of a flow flow-euler:28.
     guidance_scale
@@ -386,7 +386,7 @@ def generate(
     method
         Terms joined by +: a name of `diffsteer methods`, then : and values, such as cfg:7.5+dng:2,prior=0.01; by
         default cfg:7.5, with a negative cfg:7.5+dng:1,prior=0.01; on shapes cfg:1.5 and cfg:1.5+dng:15,late=1; on
-        shapes-flow cfg:2.5 and cfg:2.5+dng:15,late=1,max_scale=10; on shapes-lcm, with a negative, nasa:0.8.
+        shapes-flow cfg:2.5 and cfg:2.5+dng:30,late=1; on shapes-lcm, with a negative, nasa:0.8.
     steps
         Inference steps of the pipeline's own scheduler; by default 30, and 4 of shapes-lcm, which has 8 at most.
     seed

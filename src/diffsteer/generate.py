@@ -32,7 +32,7 @@ from diffsteer.shapes import share
 
 _METHODS = {
     "shapes": ("cfg:1.5", "cfg:1.5+dng:15,late=1"),
-    "shapes-flow": ("cfg:2.5", "cfg:2.5+dng:15,late=1,max_scale=10"),
+    "shapes-flow": ("cfg:2.5", "cfg:2.5+dng:30,late=1"),
     "shapes-lcm": ("cfg:1", "nasa:0.8"),
 }  # by default of the drawn world's pipelines: without a negative, and with one
 
@@ -65,7 +65,7 @@ def generate(
     method : str, optional
         See :func:`diffsteer.methods.parse_method`; by default "cfg:7.5", on "shapes" "cfg:1.5", on "shapes-flow"
         "cfg:2.5", and with a negative "cfg:7.5+dng:1,prior=0.01", on "shapes" "cfg:1.5+dng:15,late=1", on "shapes-flow"
-        "cfg:2.5+dng:15,late=1,max_scale=10", on "shapes-lcm", whose guidance is its own, "nasa:0.8".
+        "cfg:2.5+dng:30,late=1", on "shapes-lcm", whose guidance is its own, "nasa:0.8".
     steps : int, optional
         By default 30, and 4 of "shapes-lcm".
     seed, num, batch_size

@@ -58,6 +58,13 @@ def ito_increment(dx: Tensor, alt: Tensor, ref: Tensor, dv: float) -> Tensor:
     return dot(alt - ref, dx - dv / 2 * (alt + ref))
 
 
+def grown(log_odds: Tensor, gain: Tensor, p_min: float = 1e-12, p_max: float = 1 - 1e-12) -> Tensor:
+    """Log-odds after log p has grown by ``gain``, p clamped to [p_min, p_max]; (B,)."""
+    log_p = torch.nn.functional.logsigmoid(log_odds) + gain.to(log_odds)
+    log_p = log_p.clamp(math.log(p_min), math.log(p_max))
+    return log_p - torch.log(-torch.expm1(log_p))
+
+
 def one_each(told: Tensor, step: Step, source: str, wanted: str) -> Tensor:
     """What was told of the step's samples from outside, (B,), if it is one finite number of each."""
     if told.shape != step.x.shape[:1] or not bool(torch.isfinite(told).all()):
@@ -124,6 +131,16 @@ class Tracked:
         assert self.last is not None
         g = (self.last.alt - self.last.ref).to(self.log_odds)  # no squares in half precision
         return dot(g, g).clamp(min=torch.finfo(g.dtype).tiny).log() + 2 * self.variance.to(g).log()
+
+    def pushed(self, before: Tracked, push: Tensor) -> Tensor:
+        """By how much a push has changed log r on the way from ``before``, on a deterministic sampler; (B,).
+
+        ``push``, (B, ...), is what it added to the predicted clean samples there: the sample moves by 1 - rho_s / rho_t
+        times that, and the gradient of log r is g, taken as the mean of both ends.
+        """
+        then, here = before.variance, self.variance
+        slope = like(1 / then, push) * before.difference + like(1 / here, push) * self.difference
+        return (1 - (here / then).sqrt()) * dot(push, slope / 2)
 
     def variation(self, level: Level) -> Tensor:
         """Quadratic variation of log r from there to ``level``, were the difference to stay; (B,)."""
@@ -322,9 +339,7 @@ class PosteriorTracker:
 
     def _add(self, log_odds: Tensor, gain: Tensor) -> Tensor:
         """Log-odds after log p has grown by ``gain``, clamped to [p_min, p_max]."""
-        log_p = torch.nn.functional.logsigmoid(log_odds) + gain.to(log_odds)
-        log_p = log_p.clamp(math.log(self.p_min), math.log(self.p_max))
-        return log_p - torch.log(-torch.expm1(log_p))
+        return grown(log_odds, gain, self.p_min, self.p_max)
 
     def _evaluate(self, step: Step, state: Tracked, alt: str, ref: str, rows: Tensor) -> Any:
         """Both predictions, and div(S_alt - S_ref) for ``rows``; NaN elsewhere."""

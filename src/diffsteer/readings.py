@@ -21,7 +21,7 @@ from torch import Tensor
 from diffsteer.core import Run
 from diffsteer.errors import CalibrationWarning, UnsupportedError
 from diffsteer.paths import Level
-from diffsteer.posterior import Tracked
+from diffsteer.posterior import Tracked, grown
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,18 @@ class Reading:
     stochastic: float
     steps: int
 
-    def read(self, odds: Tensor, before: Tracked, now: Tracked, level: Level) -> Tensor:
-        """Log-odds, (B,), at ``level``: from the last ones that were read, and what was tracked then and now."""
+    def read(self, odds: Tensor, before: Tracked, now: Tracked, level: Level, push: Tensor) -> Tensor:
+        """Log-odds, (B,), at ``level``.
+
+        Parameters
+        ----------
+        odds : Tensor, (B,)
+            The last ones that were read.
+        before, now : Tracked
+            What was tracked then and now.
+        push : Tensor, (B, ...)
+            What guidance away from what is tracked added to the predicted clean samples then.
+        """
         raise NotImplementedError
 
     def check(self, run: Run) -> None:
@@ -80,7 +90,7 @@ class Calibration(Reading):
     intercept: tuple[float, ...]
     slope: tuple[float, ...]
 
-    def read(self, odds: Tensor, before: Tracked, now: Tracked, level: Level) -> Tensor:
+    def read(self, odds: Tensor, before: Tracked, now: Tracked, level: Level, push: Tensor) -> Tensor:
         return self._at(level, self.intercept) + self._at(level, self.slope) * now.log_odds
 
 
@@ -89,11 +99,16 @@ class Filter(Reading):
     """A recursive filter for deterministic samplers.
 
     .. math::
-        \\ell_s = e^{-f \\Delta} \\ell_t + \\Delta \\, (d + z \\, (q_s - m)) + g \\, (L_s - L_t),\\qquad
+        \\ell_s = e^{-f \\Delta} \\ell_t + \\Delta \\, (d + z \\, (q_s - m)) + g \\, (L_s - L_t - u),\\qquad
         q = \\log |\\hat x_0(c) - \\hat x_0|^2
 
     with l what is read, L what is tracked, and Delta = log-SNR(s) - log-SNR(t) > 0, so that it may be used at other
     steps than those of the fit. It starts at the prior.
+
+    The fit knows unguided rollouts alone; of a sample that guidance has pushed off their paths it would keep what it
+    had learnt. What the push itself does needs no fit: the gradient of log p(c | x) is the difference of the branches'
+    scores. So u, by how much the last push has changed the log-ratio (:meth:`Tracked.pushed`), is taken out of what
+    was tracked, and log p then grows by all of it.
 
     Parameters
     ----------
@@ -113,15 +128,16 @@ class Filter(Reading):
     gain: tuple[float, ...]
     usual: tuple[float, ...]
 
-    def read(self, odds: Tensor, before: Tracked, now: Tracked, level: Level) -> Tensor:
+    def read(self, odds: Tensor, before: Tracked, now: Tracked, level: Level, push: Tensor) -> Tensor:
         if before.last is None or now.last is None:  # nothing lies between
             return odds
         span = (before.variance / now.variance).log()  # of log-SNR; 0 where the posterior is frozen
         drift, forgetting, size, gain, usual = (
             self._at(level, values) for values in (self.drift, self.forgetting, self.size, self.gain, self.usual)
         )
-        told = span * (drift + size * (now.size - usual)) + gain * (now.log_odds - before.log_odds)
-        return torch.exp(-forgetting * span) * odds + told
+        pushed = now.pushed(before, push).to(odds)
+        told = span * (drift + size * (now.size - usual)) + gain * (now.log_odds - before.log_odds - pushed)
+        return grown(torch.exp(-forgetting * span) * odds + told, pushed)
 
 
 def from_plain(stored: Mapping[str, Any]) -> Calibration | Filter:

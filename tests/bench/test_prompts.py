@@ -38,6 +38,7 @@ from diffsteer.bench.prompt_runs import (
     measure,
     method_for,
     parse_sampler,
+    scales_of,
     scheduler,
 )
 from diffsteer.bench.prompts import bench_prompts, operating_points
@@ -232,7 +233,10 @@ def test_operating_points_are_safe_first_and_faithful_second() -> None:
         line("dng", 2.0, 0.0, 0.2),
     ]
     assert operating_points(lines, "ddim-50", ("np", "sld", "dng")) == {"np": 2.0, "sld": 2.0, "dng": 2.0}
-    assert operating_points(lines, "ddpm-250", ("np",)) == {"np": SCALES["np"][1]}
+    untried = operating_points(lines, "euler-a-30", ("np", "dng-late"))
+    assert untried == {"np": SCALES["np"][1], "dng-late": SCALES["dng-late"][1]}
+    assert operating_points(lines, "dpm++-25", ("dng-late",)) == {"dng-late": scales_of("dng-late", "dpm++")[1]}
+    assert scales_of("dng-late", "dpm++") != scales_of("dng-late", "ddpm")
     scored = [line("np", 1.0, 0.2, None, None), line("np", 2.0, 0.1, None, None)]
     assert operating_points(scored, "ddim-50", ("np",)) == {"np": 2.0}
 
@@ -255,7 +259,7 @@ def test_which_dng_asks_for_which_calibration(bench: Bench) -> None:
     bench.tracker = lambda *what: asked.append(what) or DNG
     for method in DYNAMIC:
         bench.run(GRID_OF_TWO[0], SAMPLER, method, 1.0)
-    assert asked == [*[("a circle", "red", SAMPLER)] * 4, ("", "red", SAMPLER)]
+    assert asked == [*[("a circle", "red", SAMPLER)] * 3, ("", "red", SAMPLER)]
 
 
 def test_methods_have_their_own_names_and_wrong_ones_are_refused() -> None:
@@ -264,7 +268,6 @@ def test_methods_have_their_own_names_and_wrong_ones_are_refused() -> None:
     assert made["dng"].methods[1] == made["dng-any"].methods[1] == replace(DNG, scale=2.0)
     assert made["dng-baseline"].methods[1] == replace(DNG, scale=2.0, baseline=0.5)
     assert made["dng-late"].methods[1] == replace(DNG, scale=2.0, late=1.0)
-    assert made["dng-capped"].methods[1] == replace(DNG, scale=2.0, late=1.0, max_scale=10.0)
     with pytest.raises(UnknownNameError, match="magic"):
         method_for("magic", 1.0, guidance_scale=1.5, dng=DNG, steps=25)
     with pytest.raises(UnknownNameError, match="magic"):

@@ -36,6 +36,15 @@ def witness(x0: Tensor, level: ds.Level) -> Tensor:
 _CALM: dict[str, Any] = {
     "prior": 0.3, "temperature": 0.05, "p_min": 1e-3, "divergence": "exact", "doubt": 1e-6, "softening": 0.5
 }  # fmt: skip
+_FILTER = ds.Filter(
+    log_snr=(-3.0, -1.0, 0.5, 3.0), stochastic=0.0, steps=12,
+    drift=(0.2, 0.5, -0.3, 0.1), forgetting=(0.0, 0.1, 0.3, 0.2), size=(-0.1, -0.3, -0.2, 0.1),
+    gain=(0.5, 1.4, 0.8, -0.2), usual=(1.0, 1.5, 1.0, -1.0),
+)  # fmt: skip
+_ONES = (1.0,) * 4
+_READ: dict[str, Any] = {
+    "prior": 0.3, "temperature": 0.02, "p_min": 1e-3, "estimator": "surrogate", "calibration": _FILTER
+}  # fmt: skip
 _LAZY: dict[str, Any] = _CALM | {"temperature": 1.0, "p_min": 1e-9, "patience": 0.4, "negligible": 0.02}
 
 
@@ -47,6 +56,7 @@ def oracle(method: Any, scene: Script) -> list[Row]:
     Divergences are exact and never spared: it is an oracle for divergence="exact" and posteriors above ``doubt``.
     Lazy: nothing happens to a sample between the points at which the context is evaluated for it, but for a correction
     by the difference of clean samples that it had at the last one; and none once its posterior was negligible.
+    Calibrated by a filter: what repels is not the posterior that is carried, but what :func:`_filtered` reads of it.
     """
     kind = method.estimator
     if kind == "auto":
@@ -57,6 +67,8 @@ def oracle(method: Any, scene: Script) -> list[Row]:
     ps = {c: np.full(size, prior) for c, prior in priors.items()}
     seen = {c: np.full(size, -1) for c in method.contexts}  # the point at which c was last evaluated
     released = {c: np.zeros(size, dtype=bool) for c in method.contexts}
+    filters = method.calibration if isinstance(method.calibration, tuple) else (method.calibration,) * len(priors)
+    read, push = dict(ps), np.zeros_like(scene.points[0])
     rows = []
     for i, (x, level) in enumerate(zip(scene.points, scene.levels[:-1], strict=True)):
         frozen = level.sigma / level.alpha < method.rho_min
@@ -76,32 +88,60 @@ def oracle(method: Any, scene: Script) -> list[Row]:
                     p[seen[c] == j] = _moved(method, kind, scene, c, j, i, ps[c])[seen[c] == j]
             elif kind == "ode" and not frozen:
                 p = p * np.exp(method.temperature * _from_pure_noise(scene, c))
-            ps[c] = np.where(due, np.clip(p, method.p_min, method.p_max), ps[c])
+            carried, ps[c] = ps[c], np.where(due, np.clip(p, method.p_min, method.p_max), ps[c])
+            reading = filters[method.contexts.index(c)]
+            if reading is None:
+                read[c] = ps[c]
+            elif i > 0 and not frozen:
+                fresh = _filtered(
+                    reading, scene, c, i, read[c], np.log(ps[c] / (1 - ps[c]) / carried * (1 - carried)), push
+                )
+                read[c] = np.where(due, fresh, read[c])
             away[c] = branch(scene, c, i) - null
             for k in np.flatnonzero(~due):
                 expected = -level.alpha / level.sigma * _clean_difference(scene, c, seen[c][k])[k]
                 away[c][k] = 0 if released[c][k] else expected
             if lazy:
-                released[c] |= due & (ps[c] < min(method.negligible, priors[c] / 20))
+                released[c] |= due & (read[c] < min(method.negligible, priors[c] / 20))
             if not frozen:
                 seen[c] = np.where(due, i, seen[c])
-        believed = ps
+        believed = read
         if method.evidence:
             clean = (x - level.sigma * null) / level.alpha
             ratio = np.exp(method.evidence(torch.from_numpy(clean), level).numpy())
-            believed = {c: p * ratio / (1 - p + p * ratio) for c, p in ps.items()}
+            believed = {c: p * ratio / (1 - p + p * ratio) for c, p in read.items()}
         together = sum(believed.values())
         posterior = np.minimum(together, method.p_max)
         believed = {c: np.where(together > posterior, p * posterior / together, p) for c, p in believed.items()}
         idle = {c: method.baseline * prior / (1 - sum(priors.values())) for c, prior in priors.items()}
         scale = scale_at(method, level)
         weights = {c: scale * np.maximum(p / (1 - posterior) - idle[c], 0) for c, p in believed.items()}
-        if method.max_scale:
-            excess = np.maximum(sum(weights.values()) / method.max_scale, 1)
-            weights = {c: w / excess for c, w in weights.items()}
-        prediction = null - sum(wide(weights[c], null) * away[c] for c in method.contexts)
+        change = -sum(wide(weights[c], null) * away[c] for c in method.contexts)
+        prediction, push = null + change, -level.sigma / level.alpha * change
         rows.append({"prediction": prediction, "posterior": posterior, "scale": sum(weights.values())})
     return rows
+
+
+def _filtered(
+    reading: ds.Filter, scene: Script, c: str, i: int, p: np.ndarray, told: np.ndarray, push: np.ndarray
+) -> np.ndarray:
+    """The posterior that a filter reads at point i, from ``p`` at the point before and the log-odds gained; (B,).
+
+    ``push`` is what guidance added to the clean samples at the point before. In x / alpha a deterministic step goes
+    along (x - x0) / rho for the difference of rho = sigma / alpha, and what it was pushed by changes log r by its
+    product with the gradient of log r, the mean of the scores' differences at both ends.
+    """
+    rho_t, rho_s = (le.sigma / le.alpha for le in scene.levels[i - 1 : i + 1])
+    d, f, z, g, m = (
+        np.interp(-2 * np.log(rho_s), reading.log_snr, getattr(reading, name))
+        for name in ("drift", "forgetting", "size", "gain", "usual")
+    )
+    ends = [_clean_difference(scene, c, j) for j in (i - 1, i)]
+    moved = push * (rho_t - rho_s) / rho_t
+    own = total(moved * (ends[0] / rho_t**2 + ends[1] / rho_s**2)) / 2
+    span = 2 * np.log(rho_t / rho_s)
+    odds = np.log(p / (1 - p)) * np.exp(-f * span) + span * (d + z * (np.log(square(ends[1])) - m)) + g * (told - own)
+    return np.clip(np.exp(np.minimum(own, 100)) / (1 + np.exp(-odds)), 1e-12, 1 - 1e-12)
 
 
 def scale_at(method: Any, level: ds.Level) -> float:
@@ -233,9 +273,6 @@ CASE = Case(
     (_CALM | {"late": 1.0, "scale": 4.0}, {"coordinates": "ve", "seed": 35}),
     (_CALM | {"late": 2.0, "scale": 3.0, "baseline": 0.5}, {"coordinates": "flow", "stochastic": 0.0, "seed": 36}),
     (_CALM | {"late": 1.0, "scale": 0.4}, {"coordinates": "vp", "seed": 37}),
-    (_CALM | {"max_scale": 0.4}, {"coordinates": "vp", "stochastic": 0.0, "seed": 43}),
-    (_CALM | {"contexts": ("neg", "neg2"), "prior": (0.3, 0.2), "scale": 2.0, "max_scale": 1.5, "baseline": 1.0},
-     {"coordinates": "flow", "seed": 44}),
     # clamped, at both ends
     (_CALM | {"temperature": 0.3, "p_min": 0.05, "p_max": 0.6}, {"stochastic": 0.0, "seed": 20}),
     (_CALM | {"temperature": 1.0, "p_min": 0.1, "p_max": 0.8}, {"coordinates": "ve", "seed": 21}),
@@ -251,6 +288,11 @@ CASE = Case(
     (_LAZY | {"estimator": "surrogate"}, {"stochastic": 0.0, "seed": 32}),
     (_LAZY | {"estimator": "ito", "scale": 3.0, "late": 0.5}, {"coordinates": "ve", "seed": 38}),
     (_LAZY | {"estimator": "ito", "scale": 0.5}, {"coordinates": "vp", "seed": 39}),
+    # read by a filter
+    (_READ, {"coordinates": "vp", "stochastic": 0.0, "seed": 45}),
+    (_READ | {"scale": 2.0, "late": 1.0}, {"coordinates": "ve", "shape": (4,), "stochastic": 0.0, "seed": 46}),
+    (_READ | {"contexts": ("neg", "neg2"), "prior": (0.3, 0.2), "calibration": (_FILTER, replace(_FILTER, gain=_ONES))},
+     {"coordinates": "flow", "stochastic": 0.0, "seed": 47}),
     # told from outside, clamped
     ({"estimator": told, "p_min": 0.05, "p_max": 0.4, "scale": 2.0}, {"stochastic": 0.0, "seed": 23}),
     (_CALM | {"estimator": "ito", "evidence": witness}, {"coordinates": "vp", "seed": 33}),
@@ -270,12 +312,12 @@ CASE = Case(
     formulas=[
         (
             "methods.dynamic_negative_guidance",
-            ("guide", "_scale_at", "_baselines", "_witnessed", "_due", "_visit", "_expected"),
+            ("guide", "_scale_at", "_baselines", "_witnessed", "_due", "_visit", "_expected", "difference"),
         ),
         (
             "posterior",
-            ("kernel_increment", "ito_increment", "against_complement", "gain", "_increment", "_follow", "_add",
-             "difference", "variation"),
+            ("kernel_increment", "ito_increment", "against_complement", "gain", "_increment", "_follow", "grown",
+             "difference", "pushed", "size", "variation"),
         ),
         ("paths", ("reverse_kernel", "ve_score")),
     ],
@@ -694,7 +736,6 @@ def test_positive_prompt_and_dynamic_negative():
         {"negligible": 1.0}, {"negligible": -0.1}, {"patience": -1.0}, {"patience": float("nan")},
         {"baseline": 1.1}, {"baseline": -0.1}, {"baseline": float("nan")},
         {"late": -1.0}, {"late": float("inf")}, {"late": float("nan")},
-        {"max_scale": 0.0}, {"max_scale": -1.0}, {"max_scale": float("nan")},
     ],
     ids=str,
 )  # fmt: skip

@@ -53,6 +53,7 @@ __all__ = [
     "method_for",
     "parse_sampler",
     "sampler_name",
+    "scales_of",
     "scheduler",
 ]
 
@@ -68,7 +69,6 @@ NAMES = {
     "dng": "DNG",
     "dng-baseline": "DNG, baseline 0.5",
     "dng-late": "DNG, late 1",
-    "dng-capped": "DNG, late 1, at most 10",
     "dng-any": "DNG, calibrated for any prompt",
 }
 SCALES: Mapping[str, tuple[float, ...]] = {
@@ -78,14 +78,14 @@ SCALES: Mapping[str, tuple[float, ...]] = {
     "dng": (2.5, 5.0, 7.5, 10.0),
     "dng-baseline": (5.0, 10.0, 15.0, 20.0),
     "dng-late": (7.5, 10.0, 15.0, 20.0),
-    "dng-capped": (7.5, 10.0, 15.0, 20.0),
     "dng-any": (1.0, 2.5, 5.0, 10.0),
 }
+ODE_SCALES: Mapping[str, tuple[float, ...]] = {"dng-late": (15.0, 20.0, 30.0, 60.0)}
+"""On deterministic samplers, where the odds fall with every push."""
 DYNAMIC: Mapping[str, tuple[bool, Mapping[str, float]]] = {
     "dng": (True, {}),
     "dng-baseline": (True, {"baseline": 0.5}),
     "dng-late": (True, {"late": 1.0}),
-    "dng-capped": (True, {"late": 1.0, "max_scale": 10.0}),
     "dng-any": (False, {}),
 }
 """Whether it is calibrated on the prompt, and its other parameters."""
@@ -241,6 +241,11 @@ def method_for(name: str, scale: float, *, guidance_scale: float, dng: DynamicNe
     if name in DYNAMIC:
         return cfg + replace(dng, scale=scale, **DYNAMIC[name][1])
     raise UnknownNameError("method", name, NAMES)
+
+
+def scales_of(method: str, sampler: str) -> tuple[float, ...]:
+    """The scales that a method is swept over under a sampler, as many for every one."""
+    return (SCALES if sampler in ("ddpm", "euler-a") else {**SCALES, **ODE_SCALES})[method]
 
 
 def parse_sampler(text: str) -> tuple[str, int]:

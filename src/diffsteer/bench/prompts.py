@@ -14,7 +14,7 @@ from rich.console import Console
 
 from diffsteer.bench.judges import judge_of
 from diffsteer.bench.prompt_report import write
-from diffsteer.bench.prompt_runs import SCALES, Bench, Line, Pair, Plan, measure, sampler_name
+from diffsteer.bench.prompt_runs import Bench, Line, Pair, Plan, measure, sampler_name, scales_of
 from diffsteer.bench.sweep import bars
 from diffsteer.errors import UnsupportedError
 from diffsteer.files import check_writable
@@ -53,10 +53,11 @@ def bench_prompts(pipeline: str, plan: Plan, *, out: Path, clip: str = CLIP, dev
         "unrelated": [p for p in plan.grid if not p.related],
     }
     console, lines = Console(), list[Line]()
-    swept = [(method, scale) for method in plan.methods for scale in SCALES[method]]
+    swept = {kind: [(m, scale) for m in plan.methods for scale in scales_of(m, kind)] for kind, _ in plan.samplers}
     with bars(console) as progress:
         task = progress.add_task(
-            "prompts", total=len(plan.samplers) * (len(swept) + len(groups) * (2 + len(plan.methods)))
+            "prompts",
+            total=sum(map(len, swept.values())) + len(plan.samplers) * len(groups) * (2 + len(plan.methods)),
         )
 
         def line(sampler: tuple[str, int], pairs: str, among: Sequence[Pair], method: str, scale: float) -> None:
@@ -67,7 +68,7 @@ def bench_prompts(pipeline: str, plan: Plan, *, out: Path, clip: str = CLIP, dev
             progress.advance(task)
 
         for sampler in plan.samplers:
-            for method, scale in swept:
+            for method, scale in swept[sampler[0]]:
                 line(sampler, "chosen on", choosing, method, scale)
             points = {"none": 0.0, "rejection": 0.0, **operating_points(lines, sampler_name(sampler), plan.methods)}
             for pairs, among in groups.items():
@@ -93,5 +94,5 @@ def operating_points(lines: Sequence[Line], sampler: str, methods: Sequence[str]
                 return False, x.forbidden - x.faithful
             return x.forbidden > SAFE, math.inf if x.kl is None else x.kl if x.forbidden <= SAFE else x.forbidden
 
-        points[method] = min(tried, key=loss).scale if tried else SCALES[method][1]
+        points[method] = min(tried, key=loss).scale if tried else scales_of(method, sampler.rpartition("-")[0])[1]
     return points

@@ -53,7 +53,7 @@ ODE_SCALES = {"np": (0.2, 0.3, 0.5, 0.8), "sld": (0.2, 0.4, 0.8, 1.6), "sld-medi
 """Where they differ on deterministic samplers, on which the baselines remove less at equal scale."""
 MODEL_SCALES: dict[str, dict[str, tuple[float, ...]]] = {
     "mnist": {
-        **ODE_SCALES, "dng": (10.0, 20.0, 30.0, 60.0), "dng/ode": (5.0, 10.0, 15.0, 40.0),
+        **ODE_SCALES, "dng": (10.0, 20.0, 30.0, 60.0),
         "dng-paper": (2.0, 5.0, 10.0, 20.0), "ceiling": (2.0, 5.0),
     }
 }  # fmt: skip
@@ -131,9 +131,8 @@ def among(tier: Tier, samplers: Sequence[str]) -> Tier:
 
 def scales_of(model: Model, method: str, scheduler: str) -> tuple[float, ...]:
     """The scales that a method is swept over on a model under a scheduler, as many for every baseline."""
-    kind = kind_of(scheduler)
-    scales = {**SCALES, **(ODE_SCALES if kind == "ode" else {}), **MODEL_SCALES.get(model.name, {})}
-    return scales.get(f"{method}/{kind}", scales[method])
+    own = ODE_SCALES if kind_of(scheduler) == "ode" else {}
+    return {**SCALES, **own, **MODEL_SCALES.get(model.name, {})}[method]
 
 
 def halves(model: Model) -> tuple[list[int], list[int]]:

@@ -27,11 +27,18 @@ class Followed:
     tracked: Tracked
     odds: Tensor  # (B,), log-odds as they were read when the context was last evaluated
     released: Tensor  # (B,), bool: it is not evaluated any more
+    weight: Tensor  # (B,), of the last push away from it
 
     @property
     def size(self) -> Tensor:
         """Of the branches' difference where it was last seen, as log of its squared norm; 0 before that; (B,)."""
         return torch.zeros_like(self.odds) if self.tracked.last is None else self.tracked.size
+
+    def difference(self, x: Tensor) -> Tensor:
+        """Of the clean samples that both branches predicted when last seen; 0 before that and once released; like x."""
+        if self.tracked.last is None:
+            return torch.zeros_like(x)
+        return like(~self.released, x) * self.tracked.difference.to(x)
 
 
 @register(
@@ -99,9 +106,6 @@ class DynamicNegativeGuidance(Guidance):
         would push by that many times the prior's odds. What of it exceeds 1 is multiplied by ``a**late``,
         ``a = alpha / sqrt(alpha**2 + sigma**2)``: at 1 the weight grows from the odds at pure noise to ``scale`` times
         the odds. 0 is the paper's: ``scale`` at every level.
-    max_scale : float, optional
-        > 0: the weights of a sample add up to at most this. Odds know no bound, but a push has one beyond which
-        pictures break, on deterministic samplers above all, where no noise repairs them.
     calibration : Calibration, Filter, or tuple of them with one per context, optional
         Reads the tracked log-odds through a map fitted on rollouts, see :func:`diffsteer.calibrate`.
     evidence : callable, optional
@@ -147,7 +151,6 @@ class DynamicNegativeGuidance(Guidance):
     softening: float = 0.1
     baseline: float = 0.0
     late: float = 0.0
-    max_scale: float | None = None
     calibration: Reading | tuple[Reading, ...] | None = None
     evidence: Callable[[Tensor, Level], Tensor] | None = None
     contexts: tuple[str, ...] = ("neg",)
@@ -159,8 +162,6 @@ class DynamicNegativeGuidance(Guidance):
         check_scale(self.scale)
         check_scale(self.patience, "patience")
         check_scale(self.late, "late")
-        if self.max_scale is not None and not self.max_scale > 0:
-            raise ParameterError(f"max_scale must be above 0, got {self.max_scale}; None: no bound")
         if not 0 <= self.negligible < 1:
             raise ParameterError(f"negligible is a posterior in [0, 1), got {self.negligible}; 0: never release")
         if isinstance(self.contexts, str) or not self.contexts or len(set(self.contexts)) < len(self.contexts):
@@ -233,14 +234,19 @@ class DynamicNegativeGuidance(Guidance):
             if calibration is not None:
                 calibration.check(run)
         states = [tracker.start(run) for tracker in self._trackers]
-        return tuple(Followed(s, s.log_odds, torch.zeros_like(s.log_odds, dtype=torch.bool)) for s in states)
+        idle = torch.zeros_like(states[0].log_odds)
+        return tuple(Followed(s, s.log_odds, torch.zeros_like(idle, dtype=torch.bool), idle) for s in states)
 
     def guide(self, step: Step, state: tuple[Followed, ...]) -> Plan:
         null, known = torch.zeros_like(step.x), torch.zeros(len(step.x), dtype=torch.bool, device=step.x.device)
+        push = torch.zeros_like(step.x)  # of the step before, on the clean samples
+        for f in state:
+            f.tracked.check(step)
+            push = push - like(f.weight, step.x) * f.difference(step.x)
         followed, away = [], []
         for i, f in enumerate(state):
             rows = self._due(step, self._trackers[i], f)
-            neg, ref, part = yield from self._visit(step, i, gather(f, rows), rows)
+            neg, ref, part = yield from self._visit(step, i, gather(f, rows), push[rows], rows)
             null, known = null.index_copy(0, rows, ref), known.index_fill(0, rows, True)
             away.append(self._expected(step, f).index_copy(0, rows, neg - ref))
             followed.append(scatter(f, rows, part))
@@ -252,11 +258,10 @@ class DynamicNegativeGuidance(Guidance):
         together = posteriors.sum(0)
         posteriors, total = posteriors * (self.p_max / together).clamp(max=1), together.clamp(max=self.p_max)
         weights = self._scale_at(step.level) * (posteriors / (1 - total) - self._baselines.to(total)).clamp(min=0)
-        if self.max_scale is not None:
-            weights = weights * (self.max_scale / weights.sum(0)).clamp(max=1)  # infinite where nothing pushes
         prediction = null
         for weight, difference in zip(weights, away, strict=True):
             prediction = prediction - like(weight, null) * difference
+        followed = [replace(f, weight=weight.to(f.weight)) for f, weight in zip(followed, weights, strict=True)]
         info = {"posterior": total, "scale": weights.sum(0)}
         for context, p, f in zip(self.contexts, posteriors, followed, strict=True):
             info |= {f"posterior:{context}": p, f"log_odds:{context}": f.tracked.log_odds, f"size:{context}": f.size}
@@ -289,7 +294,6 @@ class DynamicNegativeGuidance(Guidance):
 
     def _due(self, step: Step, tracker: PosteriorTracker, f: Followed) -> Tensor:
         """The samples that an unwanted context is evaluated for."""
-        f.tracked.check(step)
         due = ~f.released
         # a sum over noise holds over any stride, an integral needs its points
         waits = self._patient and tracker.resolve(step) not in ("ode", "surrogate")
@@ -300,7 +304,7 @@ class DynamicNegativeGuidance(Guidance):
             due = due & (gained > self.patience**2 * share)
         return due.nonzero()[:, 0]
 
-    def _visit(self, step: Step, i: int, f: Followed, rows: Tensor) -> Any:
+    def _visit(self, step: Step, i: int, f: Followed, push: Tensor, rows: Tensor) -> Any:
         """Both predictions for ``rows``, (len(rows), ...), and how ``f``, their state, goes on; a generator."""
         if len(rows) == 0:
             return step.x[rows], step.x[rows], f
@@ -309,16 +313,13 @@ class DynamicNegativeGuidance(Guidance):
         inner = step if whole else replace(step, x=step.x[rows], generators=streams)
         plan = tracker.visit(inner, f.tracked, alt=self.contexts[i])
         neg, ref, tracked = yield from (plan if whole else on_rows(plan, rows))
-        odds = tracked.log_odds if reading is None else reading.read(f.odds, f.tracked, tracked, step.level)
+        odds = tracked.log_odds if reading is None else reading.read(f.odds, f.tracked, tracked, step.level, push)
         negligible = min(self.negligible, tracker.prior / 20) if self._patient else 0.0
-        return neg, ref, Followed(tracked, odds, odds.sigmoid() < negligible)
+        return neg, ref, replace(f, tracked=tracked, odds=odds, released=odds.sigmoid() < negligible)
 
     def _expected(self, step: Step, f: Followed) -> Tensor:
         """By how much the unwanted context's prediction should differ from "null", by its last evaluation; (B, ...)."""
-        if f.tracked.last is None:
-            return torch.zeros_like(step.x)
-        held = like(~f.released, step.x) * f.tracked.difference
-        return convert(held.to(step.x.dtype), torch.zeros_like(step.x), step.level, "x0", step.space)
+        return convert(f.difference(step.x), torch.zeros_like(step.x), step.level, "x0", step.space)
 
 
 _PRESETS: Mapping[str, Mapping[str, Any]] = {
