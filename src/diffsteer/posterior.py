@@ -138,8 +138,11 @@ class Tracked:
         ``push``, (B, ...), is what it added to the predicted clean samples there: the sample moves by 1 - rho_s / rho_t
         times that, and the gradient of log r is g, taken as the mean of both ends.
         """
-        then, here = before.variance, self.variance
-        slope = like(1 / then, push) * before.difference + like(1 / here, push) * self.difference
+        then, here = before.variance.to(self.log_odds), self.variance.to(self.log_odds)
+        push, there, now = (
+            x.to(self.log_odds) for x in (push, before.difference, self.difference)
+        )  # no half precision
+        slope = like(1 / then, push) * there + like(1 / here, push) * now
         return (1 - (here / then).sqrt()) * dot(push, slope / 2)
 
     def variation(self, level: Level) -> Tensor:
