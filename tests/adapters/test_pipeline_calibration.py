@@ -122,7 +122,7 @@ def test_pictures_that_nearly_all_show_the_negative(monkeypatch: pytest.MonkeyPa
     assert fitted is not None
     noise = ds.Level(1e-3, 1.0)
     at_first = Tracked(torch.logit(torch.tensor(dng.priors)), (noise,))
-    start = fitted.read(at_first.log_odds, at_first, at_first, noise).sigmoid()
+    start = fitted.read(at_first.log_odds, at_first, at_first, noise, torch.zeros(1)).sigmoid()
     assert 0.85 < float(start) < 0.99
 
 
