@@ -159,16 +159,6 @@ def test_a_filter_holds_at_other_steps_than_those_of_its_fit(filtered, steps) ->
         assert log_loss(*told(net, calibrated, steps, at)) < 1.15 * log_loss(*told(net, calibrated, 40, at)), at
 
 
-def test_a_filter_knows_what_its_own_pushes_do(filtered) -> None:
-    """Guidance takes samples off the paths of the fit; what is read goes down with what they become."""
-    net, _, calibrated = filtered
-    out = ds.sample(net, dataclasses.replace(calibrated, scale=3.0), scheduler=DDIM, num_samples=800, steps=40, seed=9)
-    most = out.trace["posterior"].amax(0) > 0.5  # whoever was taken for what is unwanted
-    left = forbidden(net, out.samples)[most].double().mean()
-    assert most.sum() > 50
-    assert abs(float(out.trace["posterior"][-1][most].mean()) - float(left)) < 0.1
-
-
 def test_rollouts_in_batches_are_the_same_rollouts() -> None:
     net, method = Biased(0.35), ds.DynamicNegativeGuidance(prior=1 / 8)
     options = {"scheduler": DDIM, "steps": 10, "num_rollouts": 100, "seed": 5}
