@@ -139,9 +139,8 @@ class Tracked:
         times that, and the gradient of log r is g, taken as the mean of both ends.
         """
         then, here = before.variance.to(self.log_odds), self.variance.to(self.log_odds)
-        push, there, now = (
-            x.to(self.log_odds) for x in (push, before.difference, self.difference)
-        )  # no half precision
+        # no products in half precision
+        push, there, now = (x.to(self.log_odds) for x in (push, before.difference, self.difference))
         slope = like(1 / then, push) * there + like(1 / here, push) * now
         return (1 - (here / then).sqrt()) * dot(push, slope / 2)
 

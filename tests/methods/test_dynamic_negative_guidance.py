@@ -312,7 +312,7 @@ CASE = Case(
     formulas=[
         (
             "methods.dynamic_negative_guidance",
-            ("guide", "_scale_at", "_baselines", "_witnessed", "_due", "_visit", "_expected", "difference"),
+            ("guide", "_scale_at", "_baselines", "_witnessed", "_due", "_visit", "difference"),
         ),
         (
             "posterior",

@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from diffsteer.adapters import attach, calibrate_pipeline
 from diffsteer.bench import balance, intervals
 from diffsteer.bench.judges import Judge, Verdict
-from diffsteer.bench.removal import digest
+from diffsteer.bench.removal import digest, kind_of
 from diffsteer.core import Guidance
 from diffsteer.denoisers import prediction_space
 from diffsteer.engine import describe, describe_scheduler, plain, stream
@@ -245,7 +245,8 @@ def method_for(name: str, scale: float, *, guidance_scale: float, dng: DynamicNe
 
 def scales_of(method: str, sampler: str) -> tuple[float, ...]:
     """The scales that a method is swept over under a sampler, as many for every one."""
-    return (SCALES if sampler in ("ddpm", "euler-a") else {**SCALES, **ODE_SCALES})[method]
+    own = ODE_SCALES if kind_of(sampler) == "ode" else {}
+    return {**SCALES, **own}[method]
 
 
 def parse_sampler(text: str) -> tuple[str, int]:

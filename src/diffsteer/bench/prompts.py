@@ -53,7 +53,7 @@ def bench_prompts(pipeline: str, plan: Plan, *, out: Path, clip: str = CLIP, dev
         "unrelated": [p for p in plan.grid if not p.related],
     }
     console, lines = Console(), list[Line]()
-    swept = {kind: [(m, scale) for m in plan.methods for scale in scales_of(m, kind)] for kind, _ in plan.samplers}
+    swept = {s: [(m, scale) for m in plan.methods for scale in scales_of(m, s[0])] for s in plan.samplers}
     with bars(console) as progress:
         task = progress.add_task(
             "prompts",
@@ -68,7 +68,7 @@ def bench_prompts(pipeline: str, plan: Plan, *, out: Path, clip: str = CLIP, dev
             progress.advance(task)
 
         for sampler in plan.samplers:
-            for method, scale in swept[sampler[0]]:
+            for method, scale in swept[sampler]:
                 line(sampler, "chosen on", choosing, method, scale)
             points = {"none": 0.0, "rejection": 0.0, **operating_points(lines, sampler_name(sampler), plan.methods)}
             for pairs, among in groups.items():

@@ -87,7 +87,7 @@ class Outcome:
 
 def kind_of(name: str) -> str:
     """ "sde" for stochastic samplers, "ode" for deterministic ones."""
-    return "sde" if name == "ddpm" else "ode"
+    return "sde" if name in ("ddpm", "euler-a") else "ode"
 
 
 def method_for(model: Model, name: str, setting: Setting, scale: float | None = None) -> Guidance:

@@ -239,16 +239,19 @@ class DynamicNegativeGuidance(Guidance):
 
     def guide(self, step: Step, state: tuple[Followed, ...]) -> Plan:
         null, known = torch.zeros_like(step.x), torch.zeros(len(step.x), dtype=torch.bool, device=step.x.device)
-        push = torch.zeros_like(step.x)  # of the step before, on the clean samples
         for f in state:
             f.tracked.check(step)
-            push = push - like(f.weight, step.x) * f.difference(step.x)
+        held = [f.difference(step.x) for f in state]
+        push = torch.zeros_like(step.x)  # of the step before, on the clean samples
+        for f, difference in zip(state, held, strict=True):
+            push = push - like(f.weight, push) * difference
         followed, away = [], []
         for i, f in enumerate(state):
             rows = self._due(step, self._trackers[i], f)
             neg, ref, part = yield from self._visit(step, i, gather(f, rows), push[rows], rows)
             null, known = null.index_copy(0, rows, ref), known.index_fill(0, rows, True)
-            away.append(self._expected(step, f).index_copy(0, rows, neg - ref))
+            expected = convert(held[i], torch.zeros_like(step.x), step.level, "x0", step.space)
+            away.append(expected.index_copy(0, rows, neg - ref))
             followed.append(scatter(f, rows, part))
         if not bool(known.all()):
             rows = (~known).nonzero()[:, 0]
@@ -316,10 +319,6 @@ class DynamicNegativeGuidance(Guidance):
         odds = tracked.log_odds if reading is None else reading.read(f.odds, f.tracked, tracked, step.level, push)
         negligible = min(self.negligible, tracker.prior / 20) if self._patient else 0.0
         return neg, ref, replace(f, tracked=tracked, odds=odds, released=odds.sigmoid() < negligible)
-
-    def _expected(self, step: Step, f: Followed) -> Tensor:
-        """By how much the unwanted context's prediction should differ from "null", by its last evaluation; (B, ...)."""
-        return convert(f.difference(step.x), torch.zeros_like(step.x), step.level, "x0", step.space)
 
 
 _PRESETS: Mapping[str, Mapping[str, Any]] = {
