@@ -8,9 +8,10 @@
 - batching: branches of a step in one forward over one forward each, by batch size
 - batch, negatives, disk, processes: how DNG's cost grows
 - share: how much of a step is spent outside the network
+- compiled: the same of a network in bf16, as it is and compiled; with --device cuda of Stable Diffusion's size
 
 Medians of paired runs with quartiles, in CPU seconds of one thread, so that other work on the machine counts little
-(processes: seconds on the clock). Prints Markdown tables; writes JSON with --out after every part.
+(processes, compiled: seconds on the clock). Prints Markdown tables; writes JSON with --out after every part.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compiled import compiled
 from cost import methods
 from measuring import Rows, table
 from overhead import overhead
@@ -46,6 +48,7 @@ PARTS: dict[str, Callable[[Any, argparse.Namespace], Rows]] = {
     "disk": lambda model, o: on_disk(model, o.samples),
     "processes": lambda model, o: by_processes(model, o.steps, 256, 3),
     "share": lambda model, o: share(model, 64, o.steps, o.repeats),
+    "compiled": lambda model, o: compiled(o.device, o.steps, o.repeats),
 }
 
 
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--samples", type=int, default=100_000, help="the most on disk")
+    parser.add_argument("--device", default="cpu", help="of the part compiled")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -15,6 +15,7 @@ from diffsteer.core import Call, Guidance
 from diffsteer.denoisers import join
 from diffsteer.engine import Batching, Engine
 from diffsteer.errors import NonFiniteError, ParameterError
+from diffsteer.sampling import Unguided
 
 DDPM = DDPMScheduler(clip_sample=False)
 BOTH = ds.ClassifierFreeGuidance(2.0) + ds.DynamicNegativeGuidance(prior=0.1)
@@ -113,6 +114,38 @@ def test_few_rows_share_a_forward_where_whole_batches_do_not() -> None:
     assert out.nfe.tolist() == [2, 2, 1, 2]
     _, net = run(Few(), 0.75, num_samples=4, steps=1)
     assert sorted(net.seen) == [[0, 0, 0, 0], [1, 1, 2]]
+
+
+@pytest.mark.parametrize("batching", [0, 1, 2])
+@pytest.mark.parametrize(("parts", "forwards"), [
+    (([1, 0], [2, 3]), [4]),
+    (([3, 1], [1, 2]), [3]),
+    (([2],), [1]),
+])  # fmt: skip
+def test_parts_of_a_branch_are_one_forward(batching: float, parts: tuple[list[int], ...], forwards: list[int]) -> None:
+    asked = [torch.tensor(rows) for rows in parts]
+
+    class Parts(Guidance):
+        def guide(self, step, state):
+            answers = yield [Call("null", rows=rows) for rows in asked]
+            out = torch.zeros_like(step.x)
+            for rows, answer in zip(asked, answers, strict=True):
+                out = out.index_copy(0, rows, answer)
+            return out, state, {}
+
+    whole, _ = run(Unguided(), 0, num_samples=4, steps=1)
+    out, net = run(Parts(), batching, num_samples=4, steps=1)
+    wanted = sorted({row for rows in parts for row in rows})
+    assert [len(labels) for labels in net.seen] == forwards
+    assert out.nfe.tolist() == [float(row in wanted) for row in range(4)]
+    assert torch.allclose(out.samples[wanted], whole.samples[wanted], atol=1e-6)
+
+
+def test_the_reference_is_one_forward_of_a_step_whoever_waits() -> None:
+    method = ds.DynamicNegativeGuidance(prior=(0.05, 0.1), contexts=("neg", "pos"))
+    out, net = run(method, 0, num_samples=16, batch_size=16, steps=12)
+    assert out.nfe.double().mean() < 3 * 12  # some waited
+    assert [labels for labels in net.seen if 0 in labels] == [[0] * 16] * 12
 
 
 @pytest.mark.parametrize("batching", [1, 2, 2.5])

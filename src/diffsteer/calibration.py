@@ -118,10 +118,11 @@ def calibrate(
     ]
     for context, member in zip(method.contexts, members, strict=True):
         if bool(member.all()) or not bool(member.any()):
+            how = "likelihood ratio" if blind else "tracked odds and the prior"
+            remedy = "or for a stochastic sampler, " if blind else "under a smaller prior, "
             raise ParameterError(
-                f"by the network's own likelihood ratio {int(member.sum())} of {num_rollouts} rollouts show "
-                f"{context!r}, so there is nothing to fit; calibrate on more rollouts or for a stochastic sampler, or "
-                "leave the method uncalibrated"
+                f"by the network's own {how} {int(member.sum())} of {num_rollouts} rollouts show {context!r}, so there "
+                f"is nothing to fit; calibrate on more rollouts {remedy}or leave the method uncalibrated"
             )
     return read_off(method, watch, trace, rollouts.record, members)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -156,28 +157,9 @@ class Sum(Guidance):
 
     def guide(self, step: Step, state: State) -> Plan:
         plans = [guide_in(m, step, s) for m, s in zip(self.methods, state, strict=True)]
-        results: dict[int, tuple[Tensor, State, Info]] = {}
-        waiting: dict[int, list[Call]] = {}
-        for i, plan in enumerate(plans):
-            try:
-                waiting[i] = next(plan)
-            except StopIteration as done:  # a method that needs no evaluation at this step
-                results[i] = done.value
-        references = [Call(m.reference) for m in self.methods[1:]]
-        bases: Sequence[Tensor] | None = None
-        while waiting or bases is None:
-            extra = references if bases is None else []
-            answers = list((yield [*(c for calls in waiting.values() for c in calls), *extra]))
-            sent, waiting = waiting, {}
-            for i, calls in sent.items():
-                mine, answers = answers[: len(calls)], answers[len(calls) :]
-                try:
-                    waiting[i] = plans[i].send(mine)
-                except StopIteration as done:
-                    results[i] = done.value
-            bases = answers if bases is None else bases
-        outputs, states, infos = zip(*(results[i] for i in range(len(plans))), strict=True)
-        total = outputs[0] + sum(out - base for out, base in zip(outputs[1:], bases or (), strict=True))
+        *results, bases = yield from together([*plans, asking([Call(m.reference) for m in self.methods[1:]])])
+        outputs, states, infos = zip(*results, strict=True)
+        total = outputs[0] + sum(out - base for out, base in zip(outputs[1:], bases, strict=True))
         return total, states, {k: v for info in infos for k, v in info.items()}
 
     def after(self, step: Step, x_next: Tensor, state: State) -> After:
@@ -214,6 +196,31 @@ def drive(
     except StopIteration as done:
         result: tuple[Tensor, State, Info] = done.value
         return result
+
+
+def asking(calls: list[Call]) -> Generator[list[Call], Sequence[Tensor], Sequence[Tensor]]:
+    """A plan of these ``calls`` alone, which returns the answers."""
+    return (yield calls)
+
+
+def together(plans: Sequence[Generator[list[Call], Sequence[Tensor], Any]]) -> Any:
+    """Several plans as one that asks for what all of them ask at once, and returns their results; a generator."""
+    results, waiting = dict[int, Any](), dict[int, list[Call]]()
+
+    def advance(i: int, answers: Sequence[Tensor] | None) -> None:
+        try:
+            waiting[i] = next(plans[i]) if answers is None else plans[i].send(answers)
+        except StopIteration as done:
+            results[i] = done.value
+
+    for i in range(len(plans)):
+        advance(i, None)
+    while waiting:
+        asked, waiting = waiting, {}
+        answers = iter((yield [call for calls in asked.values() for call in calls]))
+        for i, calls in asked.items():
+            advance(i, list(islice(answers, len(calls))))
+    return [results[i] for i in range(len(plans))]
 
 
 def on_rows(plan: Generator[list[Call], Sequence[Tensor], Any], rows: Tensor) -> Any:

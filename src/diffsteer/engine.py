@@ -126,7 +126,7 @@ class Engine:
             if call.x is None and not call.grad and (call.perturb is None or call.rows is None):
                 if self.batching and _plain(call) and _branch(call) not in known:
                     self._join([c for c in ordered if _plain(c) and c.model == call.model], known)
-                value = self._at_x(call, known)
+                value = self._at_x(call, ordered, known)
             else:
                 value = self._one(call)
                 if call.rows is None and (call.x is None or _same(call.x, self.step.x)):
@@ -136,13 +136,23 @@ class Engine:
             answered[call.key] = call, value  # the call keeps alive what its key names by id
         return [answered[call.key][1] for call in calls]
 
-    def _at_x(self, call: Call, known: dict[Any, Any]) -> Tensor:
+    def _at_x(self, call: Call, beside: Sequence[Call], known: dict[Any, Any]) -> Tensor:
         """The answer for some samples or all, of which those ``known`` at this step are not evaluated again."""
-        missing = self._missing(call, known)
+        missing = self._missing(self._for_all(call, beside), known)
         if missing is not None:
             self._learn(missing, self._one(missing), known)
         values = known[_branch(call)][0]
         return values if call.rows is None else values[call.rows]
+
+    def _for_all(self, call: Call, beside: Sequence[Call]) -> Call:
+        """A call for all samples that those ``beside`` it ask the same of: one forward in place of several."""
+        if call.rows is None:
+            return call
+        alike = [c.rows for c in beside if c.x is None and not c.grad and _branch(c) == _branch(call)]
+        if len(alike) < 2 or any(rows is None for rows in alike):
+            return call
+        rows = torch.cat([rows for rows in alike if rows is not None]).unique()
+        return replace(call, rows=None if len(rows) == len(self.step.x) else rows)
 
     def _missing(self, call: Call, known: dict[Any, Any]) -> Call | None:
         """What of a call is still to be evaluated, if anything."""
@@ -169,7 +179,7 @@ class Engine:
         """Evaluate what these plain calls of one network still want, branches in one forward as ``batching`` allows."""
         branches: dict[str, Call] = {}  # by context
         for call in calls:
-            missing = None if call.context in branches else self._missing(call, known)
+            missing = None if call.context in branches else self._missing(self._for_all(call, calls), known)
             if missing is not None:
                 branches[call.context] = missing
         net: Any = self.nets.get(calls[0].model)

@@ -100,6 +100,13 @@ def test_runs_are_kept_and_read_back(model, tmp_path: Path) -> None:
     assert first.nfe == second.nfe == 8
 
 
+def test_runs_of_another_version_are_made_again(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = method_for(model, "np", SETTING)
+    run(model, SETTING, method, store=tmp_path)
+    monkeypatch.setattr("diffsteer.bench.removal.versions", lambda: {"diffsteer": "0.0.1"})
+    assert run(model, SETTING, method, store=tmp_path).result is not None  # run, not read
+
+
 def test_different_configurations_never_share_a_file(model, tmp_path: Path) -> None:
     settings = [SETTING, replace(SETTING, seed=1), replace(SETTING, steps=5), replace(SETTING, concepts=(4,))]
     for setting in settings:

@@ -23,6 +23,7 @@ from diffsteer.bench import balance, intervals, metrics
 from diffsteer.bench.report import MethodRow
 from diffsteer.calibration import calibrate
 from diffsteer.core import Guidance
+from diffsteer.engine import versions
 from diffsteer.errors import UnknownNameError, UnsupportedError
 from diffsteer.files import write_tensors, write_text
 from diffsteer.methods import DynamicNegativeGuidance, NegativePrompting, SafeLatentDiffusion
@@ -337,8 +338,8 @@ def asked_otherwise(model: Model, outcome: Outcome, concepts: Sequence[int]) -> 
 
 
 def digest(context: Mapping[str, Any]) -> str:
-    """The name of a run, from everything that it depends on: different configurations never share a file."""
-    return hashlib.sha256(json.dumps(context, sort_keys=True).encode()).hexdigest()[:16]
+    """The name of a run, from everything that it depends on: no two configurations, or versions, share a file."""
+    return hashlib.sha256(json.dumps([context, versions()], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _file(store: Path, context: Mapping[str, Any]) -> Path:

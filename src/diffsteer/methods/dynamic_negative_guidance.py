@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Plan, Run, Step, gather, like, on_rows, scatter
+from diffsteer.core import Call, Guidance, Plan, Run, Step, asking, gather, like, on_rows, scatter, together
 from diffsteer.errors import ParameterError, UnknownNameError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
@@ -238,28 +238,27 @@ class DynamicNegativeGuidance(Guidance):
         return tuple(Followed(s, s.log_odds, torch.zeros_like(idle, dtype=torch.bool), idle) for s in states)
 
     def guide(self, step: Step, state: tuple[Followed, ...]) -> Plan:
-        null, known = torch.zeros_like(step.x), torch.zeros(len(step.x), dtype=torch.bool, device=step.x.device)
         for f in state:
             f.tracked.check(step)
         held = [f.difference(step.x) for f in state]
         push = torch.zeros_like(step.x)  # of the step before, on the clean samples
         for f, difference in zip(state, held, strict=True):
             push = push - like(f.weight, push) * difference
-        followed, away = [], []
-        for i, f in enumerate(state):
-            rows = self._due(step, self._trackers[i], f)
-            neg, ref, part = yield from self._visit(step, i, gather(f, rows), push[rows], rows)
-            null, known = null.index_copy(0, rows, ref), known.index_fill(0, rows, True)
-            expected = convert(held[i], torch.zeros_like(step.x), step.level, "x0", step.space)
+        due = [self._due(step, tracker, f) for tracker, f in zip(self._trackers, state, strict=True)]
+        visits = [self._visit(step, i, gather(state[i], rows), push[rows], rows) for i, rows in enumerate(due)]
+        others = _none_of(due, step.x)
+        *visited, rest = yield from together([*visits, asking([Call("null", rows=others)] if len(others) else [])])
+        null, followed, away = torch.zeros_like(step.x), list[Followed](), list[Tensor]()
+        for answer in rest:
+            null = null.index_copy(0, others, answer)
+        for f, difference, rows, (neg, ref, part) in zip(state, held, due, visited, strict=True):
+            null = null.index_copy(0, rows, ref)
+            expected = convert(difference, torch.zeros_like(step.x), step.level, "x0", step.space)
             away.append(expected.index_copy(0, rows, neg - ref))
             followed.append(scatter(f, rows, part))
-        if not bool(known.all()):
-            rows = (~known).nonzero()[:, 0]
-            (ref,) = yield [Call("null", rows=rows)]
-            null = null.index_copy(0, rows, ref)
         posteriors = (torch.stack([f.odds for f in followed]) + self._witnessed(step, null)).sigmoid()
-        together = posteriors.sum(0)
-        posteriors, total = posteriors * (self.p_max / together).clamp(max=1), together.clamp(max=self.p_max)
+        summed = posteriors.sum(0)
+        posteriors, total = posteriors * (self.p_max / summed).clamp(max=1), summed.clamp(max=self.p_max)
         weights = self._scale_at(step.level) * (posteriors / (1 - total) - self._baselines.to(total)).clamp(min=0)
         prediction = null
         for weight, difference in zip(weights, away, strict=True):
@@ -319,6 +318,14 @@ class DynamicNegativeGuidance(Guidance):
         odds = tracked.log_odds if reading is None else reading.read(f.odds, f.tracked, tracked, step.level, push)
         negligible = min(self.negligible, tracker.prior / 20) if self._patient else 0.0
         return neg, ref, replace(f, tracked=tracked, odds=odds, released=odds.sigmoid() < negligible)
+
+
+def _none_of(sets: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The samples of the batch ``x`` that are in none of these sets of rows."""
+    left = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for rows in sets:
+        left = left.index_fill(0, rows, False)
+    return left.nonzero()[:, 0]
 
 
 _PRESETS: Mapping[str, Mapping[str, Any]] = {
