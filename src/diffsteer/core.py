@@ -263,6 +263,12 @@ def scatter(state: State, rows: Tensor, part: State) -> State:
     return state
 
 
+def complement(rows: Tensor, size: int) -> Tensor:
+    """Those of a batch of ``size`` that are not among ``rows``, in order."""
+    left = torch.ones(size, dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)
+    return left.nonzero()[:, 0]
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each sample; (B,)."""
     return (a * b).flatten(1).sum(1)

@@ -35,7 +35,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Run, Step, dot, gather, like, scatter
+from diffsteer.core import Call, Run, Step, complement, dot, gather, like, scatter
 from diffsteer.errors import NonFiniteError, ParameterError, StateError, UnsupportedError
 from diffsteer.paths import Level, reverse_kernel, ve_score
 
@@ -368,8 +368,7 @@ class PosteriorTracker:
             g_alt, g_ref = yield calls
             p_alt, p_ref = g_alt.detach(), g_ref.detach()
         else:
-            rest = torch.ones(len(step.x), dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)
-            other = rest.nonzero()[:, 0]
+            other = complement(rows, len(step.x))
             g_alt, g_ref, o_alt, o_ref = yield [*calls, Call(alt, rows=other), Call(ref, rows=other)]
             p_alt, p_ref = (
                 torch.empty_like(step.x).index_copy_(0, rows, g.detach()).index_copy_(0, other, o)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Plan, Run, Step, asking, gather, like, on_rows, scatter, together
+from diffsteer.core import Call, Guidance, Plan, Run, Step, asking, complement, gather, like, on_rows, scatter, together
 from diffsteer.errors import ParameterError, UnknownNameError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
@@ -246,7 +246,7 @@ class DynamicNegativeGuidance(Guidance):
             push = push - like(f.weight, push) * difference
         due = [self._due(step, tracker, f) for tracker, f in zip(self._trackers, state, strict=True)]
         visits = [self._visit(step, i, gather(state[i], rows), push[rows], rows) for i, rows in enumerate(due)]
-        others = _none_of(due, step.x)
+        others = complement(torch.cat(due), len(step.x))
         *visited, rest = yield from together([*visits, asking([Call("null", rows=others)] if len(others) else [])])
         null, followed, away = torch.zeros_like(step.x), list[Followed](), list[Tensor]()
         for answer in rest:
@@ -318,14 +318,6 @@ class DynamicNegativeGuidance(Guidance):
         odds = tracked.log_odds if reading is None else reading.read(f.odds, f.tracked, tracked, step.level, push)
         negligible = min(self.negligible, tracker.prior / 20) if self._patient else 0.0
         return neg, ref, replace(f, tracked=tracked, odds=odds, released=odds.sigmoid() < negligible)
-
-
-def _none_of(sets: Sequence[Tensor], x: Tensor) -> Tensor:
-    """The samples of the batch ``x`` that are in none of these sets of rows."""
-    left = torch.ones(len(x), dtype=torch.bool, device=x.device)
-    for rows in sets:
-        left = left.index_fill(0, rows, False)
-    return left.nonzero()[:, 0]
 
 
 _PRESETS: Mapping[str, Mapping[str, Any]] = {
