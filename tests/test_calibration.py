@@ -71,6 +71,20 @@ def test_calibration_restores_the_removal(fitted) -> None:
     assert left["calibrated"] < 0.5 * left["raw"], left
 
 
+def test_branches_that_drift_far_apart_are_still_told_apart() -> None:
+    """Where every rollout ends below any usual p_min, even those of what is unwanted."""
+    net = Biased(3.0)
+    method = ds.DynamicNegativeGuidance(prior=1 / 8, estimator="ito", p_min=1e-12)
+    calibrated = ds.calibrate(net, method, scheduler=DDPM, steps=40, num_rollouts=1200, seed=5)
+    watch = dataclasses.replace(calibrated, scale=0.0, lazy=False)
+    out = ds.sample(net, watch, scheduler=DDPM, num_samples=800, steps=40, seed=9, batch_size=800)
+    truth = forbidden(net, out.samples)
+    assert float(out.trace["log_odds:neg"][-1][truth].double().median()) < -30  # the premise
+    knowing_the_share = log_loss(torch.full((800,), float(truth.double().mean())), truth)
+    for step, most in ((30, 0.97), (35, 0.85), (38, 0.75)):
+        assert log_loss(out.trace["posterior"][step], truth) < most * knowing_the_share, step
+
+
 def test_it_is_refused_on_another_kind_of_sampler_and_interpolated_aloud(fitted) -> None:
     net, _, calibrated = fitted
     ddim = DDIMScheduler(clip_sample=False)

@@ -35,6 +35,7 @@ from diffsteer.schedulers import SchedulerView
 SMOOTHING = 0.005  # share of doubt in every label: bounds the slope where the rollouts separate perfectly
 ANCHOR = 2.0  # pseudo-observations that hold a fit where it was where the rollouts say nothing
 _LEAST_KEPT = 0.01  # of the odds of the level before
+_UNCLAMPED = 1e-300  # where branches drift apart fast, a higher p_min is where every rollout ends, told apart no more
 DECISIVE = (-7.0, 2.0)  # log-SNR between which content is decided; below the noise trained networks err
 
 
@@ -153,7 +154,7 @@ def watching(method: DynamicNegativeGuidance, stochastic: float | None) -> Dynam
         baseline=0.0,
         lazy=False,
         calibration=None,
-        p_min=1e-12,
+        p_min=_UNCLAMPED,
         p_max=max(method.p_max, 0.99),
     )
 
