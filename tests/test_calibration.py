@@ -74,7 +74,7 @@ def test_calibration_restores_the_removal(fitted) -> None:
 def test_branches_that_drift_far_apart_are_still_told_apart() -> None:
     """Where every rollout ends below any usual p_min, even those of what is unwanted."""
     net = Biased(3.0)
-    method = ds.DynamicNegativeGuidance(prior=1 / 8, estimator="ito", p_min=1e-12)
+    method = ds.DynamicNegativeGuidance(prior=1 / 8, estimator="ito")
     calibrated = ds.calibrate(net, method, scheduler=DDPM, steps=40, num_rollouts=1200, seed=5)
     watch = dataclasses.replace(calibrated, scale=0.0, lazy=False)
     out = ds.sample(net, watch, scheduler=DDPM, num_samples=800, steps=40, seed=9, batch_size=800)

@@ -28,14 +28,13 @@ from diffsteer.engine import join_traces
 from diffsteer.errors import ParameterError
 from diffsteer.methods.dynamic_negative_guidance import DynamicNegativeGuidance
 from diffsteer.perturb._draws import noise
-from diffsteer.readings import Calibration, Filter, Reading
+from diffsteer.readings import UNCLAMPED, Calibration, Filter, Reading
 from diffsteer.sampling import advancing, sample
 from diffsteer.schedulers import SchedulerView
 
 SMOOTHING = 0.005  # share of doubt in every label: bounds the slope where the rollouts separate perfectly
 ANCHOR = 2.0  # pseudo-observations that hold a fit where it was where the rollouts say nothing
 _LEAST_KEPT = 0.01  # of the odds of the level before
-_UNCLAMPED = 1e-300  # where branches drift apart fast, a higher p_min is where every rollout ends, told apart no more
 DECISIVE = (-7.0, 2.0)  # log-SNR between which content is decided; below the noise trained networks err
 
 
@@ -154,7 +153,7 @@ def watching(method: DynamicNegativeGuidance, stochastic: float | None) -> Dynam
         baseline=0.0,
         lazy=False,
         calibration=None,
-        p_min=_UNCLAMPED,
+        p_min=UNCLAMPED,
         p_max=max(method.p_max, 0.99),
     )
 
@@ -194,7 +193,7 @@ def read_off(
             beyond = torch.stack([fit(torch.stack([torch.ones_like(v), v], 1), member, v) for v in log_odds])
             intercept, slope = beyond[:, 0], 1 + beyond[:, 1]
             fitted.append(Calibration(**shared, intercept=_rounded(intercept), slope=_rounded(slope)))
-    return replace(method, estimator=watch.estimator, calibration=tuple(fitted), p_min=min(method.p_min, watch.p_min))
+    return replace(method, estimator=watch.estimator, calibration=tuple(fitted))
 
 
 def fit_filter(

@@ -23,6 +23,9 @@ from diffsteer.errors import CalibrationWarning, UnsupportedError
 from diffsteer.paths import Level
 from diffsteer.posterior import Tracked, grown
 
+# p_min of log-odds that are to be read. Where the branches drift apart, all samples end at a higher one, all alike.
+UNCLAMPED = 1e-300
+
 
 @dataclass(frozen=True)
 class Reading:

@@ -56,7 +56,8 @@ def oracle(method: Any, scene: Script) -> list[Row]:
     Divergences are exact and never spared: it is an oracle for divergence="exact" and posteriors above ``doubt``.
     Lazy: nothing happens to a sample between the points at which the context is evaluated for it, but for a correction
     by the difference of clean samples that it had at the last one; and none once its posterior was negligible.
-    Calibrated by a filter: what repels is not the posterior that is carried, but what :func:`_filtered` reads of it.
+    Calibrated by a filter: what repels is not the posterior that is carried, but what :func:`_filtered` reads of it;
+    and nothing holds that from below.
     """
     kind = method.estimator
     if kind == "auto":
@@ -88,8 +89,9 @@ def oracle(method: Any, scene: Script) -> list[Row]:
                     p[seen[c] == j] = _moved(method, kind, scene, c, j, i, ps[c])[seen[c] == j]
             elif kind == "ode" and not frozen:
                 p = p * np.exp(method.temperature * _from_pure_noise(scene, c))
-            carried, ps[c] = ps[c], np.where(due, np.clip(p, method.p_min, method.p_max), ps[c])
             reading = filters[method.contexts.index(c)]
+            least = method.p_min if reading is None else 0
+            carried, ps[c] = ps[c], np.where(due, np.clip(p, least, method.p_max), ps[c])
             if reading is None:
                 read[c] = ps[c]
             elif i > 0 and not frozen:
@@ -290,7 +292,8 @@ CASE = Case(
     (_LAZY | {"estimator": "ito", "scale": 0.5}, {"coordinates": "vp", "seed": 39}),
     # read by a filter
     (_READ, {"coordinates": "vp", "stochastic": 0.0, "seed": 45}),
-    (_READ | {"scale": 2.0, "late": 1.0}, {"coordinates": "ve", "shape": (4,), "stochastic": 0.0, "seed": 46}),
+    (_READ | {"scale": 2.0, "late": 1.0, "p_min": 0.28},
+     {"coordinates": "ve", "shape": (4,), "stochastic": 0.0, "seed": 46}),
     (_READ | {"contexts": ("neg", "neg2"), "prior": (0.3, 0.2), "calibration": (_FILTER, replace(_FILTER, gain=_ONES))},
      {"coordinates": "flow", "stochastic": 0.0, "seed": 47}),
     # told from outside, clamped

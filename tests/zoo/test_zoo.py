@@ -175,7 +175,7 @@ def test_the_weights_are_plain_tensors_on_the_training_schedule(model) -> None:
 
 def test_the_final_log_ratio_of_unguided_rollouts_labels_them(model) -> None:
     """What calibration from rollouts alone rests on."""
-    watch = ds.DynamicNegativeGuidance(scale=0.0, prior=0.1, p_min=1e-12, estimator="ito")
+    watch = ds.DynamicNegativeGuidance(scale=0.0, prior=0.1, p_min=1e-300, estimator="ito")
     out = ds.sample(model.denoiser(neg=4), watch, scheduler=model.scheduler(), num_samples=250, steps=50, seed=77)
     judged = model.judge(out.samples).argmax(1) == 4
     top = out.trace["log_odds:neg"][-1].topk(int(judged.sum())).indices

@@ -340,7 +340,7 @@ class Bench:
                     seed=plan.seed + 2, **self.arguments,
                 )  # fmt: skip
             path.parent.mkdir(parents=True, exist_ok=True)
-            facts = {name: getattr(fitted, name) for name in ("prior", "estimator", "p_min")}
+            facts = {name: getattr(fitted, name) for name in ("prior", "estimator")}
             facts["calibration"] = fitted.calibrations[0]
             write_text(path, json.dumps({**context, "fitted": plain(facts)}, indent=1) + "\n")
         fitted = json.loads(path.read_text(encoding="utf-8"))["fitted"]

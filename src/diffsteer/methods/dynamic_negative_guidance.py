@@ -17,7 +17,7 @@ from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
 from diffsteer.paths import Level, convert
 from diffsteer.posterior import Estimator, PosteriorTracker, Tracked, one_each
-from diffsteer.readings import Reading
+from diffsteer.readings import UNCLAMPED, Reading
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class DynamicNegativeGuidance(Guidance):
         delta, added as delta / (2 variance) at each step, the variance being that of the reverse kernel in
         variance-preserving coordinates (positive keeps the posterior alive).
     p_min, p_max : float
-        The carried posterior is clamped to this range; the largest weight is scale * p_max / (1 - p_max).
+        The carried posterior is clamped to this range; the largest weight is scale * p_max / (1 - p_max). With a
+        ``calibration`` p_min has no say: it is fitted to log-odds that are not clamped below, and reads such.
     estimator : {"auto", "odds", "kernel", "ito", "ode", "surrogate"} or callable
         How p follows the trajectory, see :mod:`diffsteer.posterior`. "auto": "odds" on samplers that step by
         DDPM's kernel (DDPM, DDIM with eta=1, Euler ancestral), "ito" on other stochastic ones (DDPM of another
@@ -223,10 +224,10 @@ class DynamicNegativeGuidance(Guidance):
         """One per context."""
         return [
             PosteriorTracker(
-                prior, self.temperature, self.offset, self.p_min, self.p_max,
+                prior, self.temperature, self.offset, self.p_min if reading is None else UNCLAMPED, self.p_max,
                 self.estimator, self.divergence, self.doubt, self.rho_min, self.softening,
             )
-            for prior in self.priors
+            for prior, reading in zip(self.priors, self.calibrations, strict=True)
         ]  # fmt: skip
 
     def start(self, run: Run) -> tuple[Followed, ...]:
