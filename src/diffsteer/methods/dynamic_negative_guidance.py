@@ -77,7 +77,7 @@ class DynamicNegativeGuidance(Guidance):
         variance-preserving coordinates (positive keeps the posterior alive).
     p_min, p_max : float
         The carried posterior is clamped to this range; the largest weight is scale * p_max / (1 - p_max). With a
-        ``calibration`` p_min has no say: it is fitted to log-odds that are not clamped below, and reads such.
+        ``calibration`` p_min has no say: what it reads are log-odds that nothing clamps below, as in its fit.
     estimator : {"auto", "odds", "kernel", "ito", "ode", "surrogate"} or callable
         How p follows the trajectory, see :mod:`diffsteer.posterior`. "auto": "odds" on samplers that step by
         DDPM's kernel (DDPM, DDIM with eta=1, Euler ancestral), "ito" on other stochastic ones (DDPM of another
