@@ -78,9 +78,9 @@ def card(config: Mapping[str, Any], num_train: int, num_heldout: int) -> str:
             "",
             "## Guidance",
             "`calibration.json` says how the posterior of dynamic negative guidance is to be read, per class, level "
-            f"and kind of sampler: `diffsteer calibrate {config['name']}`, once with a stochastic scheduler (ddpm) and once "
-            "with a deterministic one (any other), from unguided rollouts alone. The settings under `guidance` in `config.json` were chosen on the first "
-            "half of the classes.",
+            f"and kind of sampler: `diffsteer calibrate {config['name']}`, once with a stochastic scheduler (ddpm) "
+            "and once with a deterministic one (any other), from unguided rollouts alone. The settings under "
+            "`guidance` in `config.json` were chosen on the first half of the classes.",
         ]
     lines += [
         "",
