@@ -43,7 +43,7 @@ _FILTER = ds.Filter(
 )  # fmt: skip
 _ONES = (1.0,) * 4
 _READ: dict[str, Any] = {
-    "prior": 0.3, "temperature": 0.02, "p_min": 1e-3, "estimator": "surrogate", "calibration": _FILTER
+    "prior": 0.3, "temperature": 0.02, "p_min": 0.19, "estimator": "surrogate", "calibration": _FILTER
 }  # fmt: skip
 _LAZY: dict[str, Any] = _CALM | {"temperature": 1.0, "p_min": 1e-9, "patience": 0.4, "negligible": 0.02}
 
@@ -292,8 +292,7 @@ CASE = Case(
     (_LAZY | {"estimator": "ito", "scale": 0.5}, {"coordinates": "vp", "seed": 39}),
     # read by a filter
     (_READ, {"coordinates": "vp", "stochastic": 0.0, "seed": 45}),
-    (_READ | {"scale": 2.0, "late": 1.0, "p_min": 0.28},
-     {"coordinates": "ve", "shape": (4,), "stochastic": 0.0, "seed": 46}),
+    (_READ | {"scale": 2.0, "late": 1.0}, {"coordinates": "ve", "shape": (4,), "stochastic": 0.0, "seed": 46}),
     (_READ | {"contexts": ("neg", "neg2"), "prior": (0.3, 0.2), "calibration": (_FILTER, replace(_FILTER, gain=_ONES))},
      {"coordinates": "flow", "stochastic": 0.0, "seed": 47}),
     # told from outside, clamped
