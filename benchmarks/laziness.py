@@ -25,7 +25,7 @@ from diffsteer.bench.sweep import halves
 VARIANTS = {
     "every evaluation": {"lazy": False},
     "releases only": {"patience": 0.0},
-    **{f"patience {p:g}": {"patience": p} for p in (0.6, 1.2, 2.4)},
+    **{f"patience {p:g}": {"patience": p} for p in (0.8, 1.6, 3.2)},
 }
 
 

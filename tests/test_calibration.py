@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, Heun
 
 import diffsteer as ds
 from diffsteer import calibration
-from diffsteer.calibration import LikelihoodRatio, fit, fit_filter, highest, watching
+from diffsteer.calibration import LikelihoodRatio, fit_filter, fit_planes, highest, watching
 from diffsteer.errors import CalibrationWarning, ParameterError, UnsupportedError
 
 DDPM, DDIM = DDPMScheduler(clip_sample=False), DDIMScheduler(clip_sample=False)
@@ -54,7 +54,7 @@ def test_a_calibrated_posterior_is_better_on_fresh_rollouts(fitted) -> None:
     net, method, calibrated = fitted
     losses = {}
     for name, guide in (("raw", method), ("calibrated", calibrated)):
-        watch = dataclasses.replace(guide, scale=0.0)
+        watch = dataclasses.replace(guide, scale=0.0, lazy=False)
         out = ds.sample(net, watch, scheduler=DDPM, num_samples=800, steps=40, seed=9, batch_size=800)
         truth = forbidden(net, out.samples)
         losses[name] = [log_loss(out.trace["posterior"][i], truth) for i in (25, 30, 38)]
@@ -100,11 +100,16 @@ def test_too_few_rollouts_and_callables_are_refused() -> None:
         ds.calibrate(net, ds.DynamicNegativeGuidance(prior=0.01), scheduler=DDPM, steps=5, num_rollouts=100)
     with pytest.raises(ParameterError, match="callable"):
         ds.calibrate(net, ds.DynamicNegativeGuidance(estimator=lambda x, le: x[:, 0]), scheduler=DDPM, steps=5)
+    with pytest.raises(ParameterError, match="only DynamicNegativeGuidance is calibrated, got Sum"):
+        ds.calibrate(net, ds.ClassifierFreeGuidance(2.0) + ds.DynamicNegativeGuidance(), scheduler=DDPM, steps=5)
 
 
-def line(log_odds: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
-    """Intercept and slope of the reading that is fitted to these log-odds."""
-    return fit(torch.stack([torch.ones_like(log_odds), log_odds], 1), member, log_odds) + torch.tensor([0.0, 1.0])
+def plane(log_odds: torch.Tensor, member: torch.Tensor, size: torch.Tensor | None = None) -> list[float]:
+    """Intercept, slope and weight of the size in the reading that is fitted to these log-odds."""
+    size = torch.zeros_like(log_odds) if size is None else size
+    found = fit_planes(log_odds[None], size[None], member)
+    assert found["usual"] == pytest.approx((float(size.mean()),), abs=1e-4)
+    return [found[name][0] for name in ("intercept", "slope", "size")]
 
 
 def test_a_concept_that_no_rollout_shows_is_refused() -> None:
@@ -116,20 +121,24 @@ def test_a_concept_that_no_rollout_shows_is_refused() -> None:
 def test_the_fit_recovers_a_known_reading() -> None:
     generator = torch.Generator().manual_seed(0)
     log_odds = 3 * torch.randn(20_000, generator=generator, dtype=torch.float64)
-    truth = torch.rand(20_000, generator=generator, dtype=torch.float64) < (1.0 + 0.5 * log_odds).sigmoid()
-    intercept, slope = line(log_odds, truth)
+    size = 5 + torch.randn(20_000, generator=generator, dtype=torch.float64) - 0.3 * log_odds
+    odds = 1.0 + 0.5 * log_odds - 0.8 * (size - size.mean())
+    truth = torch.rand(20_000, generator=generator, dtype=torch.float64) < odds.sigmoid()
+    intercept, slope, weight = plane(log_odds, truth, size)
     assert abs(intercept - 1.0) < 0.1
     assert abs(slope - 0.5) < 0.05
+    assert abs(weight + 0.8) < 0.1
 
 
 def test_separated_rollouts_give_a_bounded_slope_and_silent_ones_the_identity() -> None:
     log_odds = torch.cat([torch.full((50,), 2.0), torch.full((450,), -6.0)]).double()
     member = torch.cat([torch.ones(50), torch.zeros(450)]).double()
-    intercept, slope = line(log_odds, member)
+    intercept, slope, weight = plane(log_odds, member)
+    assert weight == 0
     assert 0.5 < slope < 3
     assert (intercept + slope * torch.tensor([2.0, -6.0])).sigmoid().sub(torch.tensor([1.0, 0.0])).abs().max() < 0.1
     noise = -2.2 + 1e-3 * torch.randn(500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    intercept, slope = line(noise, torch.arange(500) < 50)
+    intercept, slope, _ = plane(noise, torch.arange(500) < 50)
     assert abs(intercept + slope * -2.2 - (-2.2)) < 0.1
 
 

@@ -21,7 +21,10 @@ FILTER = Filter(
     drift=(0.0, 0.7, -0.2), forgetting=(0.0, 0.3, 0.1), size=(0.0, -0.4, -0.1), gain=(0.0, 1.4, 0.2),
     usual=(1.0, 3.0, -2.0),
 )  # fmt: skip
-CALIBRATION = Calibration(log_snr=(-4.0, -1.0), stochastic=1.0, steps=3, intercept=(0.0, 1.5), slope=(1.0, 0.4))
+CALIBRATION = Calibration(
+    log_snr=(-4.0, -1.0), stochastic=1.0, steps=3,
+    intercept=(0.0, 1.5), slope=(1.0, 0.4), size=(-0.5, 0.25), usual=(3.0, 1.0),
+)  # fmt: skip
 
 
 def tracked(index: list[int], log_odds: list[float], dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tracked:
@@ -117,10 +120,18 @@ def test_the_size_is_finite_in_half_precision_and_where_branches_agree() -> None
     assert bool(same.size.isfinite().all())
 
 
-def test_the_line_is_interpolated_between_levels_and_held_beyond_them() -> None:
+def test_the_plane_is_interpolated_between_levels_and_held_beyond_them() -> None:
     state, odds = tracked([0], [-2.0]), torch.zeros(1, dtype=torch.float64)
+    q = float((LEVELS[0].rho ** 2 * (state.last.alt - state.last.ref)).square().sum().log())
     read = [float(CALIBRATION.read(odds, state, state, level, pushes(1))) for level in LEVELS]
-    assert read == pytest.approx([-2.0, 0.75 + 0.7 * -2.0, 1.5 + 0.4 * -2.0, 1.5 + 0.4 * -2.0])
+    last = 1.5 + 0.4 * -2.0 + 0.25 * (q - 1.0)
+    assert read == pytest.approx([-2.0 - 0.5 * (q - 3.0), 0.75 + 0.7 * -2.0 - 0.125 * (q - 2.0), last, last])
+
+
+def test_a_sample_that_was_never_seen_has_no_size_to_be_read() -> None:
+    state, odds = tracked([0], [-2.0]), torch.zeros(1, dtype=torch.float64)
+    pure = dataclasses.replace(state, last=None)
+    assert CALIBRATION.read(odds, pure, pure, LEVELS[1], pushes(1)).tolist() == pytest.approx([0.75 + 0.7 * -2.0])
 
 
 @pytest.mark.parametrize("reading", [FILTER, CALIBRATION])

@@ -4,8 +4,9 @@ Along a chain of a trained network the tracked log-ratio drifts: both branches c
 not vanish where it should, and each step that follows the chain's own score counts -|g|**2 / 2 of it as evidence
 against the tracked concept. The drift hits everybody, so at the end of a noisy rollout the concept's samples still
 stand clearly apart. That separation labels the rollouts, and the labels calibrate every level before: p = sigmoid(a +
-b * log-odds). What is calibrated there is the ratio of c to everything ("ito"), not the odds against the complement,
-which are more accurate where networks are exact but saturate under drift, and separate less.
+b * log-odds + z * size), the size being that of the branches' difference. What is calibrated there is the ratio of c to
+everything ("ito"), not the odds against the complement, which are more accurate where networks are exact but saturate
+under drift, and separate less.
 
 Under a deterministic sampler they do not stand apart, since late steps bury what earlier ones told. There the
 likelihood ratio of the finished samples labels the rollouts, as it does where the concept's share is not known, and a
@@ -87,6 +88,7 @@ def calibrate(
     samplers twice that at most. There a rollout belongs to a concept where the likelihood ratio of the finished sample
     is above 1, elsewhere where its tracked log-odds are among the highest, as many as the prior says.
     """
+    check_dynamic(method)
     rarest = min(method.priors)
     if num_rollouts * rarest < 10:
         raise ParameterError(
@@ -125,6 +127,12 @@ def calibrate(
                 f"is nothing to fit; calibrate on more rollouts {remedy}or leave the method uncalibrated"
             )
     return read_off(method, watch, trace, rollouts.record, members)
+
+
+def check_dynamic(method: Any, remedy: str = "calibrate its DNG, and add the others to what comes back") -> None:
+    """Refuse what has no posterior to calibrate."""
+    if not isinstance(method, DynamicNegativeGuidance):
+        raise ParameterError(f"only DynamicNegativeGuidance is calibrated, got {type(method).__name__}: {remedy}")
 
 
 def highest(values: Tensor, share: float) -> Tensor:
@@ -190,10 +198,23 @@ def read_off(
         if record["stochastic"] == 0:
             fitted.append(Filter(**shared, **fit_filter(log_snr, log_odds, size, member.double(), prior)))
         else:
-            beyond = torch.stack([fit(torch.stack([torch.ones_like(v), v], 1), member, v) for v in log_odds])
-            intercept, slope = beyond[:, 0], 1 + beyond[:, 1]
-            fitted.append(Calibration(**shared, intercept=_rounded(intercept), slope=_rounded(slope)))
+            fitted.append(Calibration(**shared, **fit_planes(log_odds, size, member.double())))
     return replace(method, estimator=watch.estimator, calibration=tuple(fitted))
+
+
+def fit_planes(log_odds: Tensor, size: Tensor, member: Tensor) -> dict[str, tuple[float, ...]]:
+    """Coefficients of a :class:`diffsteer.Calibration`, each level by itself.
+
+    Parameters
+    ----------
+    log_odds, size : Tensor, (L, N), float64
+    member : Tensor, (N,)
+    """
+    usual = size.mean(1)
+    told = torch.stack([torch.ones_like(size), log_odds, size - usual[:, None]], 2)
+    weights = torch.stack([fit(t, member, odds) for t, odds in zip(told, log_odds, strict=True)])
+    columns = (*(weights + torch.tensor([0.0, 1.0, 0.0])).T, usual)
+    return {n: _rounded(c) for n, c in zip(("intercept", "slope", "size", "usual"), columns, strict=True)}
 
 
 def fit_filter(

@@ -1,10 +1,10 @@
 """How tracked log-odds are read on a trained network: the maps that :func:`diffsteer.calibrate` fits.
 
-Where a sampler adds noise, every step asks the network which of its branches foresaw it, and the tracked log-odds
-know at the end what they have learnt on the way: one line per level takes the drift out, :class:`Calibration`. On a
-deterministic sampler there is nothing to foresee. What the steps add up to late says little and hides what was known
-before, but the size of the difference between the branches tells: it vanishes where the concept is already
-what the network sees. :class:`Filter` takes from both what each is worth at every level, and keeps it.
+The size of the difference between the branches tells beside them: it vanishes where the concept is already what the
+network sees. Where a sampler adds noise, every step asks the network which of its branches foresaw it, and the tracked
+log-odds know at the end what they have learnt on the way: one plane per level takes the drift out and the size in,
+:class:`Calibration`. On a deterministic sampler there is nothing to foresee, and what the steps add up to late says
+little and hides what was known before. :class:`Filter` takes from both what each is worth at every level, and keeps it.
 """
 
 from __future__ import annotations
@@ -80,21 +80,34 @@ class Reading:
 
 @dataclass(frozen=True)
 class Calibration(Reading):
-    """A line per level: ``intercept + slope * tracked log-odds``.
+    """A plane per level, for samplers that add noise.
+
+    .. math::
+        \\ell = a + b L + z \\, (q - m),\\qquad q = \\log |\\hat x_0(c) - \\hat x_0|^2
+
+    with l what is read and L what is tracked.
 
     Parameters
     ----------
     log_snr, stochastic, steps
         See :class:`Reading`.
-    intercept, slope : tuple of float
-        One per level.
+    intercept, slope, size : tuple of float
+        a, b and z; one per level.
+    usual : tuple of float
+        m, the mean of q over the rollouts of the fit; one per level.
     """
 
     intercept: tuple[float, ...]
     slope: tuple[float, ...]
+    size: tuple[float, ...]
+    usual: tuple[float, ...]
 
     def read(self, odds: Tensor, before: Tracked, now: Tracked, level: Level, push: Tensor) -> Tensor:
-        return self._at(level, self.intercept) + self._at(level, self.slope) * now.log_odds
+        intercept, slope, size, usual = (
+            self._at(level, values) for values in (self.intercept, self.slope, self.size, self.usual)
+        )
+        told = intercept + slope * now.log_odds
+        return told if now.last is None else told + size * (now.size - usual)
 
 
 @dataclass(frozen=True)

@@ -140,3 +140,8 @@ def test_pictures_that_nearly_all_show_the_negative(monkeypatch: pytest.MonkeyPa
 def test_refuses(negative: str, keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ParameterError, match=message):
         ds.calibrate_pipeline(tiny.stable_diffusion(), DNG, negative_prompt=negative, **keywords)
+
+
+def test_refuses_a_sum() -> None:
+    with pytest.raises(ParameterError, match="got Sum: the rest of a sum goes to beside="):
+        ds.calibrate_pipeline(tiny.stable_diffusion(), CFG + DNG, negative_prompt="red")  # type: ignore[arg-type]

@@ -42,6 +42,12 @@ _FILTER = ds.Filter(
     gain=(0.5, 1.4, 0.8, -0.2), usual=(1.0, 1.5, 1.0, -1.0),
 )  # fmt: skip
 _ONES = (1.0,) * 4
+_PLANE = ds.Calibration(
+    log_snr=(-3.0, -1.0, 0.5, 3.0), stochastic=1.0, steps=12,
+    intercept=(-0.1, 0.2, 0.4, -0.2), slope=(0.8, 0.6, 1.1, 0.9), size=(-0.1, -0.3, -0.2, 0.1),
+    usual=(1.0, 1.5, 1.0, -1.0),
+)  # fmt: skip
+_FLAT = replace(_PLANE, slope=(0.05,) * 4)  # at temperature 1 the log-odds grow large
 _READ: dict[str, Any] = {
     "prior": 0.3, "temperature": 0.02, "p_min": 0.19, "estimator": "surrogate", "calibration": _FILTER
 }  # fmt: skip
@@ -56,8 +62,8 @@ def oracle(method: Any, scene: Script) -> list[Row]:
     Divergences are exact and never spared: it is an oracle for divergence="exact" and posteriors above ``doubt``.
     Lazy: nothing happens to a sample between the points at which the context is evaluated for it, but for a correction
     by the difference of clean samples that it had at the last one; and none once its posterior was negligible.
-    Calibrated by a filter: what repels is not the posterior that is carried, but what :func:`_filtered` reads of it;
-    and nothing holds that from below.
+    Calibrated: what repels is not the posterior that is carried, but what :func:`_filtered` or :func:`_on_plane` reads
+    of it; and nothing but the range of doubles holds that from below.
     """
     kind = method.estimator
     if kind == "auto":
@@ -68,7 +74,7 @@ def oracle(method: Any, scene: Script) -> list[Row]:
     ps = {c: np.full(size, prior) for c, prior in priors.items()}
     seen = {c: np.full(size, -1) for c in method.contexts}  # the point at which c was last evaluated
     released = {c: np.zeros(size, dtype=bool) for c in method.contexts}
-    filters = method.calibration if isinstance(method.calibration, tuple) else (method.calibration,) * len(priors)
+    readings = method.calibration if isinstance(method.calibration, tuple) else (method.calibration,) * len(priors)
     read, push = dict(ps), np.zeros_like(scene.points[0])
     rows = []
     for i, (x, level) in enumerate(zip(scene.points, scene.levels[:-1], strict=True)):
@@ -78,7 +84,7 @@ def oracle(method: Any, scene: Script) -> list[Row]:
         for c in method.contexts:
             due = ~released[c]
             if lazy and kind not in ("ode", "surrogate") and i > 0 and not frozen and scene.levels[i + 1].sigma > 0:
-                spread = ps[c] / (1 - ps[c]) * np.sqrt(_variation(scene, c, seen[c], i + 1))
+                spread = read[c] / (1 - read[c]) * np.sqrt(_variation(scene, c, seen[c], i + 1))
                 usual = np.sqrt(priors[c] * (1 - priors[c]) / (len(scene.levels) - 1))
                 due &= spread * max(1, scale_at(method, level)) > method.patience * usual
             p = ps[c].copy()
@@ -89,11 +95,14 @@ def oracle(method: Any, scene: Script) -> list[Row]:
                     p[seen[c] == j] = _moved(method, kind, scene, c, j, i, ps[c])[seen[c] == j]
             elif kind == "ode" and not frozen:
                 p = p * np.exp(method.temperature * _from_pure_noise(scene, c))
-            reading = filters[method.contexts.index(c)]
-            least = method.p_min if reading is None else 0
+            reading = readings[method.contexts.index(c)]
+            least = method.p_min if reading is None else 1e-300
             carried, ps[c] = ps[c], np.where(due, np.clip(p, least, method.p_max), ps[c])
             if reading is None:
                 read[c] = ps[c]
+            elif isinstance(reading, ds.Calibration):
+                at = seen[c] if frozen else np.where(due, i, seen[c])
+                read[c] = np.where(due, _on_plane(reading, scene, c, at, level, ps[c]), read[c])
             elif i > 0 and not frozen:
                 fresh = _filtered(
                     reading, scene, c, i, read[c], np.log(ps[c] / (1 - ps[c]) / carried * (1 - carried)), push
@@ -144,6 +153,18 @@ def _filtered(
     span = 2 * np.log(rho_t / rho_s)
     odds = np.log(p / (1 - p)) * np.exp(-f * span) + span * (d + z * (np.log(square(ends[1])) - m)) + g * (told - own)
     return np.clip(np.exp(np.minimum(own, 100)) / (1 + np.exp(-odds)), 1e-12, 1 - 1e-12)
+
+
+def _on_plane(
+    reading: ds.Calibration, scene: Script, c: str, seen: np.ndarray, level: ds.Level, p: np.ndarray
+) -> np.ndarray:
+    """The posterior that is read at a level, from ``p`` that is carried and the point where c was last seen; (B,)."""
+    a, b, z, m = (
+        np.interp(2 * np.log(level.alpha / level.sigma), reading.log_snr, getattr(reading, name))
+        for name in ("intercept", "slope", "size", "usual")
+    )
+    sizes = np.array([np.log(square(_clean_difference(scene, c, j))[k]) for k, j in enumerate(seen)])
+    return 1 / (1 + np.exp(-a - b * np.log(p / (1 - p)) - z * (sizes - m)))
 
 
 def scale_at(method: Any, level: ds.Level) -> float:
@@ -295,6 +316,12 @@ CASE = Case(
     (_READ | {"scale": 2.0, "late": 1.0}, {"coordinates": "ve", "shape": (4,), "stochastic": 0.0, "seed": 46}),
     (_READ | {"contexts": ("neg", "neg2"), "prior": (0.3, 0.2), "calibration": (_FILTER, replace(_FILTER, gain=_ONES))},
      {"coordinates": "flow", "stochastic": 0.0, "seed": 47}),
+    # read on a plane
+    (_CALM | {"temperature": 0.02, "p_min": 0.25, "calibration": _PLANE}, {"coordinates": "vp", "seed": 48}),
+    (_CALM | {"estimator": "kernel", "temperature": 0.02, "scale": 2.0, "late": 1.0, "contexts": ("neg", "neg2"),
+     "prior": (0.3, 0.2), "calibration": (_PLANE, replace(_PLANE, size=_ONES))}, {"coordinates": "ve", "seed": 49}),
+    (_LAZY | {"estimator": "ito", "calibration": _FLAT}, {"coordinates": "vp", "seed": 50}),
+    (_LAZY | {"estimator": "ito", "calibration": _FLAT, "rho_min": 1.0}, {"coordinates": "flow", "seed": 51}),
     # told from outside, clamped
     ({"estimator": told, "p_min": 0.05, "p_max": 0.4, "scale": 2.0}, {"stochastic": 0.0, "seed": 23}),
     (_CALM | {"estimator": "ito", "evidence": witness}, {"coordinates": "vp", "seed": 33}),
@@ -532,6 +559,19 @@ def test_posterior_is_kept_in_single_precision(dtype):
         assert half.prediction.dtype == dtype
         assert half.info["posterior"].dtype == torch.float32
         np.testing.assert_allclose(half.info["posterior"], row["posterior"], rtol=0.02)
+
+
+def test_squares_of_half_precision_do_not_overflow():
+    """Of a move as large as its level is small: in float16 its increment is infinite, and minus it."""
+    method, levels = DNG(estimator="kernel"), (ds.Level(1.0, 0.02), ds.Level(1.0, 0.01), ds.Level(1.0, 0.0))
+    x = torch.tensor([[0.0, 0.0]], dtype=torch.float16)
+    state = method.start(ds.Run(x, levels, 1.0, ("null", "neg")))
+    for i, at in enumerate((x, x + 4)):
+        step = ds.Step(at, levels[i], levels[i + 1], i, 2, "eps", stochastic=1.0)
+        prediction, state, info = ds.core.drive(method, step, state, lambda calls: [x + 8.0, x][: len(calls)])
+        assert bool(torch.isfinite(prediction).all())
+        assert bool(torch.isfinite(info["log_odds:neg"]).all())
+    assert state[0].tracked.last.alt.dtype == torch.float32
 
 
 def test_posterior_starts_at_the_prior_in_double_precision():
@@ -773,6 +813,20 @@ def test_refuses_to_be_told_what_is_no_number_per_sample(broken):
         play(DNG(estimator=broken), script())
     with pytest.raises(ParameterError, match="one at a time"):
         DNG(evidence=witness, contexts=("neg", "neg2"))
+    for wrong, says in (
+        ({"evidence": 3}, "evidence maps"),
+        ({"calibration": 3}, "calibrate"),
+        ({"calibration": (3,)}, "calibrate"),
+    ):
+        with pytest.raises(ParameterError, match=says):
+            DNG(**wrong)
+
+
+@pytest.mark.parametrize("outside", [7.0, -0.5])
+def test_refuses_logits_for_probabilities(outside):
+    with pytest.raises(ParameterError, match="take the sigmoid"):
+        play(DNG(estimator=lambda x, level: torch.full((len(x),), outside, dtype=x.dtype)), script())
+    play(DNG(estimator=lambda x, level: torch.full((len(x),), 1 + 1e-6, dtype=x.dtype)), script())  # rounding
 
 
 @pytest.mark.parametrize("missing", ["null", "neg"])

@@ -12,7 +12,7 @@ import torch
 
 from diffsteer.adapters.attach import attach
 from diffsteer.adapters.contexts import separate
-from diffsteer.calibration import LikelihoodRatio, read_off, watching
+from diffsteer.calibration import LikelihoodRatio, check_dynamic, read_off, watching
 from diffsteer.core import Guidance
 from diffsteer.engine import join_traces, stream
 from diffsteer.errors import IgnoredPromptWarning, ParameterError
@@ -88,6 +88,7 @@ def calibrate_pipeline(
     >>> with attach(pipe, cfg + dng):  # doctest: +SKIP
     ...     image = pipe("a circle", negative_prompt="red").images[0]
     """
+    check_dynamic(method, "the rest of a sum goes to beside=")
     if batch_size < 1 or seed < 0:
         raise ParameterError("batch_size must be at least 1, seed at least 0")
     if num_rollouts < 20:

@@ -157,7 +157,7 @@ class DynamicNegativeGuidance(Guidance):
     contexts: tuple[str, ...] = ("neg",)
     lazy: bool = True
     negligible: float = 5e-3
-    patience: float = 1.2
+    patience: float = 1.6
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
@@ -173,6 +173,10 @@ class DynamicNegativeGuidance(Guidance):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != len(self.contexts):
                 raise ParameterError(f"{len(value)} values of {name} for {len(self.contexts)} contexts; give one each")
+        if not all(reading is None or isinstance(reading, Reading) for reading in self.calibrations):
+            raise ParameterError(f"calibration is what diffsteer.calibrate() fits, got {self.calibration!r}")
+        if self.evidence is not None and not callable(self.evidence):
+            raise ParameterError(f"evidence maps clean samples and a level to log-odds, got {self.evidence!r}")
         if (callable(self.estimator) or self.evidence) and len(self.contexts) > 1:
             raise ParameterError("a callable estimator or evidence is of one context; remove one at a time with it")
         self._trackers  # noqa: B018  checks the other parameters
