@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, Flow
 
 import diffsteer as ds
 from diffsteer.core import Call, Guidance, Repeat, like
-from diffsteer.energy.forces import Force, clean_force, estimate, held_force, noisy_force, unit
+from diffsteer.energy.forces import Force, clean_force, estimate, held_force, matched_rms, noisy_force, unit
 from diffsteer.energy.steps import Landing, act, land, renoise, score_of
 from diffsteer.engine import Engine, stream
 from diffsteer.errors import ParameterError, StateError, UnsupportedError
@@ -318,3 +318,42 @@ def test_a_base_lands_beside_the_method_around_it() -> None:
         assert float((a.x_next - plain.x_next).abs().min()) > 0
     with pytest.raises(UnsupportedError, match="SumEnergy"):
         play(ds.TrainingFreeGuidance(**outer | {"x_t_scale": 0.1}, base=inner), scene)
+
+
+EXACT = ds.toy.ring().denoiser({"null": None, "pos": [0, 1], "neg": [3]})
+
+
+def around(base: Guidance) -> torch.Tensor:
+    """What comes out where the whole of ``base`` is differentiated; runs keep no graph by themselves."""
+    run = {"scheduler": DDIMScheduler(**LINEAR, clip_sample=False), "steps": 8, "num_samples": 6}
+    outer = ds.UniversalGuidance(lambda x: (x - 0.5).square().flatten(1).sum(1), 0.3, num_x0_iterations=0, base=base)
+    return ds.sample(EXACT, outer, dtype=torch.float64, **run).samples
+
+
+def test_a_base_is_differentiated_through_what_it_asks_for_some_samples() -> None:
+    """Calls for rows have a graph too: as others, and as the same method without them."""
+    wanted = around(ds.ClassifierFreeGuidance(3.0))
+    assert float((wanted - around(ds.ClassifierFreeGuidance(2.0))).abs().max()) > 0.05
+    torch.testing.assert_close(around(ds.IndependentConditionGuidance(3.0, contexts=("null",))), wanted)
+    idle = ds.DynamicNegativeGuidance(scale=0.0, estimator="surrogate")
+    torch.testing.assert_close(around(ds.ClassifierFreeGuidance(3.0) + idle), wanted)
+
+
+def test_a_base_that_would_lose_its_graph_is_refused() -> None:
+    cfg = ds.ClassifierFreeGuidance(3.0)
+    for lost in (
+        ds.DynamicNegativeGuidance(scale=0.0),  # its divergence
+        ds.ManifoldPreservingGuidance(waves, 0.0),  # its energy, even where another term has a graph
+        ds.DiffusionPosteriorSampling(waves, 0.0),
+    ):
+        with pytest.raises(UnsupportedError, match="the method around"):
+            around(cfg + lost)
+    differences = ds.DynamicNegativeGuidance(scale=0.0, divergence="difference")
+    torch.testing.assert_close(around(cfg + differences), around(cfg))
+
+
+def test_a_matched_length_does_not_depend_on_the_energys_size() -> None:
+    small = torch.full((1, 4, 64, 64), 1e-5, dtype=torch.float16)
+    found = matched_rms(small, torch.ones_like(small))
+    torch.testing.assert_close(found, torch.ones_like(small), rtol=0.02, atol=0)
+    assert bool((matched_rms(0 * small, torch.ones_like(small)) == 0).all())

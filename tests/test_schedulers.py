@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers as d
 import pytest
 import torch
@@ -241,3 +243,32 @@ def test_a_users_subclass_is_read_as_what_it_derives_from(name):
     mine = type("Mine", (type(scheduler),), {}).from_config(scheduler.config)
     ours, theirs = (SchedulerView(s, 6, eta) for s in (mine, scheduler))
     assert (ours.name, ours.stochastic, ours.levels) == (theirs.name, theirs.stochastic, theirs.levels)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "numbers"),
+    [
+        (d.HeunDiscreteScheduler(), 4, [0, 0, 1, 1, 2, 2, 3]),
+        (d.FlowMatchHeunDiscreteScheduler(), 3, [0, 0, 1, 1, 2]),
+        (d.KDPM2DiscreteScheduler(), 3, [0, 0, 1, 1, 2]),
+        (d.PNDMScheduler(skip_prk_steps=True), 4, [0, 0, 1, 2, 3]),
+        (d.PNDMScheduler(), 4, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3]),
+        (d.DPMSolverMultistepScheduler(), 3, [0, 1, 2]),
+    ],
+)
+def test_inner_points_belong_to_their_step(scheduler, steps: int, numbers: list[int]) -> None:
+    """What acts for a share of the run decides for a whole step, and counts steps, not evaluations."""
+    seen: list[tuple[int, int, bool]] = []
+
+    class Watching(ds.Unguided):
+        def start(self, run: ds.Run) -> None:
+            assert run.num_steps == steps
+
+        def guide(self, step: ds.Step, state: None) -> Any:
+            seen.append((step.number, step.num_steps, step.on_trajectory))
+            return super().guide(step, state)
+
+    ds.sample(ds.toy.ring().denoiser({"null": None}), Watching(), scheduler=scheduler, steps=steps, num_samples=1)
+    assert [number for number, _, _ in seen] == numbers
+    assert {total for _, total, _ in seen} == {steps}
+    assert [on for _, _, on in seen] == [i == 0 or numbers[i - 1] < number for i, number in enumerate(numbers)]

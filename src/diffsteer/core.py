@@ -10,7 +10,7 @@ Everything is per sample: batch is dimension 0, and nothing may reduce over it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import islice
 from typing import Any, ClassVar
@@ -50,8 +50,8 @@ class Step:
     x: Tensor  # (B, ...)
     level: Level  # of x
     level_next: Level  # where the scheduler goes
-    index: int  # 0 at the start of a run
-    num_steps: int
+    index: int  # of the evaluation, 0 at the start of a run
+    num_steps: int  # of the scheduler's steps in the run
     space: str  # what predictions are: "eps", "x0", "v" or "flow"
     on_trajectory: bool = True  # False at the inner points of a second-order scheduler
     stochastic: float | None = None  # kappa: 1 ancestral, 0 deterministic, eta**2 between; None: unknown
@@ -71,6 +71,12 @@ class Run:
     generators: Sequence[torch.Generator] = ()
     ancestral: bool = True  # as of a step
     precision: torch.dtype | None = None  # what the network computes in, where it tells
+    inner: Collection[int] = ()  # evaluations that are inner points of a second-order scheduler's steps
+
+    @property
+    def num_steps(self) -> int:
+        """The scheduler's steps, to which their inner points belong."""
+        return len(self.levels) - 1 - len(self.inner)
 
 
 _NO_SIGNAL = 1e-3  # signal-to-noise ratio below which it counts as this
@@ -110,6 +116,8 @@ class Guidance:
 
     def __add__(self, other: Guidance) -> Guidance:
         """``a + b`` is a plus b's correction from b's reference."""
+        if not isinstance(other, Guidance):
+            return NotImplemented
         return Sum((*_terms(self), *_terms(other)))
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Literal
@@ -59,38 +59,44 @@ class Engine:
         self.levels: Sequence[Level] = ()
         self.stochastic: float | None = None
         self.ancestral = True
+        self.inner: Collection[int] = ()
         self.step: Step
         self.asked: set[str] = set()  # contexts that were evaluated
-        self._inner = 0  # points so far
 
     @property
     def space(self) -> str:
         """What predictions are: "eps", "x0", "v" or "flow"."""
         return self.nets["main"].space
 
-    def start(self, x: Tensor, levels: Sequence[Level], stochastic: float | None, ancestral: bool = True) -> Tensor:
+    def start(
+        self,
+        x: Tensor,
+        levels: Sequence[Level],
+        stochastic: float | None,
+        ancestral: bool = True,
+        inner: Collection[int] = (),
+    ) -> Tensor:
         """Begin a run at ``x``, (B, ...), over ``levels``; returns where the method wants to start."""
-        self.levels, self.stochastic, self.ancestral, self._inner = levels, stochastic, ancestral, 0
+        self.levels, self.stochastic, self.ancestral, self.inner = levels, stochastic, ancestral, inner
         net = self.nets["main"]
         precision = getattr(net, "precision", None)
-        setup = Run(x, levels, stochastic, tuple(net.contexts), self.streams, ancestral, precision)
+        setup = Run(x, levels, stochastic, tuple(net.contexts), self.streams, ancestral, precision, inner)
         self.state = self.method.start(setup)
         return setup.x
 
-    def guide(self, x: Tensor, index: int, on_trajectory: bool = True) -> tuple[Tensor, Info]:
+    def guide(self, x: Tensor, index: int) -> tuple[Tensor, Info]:
         """The guided prediction at ``levels[index]`` in ``space``, (B, ...), and what the method reports of it."""
-        self._inner += not on_trajectory
         self.step = Step(
             x=x,
             level=self.levels[index],
             level_next=self.levels[index + 1],
             index=index,
-            num_steps=len(self.levels) - 1,
+            num_steps=len(self.levels) - 1 - len(self.inner),
             space=self.space,
-            on_trajectory=on_trajectory,
+            on_trajectory=index not in self.inner,
             stochastic=self.stochastic,
             generators=self.streams,
-            number=index - self._inner,
+            number=index - sum(i <= index for i in self.inner),
             ancestral=self.ancestral,
         )
         prediction, self.state, info = drive(
@@ -275,6 +281,8 @@ class Engine:
         if call.model not in self.nets:
             raise MissingContextError(f"the method asks for a network {call.model!r}; pass models={{...}}")
         net = self.nets[call.model]
+        if not isinstance(call.context, str):
+            raise ParameterError(f"this method is about one context, by its name such as 'null'; got {call.context!r}")
         if call.context not in net.contexts:
             raise MissingContextError(
                 f"the method asks for a context {call.context!r}, but the denoiser has {list(net.contexts)}; "

@@ -45,6 +45,7 @@ DIVERGENCES = ("probe", "exact", "difference")
 
 _COINS = 61  # random signs beside those of the basis
 _MEMORY = 0.3  # weight of the past in the smoothed divergence; 0.5 and more over-removes
+_ROUNDED = 1e-3  # by how much a probability from outside may leave [0, 1]
 _PURE_NOISE = 5.0  # rho above which a run starts from noise, not from a noised image
 
 
@@ -261,10 +262,11 @@ class PosteriorTracker:
             return p_alt, p_ref, state
         rows = self._rows_in_doubt(step, state)
         p_alt, p_ref, fresh = yield from self._evaluate(step, state, alt, ref, rows)
+        x, to_alt, to_ref = (v.to(state.log_odds.dtype) for v in (step.x, p_alt, p_ref))  # no sums in half precision
         now = Point(
-            step.x / step.level.alpha,
-            ve_score(p_alt, step.x, step.level, step.space),
-            ve_score(p_ref, step.x, step.level, step.space),
+            x / step.level.alpha,
+            ve_score(to_alt, x, step.level, step.space),
+            ve_score(to_ref, x, step.level, step.space),
             fresh,
             torch.full((len(step.x),), step.index, device=step.x.device),
         )
@@ -295,6 +297,11 @@ class PosteriorTracker:
         """Log-odds from the callable estimator."""
         told = self.estimator(step.x, step.level)  # type: ignore[operator]
         p = one_each(told, step, "the estimator", "probabilities")
+        if bool(((p < -_ROUNDED) | (p > 1 + _ROUNDED)).any()):
+            raise ParameterError(
+                f"the estimator gave values from {float(p.min()):g} to {float(p.max()):g} at step {step.index}, not "
+                "probabilities: take the sigmoid or the softmax first"
+            )
         return torch.logit(p.to(state.log_odds).clamp(self.p_min, self.p_max))
 
     def _rows_in_doubt(self, step: Step, state: Tracked) -> Tensor:
@@ -362,6 +369,11 @@ class PosteriorTracker:
             s_alt, s_ref = (ve_score(p, shifted, step.level, step.space) for p in there)
             divergence[rows] = (step.level.alpha * dot(s_alt - s_ref - here, probe) / size).to(divergence)
             return p_alt, p_ref, divergence
+        if step.x.requires_grad:
+            raise UnsupportedError(
+                "the method around this one differentiates through it, which the divergence by autograd cannot stand: "
+                "divergence='difference', or a sampler that adds the full ancestral noise"
+            )
         leaf = x.detach().requires_grad_()
         calls = [Call(alt, x=leaf, rows=part, grad=True), Call(ref, x=leaf, rows=part, grad=True)]
         if part is None:
@@ -375,7 +387,9 @@ class PosteriorTracker:
                 for g, o in ((g_alt, o_alt), (g_ref, o_ref))
             )
         with torch.enable_grad():
-            g = ve_score(g_alt, leaf, step.level, step.space) - ve_score(g_ref, leaf, step.level, step.space)
+            at, *answers = (v.to(state.log_odds.dtype) for v in (leaf, g_alt, g_ref))
+            s_alt, s_ref = (ve_score(answer, at, step.level, step.space) for answer in answers)
+            g = s_alt - s_ref
         probes = self._probes(step, state, rows, g.detach())
         total = torch.zeros_like(divergence[rows])
         for i, probe in enumerate(probes):

@@ -186,12 +186,12 @@ class ScheduleReading:
             return 1 / math.hypot(1.0, level.sigma)
         return 1 / math.hypot(self.scheduler.config.sigma_data, level.sigma) if self.kind == "edm" else 1.0
 
-    def on_trajectory(self, index: int) -> bool:
-        """Whether evaluation ``index`` is at a point of the trajectory, not an inner point of a step."""
-        if self.name == "PNDM":  # no flag: blocks of four Runge-Kutta stages, or one repeated point
+    def inner(self, count: int) -> list[int]:
+        """Which of the first ``count`` evaluations of a run are inner points of a step, not of the trajectory."""
+        if self.name == "PNDM":  # blocks of four Runge-Kutta stages, or one repeated point
             stages = len(self.scheduler.prk_timesteps)
-            return index >= stages or index % 4 == 0 if stages else index != 1
-        return bool(getattr(self.scheduler, "state_in_first_order", True))
+            return [i for i in range(min(stages, count)) if i % 4] if stages else [1] if count > 1 else []
+        return list(range(1, count, 2)) if hasattr(self.scheduler, "state_in_first_order") else []
 
     def from_output(self, output: Tensor, x: Tensor, level: Level) -> Tensor:
         """A network's answer to this scheduler as a prediction in ``self.prediction``; (B, ...)."""

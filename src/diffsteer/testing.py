@@ -122,6 +122,7 @@ class Played:
     x_next: Tensor  # what ``after`` made of the script's next point, or where the level is run again
 
 
+@torch.no_grad()  # as runs are
 def play(
     method: Guidance,
     scene: Script,
@@ -200,14 +201,15 @@ def _answer(scene: Script, call: Call, step: Step) -> Tensor:
         own = torch.as_tensor(scene.embeddings[name]).expand(len(x), -1)
         network = partial(network, embedding=perturb.apply({"embedding": own})["embedding"].numpy())
     elif isinstance(perturb, Record):
-        for record in perturb.records if isinstance(perturb, Records) else (perturb,):
-            _record(record, x if call.grad else x.detach())
+        with torch.set_grad_enabled(call.grad):
+            for record in perturb.records if isinstance(perturb, Records) else (perturb,):
+                _record(record, x if call.grad else x.detach())
     elif perturb is not None:
         network = scene.networks[f"perturbed:{name}"]
         if hasattr(perturb, "seeds"):
             network = partial(network, seeds=perturb.seeds.numpy(), amount=getattr(perturb, "amount", 1.0))
-    eps = _Network.apply(x, network, level)
-    return convert(eps if call.grad else eps.detach(), x, level, "eps", step.space)
+    with torch.set_grad_enabled(call.grad):
+        return convert(_Network.apply(x, network, level), x, level, "eps", step.space)
 
 
 def _record(record: Record, x: Tensor) -> None:

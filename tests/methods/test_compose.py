@@ -223,8 +223,8 @@ def test_neutral_settings_are_the_method_itself(neutral, method):
 
 @pytest.mark.parametrize(
     "outer",
-    [ds.Window, lambda m: ds.Switch(m, CFG, 1.0), lambda m: ds.Schedule(m, TABLE), ds.Rescale, ds.Renorm],
-    ids=["window", "switch", "schedule", "rescale", "renorm"],
+    [ds.Window, lambda m: ds.Switch(m, CFG, 1.0), ds.Rescale, ds.Renorm],
+    ids=["window", "switch", "rescale", "renorm"],
 )
 def test_passes_on_what_the_method_says_of_itself(outer):
     @dataclass(frozen=True)
@@ -243,6 +243,32 @@ def test_passes_on_what_the_method_says_of_itself(outer):
     step = ds.Step(x, scene.levels[0], scene.levels[1], 0, 12, "eps")
     _, state, _ = ds.core.drive(method, step, state, lambda calls: [x] * len(calls))
     assert torch.equal(method.after(step, x, state)[0], x + 1)
+
+
+def test_a_schedule_of_what_it_cannot_weigh_is_refused():
+    """What moves samples after the step would go on unweighted."""
+
+    def energy(x):
+        return x.flatten(1).square().sum(1)
+
+    moving = ds.ManifoldPreservingGuidance(energy, 0.3)
+    for method in (
+        moving,
+        CFG + moving,
+        ds.Window(moving),
+        ds.ClassifierGuidance(lambda x, le: energy(x), mode="mean"),
+    ):
+        with pytest.raises(ParameterError, match="moves samples after the step"):
+            ds.Schedule(method, TABLE)
+    for method in (ds.CFGPlusPlus(), ds.Rescale(ds.CFGPlusPlus()), ds.ClassifierGuidance(lambda x, le: energy(x))):
+        ds.Schedule(method, TABLE)
+
+
+def test_wraps_a_method_that_asks_for_nothing_at_a_step():
+    idle = ds.DiffusionDrivenAdaptation(torch.zeros(1, 4, 4), factor=2)
+    scene = script(shape=(1, 4, 4))
+    for a, b in zip(play(ds.Rescale(idle, 0.0, "null"), scene), play(idle, scene), strict=True):
+        np.testing.assert_allclose(a.prediction, b.prediction, rtol=1e-11, atol=1e-12)
 
 
 # --- windows and switches -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from case import Case, Row, branch, compare
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler
 from gaussians import LINEAR, Gaussians
 
 import diffsteer as ds
@@ -232,6 +232,16 @@ def test_refuses_a_warmup_that_never_ends():
     with pytest.raises(ParameterError, match="warmup"):
         play(replace(ACTIVE, warmup=12), script(steps=12))
     play(replace(ACTIVE, warmup=11), script(steps=12))
+
+
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler(), PNDMScheduler(), PNDMScheduler(skip_prk_steps=True)])
+def test_refuses_a_warmup_that_steps_with_inner_points_never_end(scheduler):
+    """10 steps of them are 11 evaluations and more, and a warmup of 10 steps would leave plain guidance."""
+    laws = {"null": (0.0, 1.0), "pos": (0.5, 0.6), "neg": (-0.5, 0.6)}
+    run = {"scheduler": scheduler, "steps": 10, "num_samples": 2, "dtype": torch.float64}
+    with pytest.raises(ParameterError, match="none of 10 steps"):
+        ds.sample(Gaussians(laws), ds.SafeLatentDiffusion(warmup=10), **run)
+    ds.sample(Gaussians(laws), ds.SafeLatentDiffusion(warmup=9), **run)
 
 
 def test_state_belongs_to_its_batch():

@@ -256,3 +256,8 @@ def test_a_memory_is_written_once() -> None:
     play(method, script())
     with pytest.raises(ParameterError, match=r"new PropertyMemory\(\)"):
         play(method, script(seed=1))
+
+
+def test_a_flat_map_has_no_appearance() -> None:
+    masks = shape(torch.full((1, 1, 4, 4), 0.3), 10.0)
+    assert torch.equal(appearance(masks, torch.ones(1, 2, 4, 4)), torch.zeros(1, 1, 2))

@@ -435,3 +435,15 @@ def test_both_visits_of_a_level_have_one_rate(schedule: str) -> None:
     assert sum(found) / len(found) == pytest.approx(2.0)
     once = rates(ds.Run(torch.zeros(1, 2), levels, 0.0, ("null",)), 2.0, schedule)
     np.testing.assert_allclose(np.array(found)[::2] / found[0], np.array(once) / once[0])
+
+
+def test_without_iterations_there_is_no_x0_scale() -> None:
+    """The card: N_iter = 0 is mu = 0."""
+    scene = script(steps=4, shape=(4,))
+
+    def played(**changes: Any) -> list[Any]:
+        method = ds.TrainingFreeGuidance(lambda x: x.flatten(1).square().sum(1), x_t_scale=0.0, **changes)
+        return [p.prediction for p in play(method, scene)]
+
+    for a, b in zip(played(x0_scale=1.0, num_x0_iterations=0), played(x0_scale=0.0), strict=True):
+        assert torch.equal(a, b)

@@ -68,10 +68,11 @@ class GuidedSteps:
             streams = _streams(self.generator, len(x))
             self.engine = Engine(nets, self.method, torch.arange(len(x)), streams, self.batching)
             reading = self.reading
-            if self.engine.start(x, self.levels, reading.stochastic, reading.ancestral) is not x:
+            inner = reading.inner(len(self.levels) - 1)
+            if self.engine.start(x, self.levels, reading.stochastic, reading.ancestral, inner) is not x:
                 raise UnsupportedError("this method starts elsewhere than the pipeline; run it with diffsteer.sample()")
         self.engine.nets = nets
-        prediction, info = self.engine.guide(x, self.index, self.reading.on_trajectory(self.index))
+        prediction, info = self.engine.guide(x, self.index)
         if self.every and self.index % self.every == 0:
             self.kept.append({name: value.detach().float().cpu() for name, value in info.items()})
         return prediction

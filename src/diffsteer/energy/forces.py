@@ -23,6 +23,12 @@ NoisyEnergy = Callable[[Tensor, Level], Tensor]
 Force = tuple[Tensor, Tensor]  # (B, ...) minus the gradient, and (B,) the energy
 
 
+_NO_WAY = (
+    "there is no way through an energy's force to x_t, along which the method around it differentiates: give one "
+    "method both energies (SumEnergy), or add the two methods up"
+)
+
+
 def unit(level: Level) -> float:
     """From variance-preserving coordinates, alpha**2 + sigma**2 = 1, to those of a level."""
     return math.hypot(level.alpha, level.sigma)
@@ -53,7 +59,7 @@ def descent(values: Tensor, at: Tensor) -> Tensor:
             "own dimensions alone, as in .flatten(1).mean(1)"
         )
     no_path = (
-        "this energy has no gradient path to the image: it detaches, rounds, leaves torch, or is a black box. Make it "
+        "this energy has no gradient path to the image: it detaches, leaves torch, or is a black box. Make it "
         "differentiable; a black-box reward needs a method without gradients, or a learned model of it (SLCD)"
     )
     if not values.requires_grad:
@@ -131,10 +137,7 @@ def noisy_force(energy: NoisyEnergy, step: Step) -> Force:
         Inside of another method, which would differentiate through it.
     """
     if step.x.requires_grad:
-        raise UnsupportedError(
-            "there is no way through a noise-aware energy's force to x_t, along which the method around it "
-            "differentiates; give one method both energies, or add the two methods up"
-        )
+        raise UnsupportedError(_NO_WAY)
     at = _leaf(step.x)
     with torch.enable_grad():
         values = energy(at, step.level)
@@ -184,7 +187,14 @@ def estimate(
         Of ``base``.
     grad : bool
         Keep the graph from x_t to x0.
+
+    Raises
+    ------
+    UnsupportedError
+        Inside of another method, which would differentiate through it.
     """
+    if step.x.requires_grad:
+        raise UnsupportedError(_NO_WAY)
     at = step.x.detach().requires_grad_() if grad else step.x
     info: Info = {}
     if isinstance(base, str):
@@ -196,15 +206,11 @@ def estimate(
             try:
                 with torch.set_grad_enabled(grad):
                     calls = next(plan) if answers is None else plan.send(answers)
+                    calls = [_from(at, call) for call in calls] if grad else calls
             except StopIteration as done:
                 prediction, state, info = done.value
                 break
-            answers = yield [_from(at, call) if grad else call for call in calls]
-        if grad and not prediction.requires_grad:
-            raise UnsupportedError(
-                f"{type(base).__name__} has an energy of its own, and there is no way through its answer to x_t: give "
-                "one method both energies (SumEnergy), or add the two methods up"
-            )
+            answers = yield calls
     with torch.set_grad_enabled(grad):
         x0 = convert(_wide(prediction), _wide(at), step.level, step.space, "x0")
     # what is kept from step to step must not keep the steps' graphs
@@ -238,8 +244,9 @@ def clipped_norm(vector: Tensor, limit: float) -> Tensor:
 
 def matched_rms(vector: Tensor, wanted: Tensor) -> Tensor:
     """Every sample's vector at the root mean square of another one, zero where it is."""
-    found, goal = (v.flatten(1).square().mean(1).sqrt() for v in (vector, wanted))
-    return like(torch.where(found > 0, goal / found, 0), vector) * vector
+    found, goal = (_wide(v).flatten(1).square().mean(1).sqrt() for v in (vector, wanted))
+    wide = _wide(vector)
+    return (like(torch.where(found > 0, goal / found, 0), wide) * wide).to(vector.dtype)
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class ConditionAnnealedSampling(Guidance):
             raise ParameterError(f"mixing must be in [0, 1], got {self.mixing}")
 
     def guide(self, step: Step, state: ContextNoise | None) -> Plan:
-        time = 1 - step.index / step.num_steps
+        time = 1 - step.number / step.num_steps
         clean = min(max((self.tau2 - time) / (self.tau2 - self.tau1), 0.0), 1.0)
         noise = self._noise(step, clean) if step.on_trajectory else state
         scale = 1 + (self.scale - 1) * clean if self.dynamic else self.scale

@@ -70,14 +70,14 @@ class CFGZeroStar(Guidance):
             raise UnsupportedError(
                 "a sampler that adds noise does not stand still; set zero_init_steps=0 or use a deterministic one"
             )
-        if self.zero_init_steps >= len(run.levels) - 1:
+        if self.zero_init_steps >= run.num_steps:
             raise ParameterError(
-                f"zero_init_steps {self.zero_init_steps} leaves none of {len(run.levels) - 1} steps; lower it"
+                f"zero_init_steps {self.zero_init_steps} leaves none of {run.num_steps} steps; lower it"
             )
         return None
 
     def guide(self, step: Step, state: State) -> Plan:
-        if step.index < self.zero_init_steps:
+        if step.number < self.zero_init_steps:
             yield []
             return torch.zeros_like(step.x), state, {}
         if self.scale == 1:

@@ -11,7 +11,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffsteer.core import After, Call, Guidance, Info, Plan, Run, State, Step, guide_in, like, within
+from diffsteer.core import (
+    After,
+    Call,
+    Guidance,
+    Info,
+    Plan,
+    Run,
+    State,
+    Step,
+    Sum,
+    asking,
+    guide_in,
+    like,
+    together,
+    within,
+)
 from diffsteer.errors import ParameterError
 
 
@@ -40,14 +55,16 @@ def _beside(
     method: Guidance, step: Step, state: State, context: str
 ) -> Generator[list[Call], Sequence[Tensor], tuple[Tensor, State, Info, Tensor]]:
     """What a method returns in the step's space, and the plain prediction of a context."""
-    plan = guide_in(method, step, state)
-    answers: Sequence[Tensor]
-    *answers, plain = yield [*next(plan), Call(context)]
-    try:
-        while True:
-            answers = yield plan.send(answers)
-    except StopIteration as done:
-        return (*done.value, plain)
+    done, (plain,) = yield from together([guide_in(method, step, state), asking([Call(context)])])
+    return (*done, plain)
+
+
+def _moves(method: Guidance) -> bool:
+    """Whether a method moves samples after the step."""
+    inside = method.methods if isinstance(method, Sum) else (method.method,) if isinstance(method, _Around) else ()
+    if inside:
+        return any(map(_moves, inside))
+    return type(method).after is not Guidance.after and bool(method.needs & {"first_order", "recurrence"})
 
 
 @dataclass(frozen=True)
@@ -171,6 +188,11 @@ class Schedule(_Around):
     weights: Callable[[float], float] | Sequence[tuple[float, float]]
 
     def __post_init__(self) -> None:
+        if _moves(self.method):
+            raise ParameterError(
+                f"{type(self.method).__name__} moves samples after the step, where no weight of a prediction reaches: "
+                "take its mode 'score' where it has one, or a Window"
+            )
         if callable(self.weights):
             return
         rhos, values = [p[0] for p in self.weights], [p[1] for p in self.weights]

@@ -87,14 +87,14 @@ class DecoupledGuidance(Guidance):
             raise ParameterError(f"rescale must be in [0, 1], got {self.rescale}")
 
     def start(self, run: Run) -> None:
-        steps = len(run.levels) - 1
+        steps = run.num_steps
         for name in ("first_scale", "second_scale"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != steps:
                 raise ParameterError(f"{len(value)} values of {name} for {steps} steps; give one each, or one number")
 
     def guide(self, step: Step, state: State) -> Plan:
-        a, b = (s[step.index] if isinstance(s, tuple) else s for s in (self.first_scale, self.second_scale))
+        a, b = (s[step.number] if isinstance(s, tuple) else s for s in (self.first_scale, self.second_scale))
         independent = self.order == "independent"
         if a == b == 1 and not independent:
             (full,) = yield [Call("pos")]

@@ -45,7 +45,7 @@ class EconomicalGuidance(_Around):
     method : Guidance
         Any; meant for those that differentiate a network.
     start_at, stop_at : float
-        0 <= start_at < stop_at <= 1: guided are the steps with start_at <= index / num_steps < stop_at.
+        0 <= start_at < stop_at <= 1: guided are the steps with start_at <= number / num_steps < stop_at.
     stride : int
         >= 1: among them every so many.
     on_skip : {"skip", "reuse"}
@@ -82,7 +82,7 @@ class EconomicalGuidance(_Around):
             )
 
     def start(self, run: Run) -> Held:
-        n = len(run.levels) - 1
+        n = run.num_steps
         if not any(self._inside(i, n) for i in range(n)):
             raise ParameterError(f"none of {n} steps is in [{self.start_at}, {self.stop_at}); widen the window")
         return Held(self.method.start(run))
@@ -98,12 +98,12 @@ class EconomicalGuidance(_Around):
             prediction, _ = act("score", step, prediction, state.vector)
         return prediction, Held(state.inner, does, state.vector, first), {}
 
-    def _inside(self, index: int, num_steps: int) -> bool:
-        return self.start_at <= index / num_steps < self.stop_at
+    def _inside(self, number: int, num_steps: int) -> bool:
+        return self.start_at <= number / num_steps < self.stop_at
 
     def _plan(self, step: Step, first: int | None) -> tuple[int | None, str]:
         """The number of the first step inside the window, and what this step does."""
-        if not self._inside(step.index, step.num_steps):
+        if not self._inside(step.number, step.num_steps):
             return first, "nothing"
         first = step.number if first is None else first
         return first, "guide" if (step.number - first) % self.stride == 0 else self.on_skip

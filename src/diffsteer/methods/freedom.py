@@ -50,7 +50,7 @@ class FreeDoM(EnergyGuidance):
     num_recurrences : int
         How often a level inside the window is run.
     recurrence_window : (float, float)
-        Bounds of index / num_steps, the first one inside; (0.2, 0.5) is the official 800 to 500 of 1000.
+        Bounds of number / num_steps, the first one inside; (0.2, 0.5) is the official 800 to 500 of 1000.
     base : str or Guidance
         What makes x0: a context, or a method, differentiated as a whole.
 
@@ -103,7 +103,7 @@ class FreeDoM(EnergyGuidance):
             force = matched_rms(force, wanted)
         prediction, jump = act("jump", step, here.prediction, self.scale * force)
         low, high = self.recurrence_window
-        visits = self.num_recurrences if low <= step.index / step.num_steps < high else 1
+        visits = self.num_recurrences if low <= step.number / step.num_steps < high else 1
         landing = replace(state.landing, jump=jump, wanted=visits)
         return prediction, Inside(here.state, landing), here.info | {"energy": energy}
 

@@ -58,7 +58,7 @@ class ReadoutGuidance(Guidance):
     num_optimizer_steps : int
         n >= 1. With 1 every element moves by lr against the sign of its gradient, whatever the energy's size.
     window : (float, float)
-        Bounds of index / num_steps, the first one inside.
+        Bounds of number / num_steps, the first one inside.
     contexts : tuple of str
         Whose features are read, and summed over: ("null", "pos") beside classifier-free guidance, as published.
     base : str or Guidance
@@ -110,7 +110,7 @@ class ReadoutGuidance(Guidance):
         low, high = self.window
         info: Info = {}
         x, jump = step.x, None
-        if self.scale and low <= step.index / step.num_steps < high and not is_noise(step):
+        if self.scale and low <= step.number / step.num_steps < high and not is_noise(step):
             x, values = yield from self._moved(step)
             alpha, alpha_next = alphas(step)
             jump = (x - step.x) / unit(step.level) * (alpha_next / alpha)

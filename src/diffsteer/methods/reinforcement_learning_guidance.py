@@ -65,9 +65,9 @@ class ReinforcementLearningGuidance(Guidance):
         return "pos" if self.cfg_scale == 1 else "null"
 
     def start(self, run: Run) -> None:
-        if self.start_step >= len(run.levels) - 1:
+        if self.start_step >= run.num_steps:
             raise ParameterError(
-                f"start_step {self.start_step} leaves none of {len(run.levels) - 1} steps to scale; lower it"
+                f"start_step {self.start_step} leaves none of {run.num_steps} steps to scale; lower it"
             )
 
     def guide(self, step: Step, state: State) -> Plan:

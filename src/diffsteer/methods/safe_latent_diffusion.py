@@ -106,8 +106,8 @@ class SafeLatentDiffusion(Guidance):
         return cls(scale, positive=positive, context=context, **_PRESETS[name])  # type: ignore[arg-type]
 
     def start(self, run: Run) -> Tensor:
-        if self.warmup >= len(run.levels) - 1:
-            raise ParameterError(f"warmup {self.warmup} leaves none of {len(run.levels) - 1} steps; lower it")
+        if self.warmup >= run.num_steps:
+            raise ParameterError(f"warmup {self.warmup} leaves none of {run.num_steps} steps; lower it")
         return torch.zeros_like(run.x)
 
     def guide(self, step: Step, state: Tensor) -> Plan:

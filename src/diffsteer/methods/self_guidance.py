@@ -200,7 +200,7 @@ class SelfGuidance(Guidance):
         return guided_prediction, state, {"energy": values.detach()}
 
     def _in_turn(self, step: Step) -> bool:
-        share = step.index / step.num_steps
+        share = step.number / step.num_steps
         return share < self.always or (share < self.stop and step.number % 2 == 0)
 
     def _properties(self, maps: Mapping[str, Tensor], features: Mapping[str, Tensor], size: Sequence[int]) -> Values:
@@ -280,7 +280,8 @@ def appearance(masks: Tensor, features: Tensor) -> Tensor:
     """Mean features, (B, C, ...), under masks, (B, K, ...); (B, K, C)."""
     masks = _resized(masks, features.shape[2:]).to(features)
     weighted = (masks[:, :, None] * features[:, None]).flatten(3).sum(3)
-    return weighted / masks.flatten(2).sum(2, keepdim=True)
+    mass = masks.flatten(2).sum(2, keepdim=True)
+    return weighted / mass.clamp(min=torch.finfo(mass.dtype).tiny)  # 0 under the mask of a flat map
 
 
 def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:

@@ -94,7 +94,7 @@ class SemanticGuidanceTuning(Guidance):
             raise ParameterError(f"mode must be 'project' or 'add', got {self.mode!r}")
 
     def guide(self, step: Step, state: State) -> Plan:
-        if self.strength == 0 or step.index >= self.stop * step.num_steps:
+        if self.strength == 0 or step.number >= self.stop * step.num_steps:
             cond, null = yield [Call("pos"), Call("null")]
             return null + self.scale * (cond - null), state, {}
         cond, null, *others = yield [Call("pos"), Call("null"), *(Call(name) for name in self.concepts)]

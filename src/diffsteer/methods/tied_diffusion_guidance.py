@@ -76,12 +76,12 @@ class TiedDiffusionGuidance(Guidance):
         if not 0 < self.decay < math.inf:
             raise ParameterError(f"decay must be a finite number > 0, got {self.decay}")
 
-    def share(self, index: int, num_steps: int) -> float:
+    def share(self, number: int, num_steps: int) -> float:
         """eta at one step."""
         first, last = self.warmup * num_steps, (1 - self.cooldown) * num_steps
-        if index < first:
+        if number < first:
             return 1.0
-        return math.exp(-self.decay * (index - first) / (last - first)) if index < last else 0.0
+        return math.exp(-self.decay * (number - first) / (last - first)) if number < last else 0.0
 
     def start(self, run: Run) -> Tensor:
         if run.stochastic is None:
@@ -91,7 +91,7 @@ class TiedDiffusionGuidance(Guidance):
         return torch.zeros_like(run.x)
 
     def guide(self, step: Step, state: Tensor) -> Plan:
-        share = self.share(step.index, step.num_steps)
+        share = self.share(step.number, step.num_steps)
         info = {"share": step.x.new_full((len(step.x),), share)}
         if share == 0:  # and stays so: the companion has done its part
             (own,) = yield [Call("pos")]

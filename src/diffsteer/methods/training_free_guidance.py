@@ -147,7 +147,7 @@ class TrainingFreeGuidance(EnergyGuidance):
 
     def guide(self, step: Step, state: Rates) -> Plan:
         guided = not is_noise(step)
-        rho, mu = state.x_t[step.index], state.x0[step.index]
+        rho, mu = state.x_t[step.index], state.x0[step.index] if self.num_x0_iterations else 0.0
         through = rho > 0 and self.x_t_path == "network"
         here = yield from estimate(step, self.base, state.base, grad=guided and through)
         state, prediction, info = replace(state, base=here.state), here.prediction, here.info

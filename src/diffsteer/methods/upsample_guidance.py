@@ -85,7 +85,7 @@ class UpsampleGuidance(Guidance):
     def guide(self, step: Step, state: State) -> Plan:
         null, pos = "null" if self.cfg_scale != 1 else "pos", "pos" if self.cfg_scale else "null"
         calls = [Call(null), Call(pos)]  # equal calls are evaluated once
-        guiding = self.scale and self.factor > 1 and step.index < self.fraction * step.num_steps
+        guiding = self.scale and self.factor > 1 and step.number < self.fraction * step.num_steps
         if guiding:
             small = shrink(step.x, self.factor)
             sigma = step.level.sigma / self.factor ** ((step.x.ndim - 2) / 2)  # averaging leaves the signal
