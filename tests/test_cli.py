@@ -61,6 +61,7 @@ def test_several_concepts_each_have_a_posterior(tmp_path: Path) -> None:
         (("remove", "cats", "-c", "3"), "unknown model 'cats'; known: digits"),
         (("remove", "digits", "-c", "cat"), "unknown concept 'cat'; known: 0, 1"),
         (("remove", "digits", "-c", "3", "--samples", "2"), "use at least 16"),
+        (("remove", "digits", "-c", "3", "--seed", "-1"), "seed must be at least 0"),
         (("remove", "digits", "-c", "3", "--steps", "0"), "steps must be at least 1"),
         (("cite", "nothing"), "unknown method 'nothing'; known: adaptive-guidance"),
     ],

@@ -167,6 +167,14 @@ def test_mistakes_come_before_any_work(folder: str, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:999])
     with pytest.raises(WeightsError, match="not a pipeline"):
         generate("a", pipeline=str(damaged), out=tmp_path)
+    for size in ((12, 16), (-8, 8), (0, 0)):
+        with pytest.raises(ParameterError, match="multiples of 8 pixels"):
+            generate("a", pipeline=folder, size=size, out=tmp_path)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "record.json").write_text("{}")
+    with pytest.raises(OutputError, match="no record of pictures"):
+        generate("a", pipeline=folder, out=foreign)
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="Cannot write"):
         generate("a", pipeline=folder, out=tmp_path / "file")
@@ -184,6 +192,7 @@ def test_calibrates_before_it_generates(folder: str, tmp_path: Path) -> None:
     assert before.record["method"]["methods"][1]["calibration"] is None
     assert (len(dng["calibration"]), len(dng["prior"]), dng["estimator"]) == (2, 2, "surrogate")
     generate("a", method="dng:prior=0.3", out=tmp_path / "c", calibrate=20, **options)  # nothing follows the prompt
+    generate("", method="cfg:2+dng:prior=0.3", out=tmp_path / "c", calibrate=20, **options)  # nor is there any
     with pytest.raises(ParameterError, match="use at least 20"):
         generate("a", method="dng:prior=0.3", out=tmp_path / "c", calibrate=19, **options)
     for wrong in ({"method": "np"}, {"method": "dng", "negative": ""}):

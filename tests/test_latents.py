@@ -92,6 +92,8 @@ def test_refuses_chains_that_cannot_be_run_again(method: Any) -> None:
         chosen = type(method)(changes.pop("energy", energy), num_optimization_steps=1, base=base, **ONLY[type(method)])
         return ds.optimize_latents(DENOISER, chosen, num_samples=2, **{**RUN, **changes})
 
+    with pytest.raises(ParameterError, match="goes to sample"):
+        ds.optimize_latents(DENOISER, ds.ClassifierFreeGuidance(3.0), num_samples=2, **RUN)
     with pytest.raises(UnsupportedError, match="adds noise at every step"):
         run(scheduler=DDPMScheduler(clip_sample=False))
     with pytest.raises(UnsupportedError, match="one evaluation"):

@@ -216,6 +216,20 @@ def test_a_network_may_answer_in_another_precision(answers, scheduler) -> None:
     assert bool(torch.isfinite(out.samples).all())
 
 
+def test_a_network_in_another_precision_says_which() -> None:
+    class Linear(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    net = ds.denoiser(Linear(2, 2).to(torch.bfloat16), shape=(2,))
+    run = {"scheduler": DDIMScheduler(clip_sample=False), "num_samples": 1, "steps": 2}
+    with pytest.raises(ParameterError, match=r"pass dtype=torch\.bfloat16"):
+        ds.sample(net, **run)
+    assert ds.sample(net, **run, dtype=torch.bfloat16).samples.dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # another mistake stays what it is
+        ds.sample(ds.denoiser(Linear(3, 3), shape=(2,)), **run)
+
+
 def test_differences_are_not_taken_in_half_precision() -> None:
     class Net(torch.nn.Linear):
         def forward(self, x, t):
@@ -252,6 +266,16 @@ def test_refusals_name_the_remedy() -> None:
     for bad in ({"num_samples": 0}, {"seed": -1}, {"batch_size": 0}):
         with pytest.raises(ParameterError, match="at least"):
             run(**bad)
+    for wrong in (torch.nn.Identity(), ds.zoo.load("digits")):
+        with pytest.raises(ParameterError, match="must be a denoiser"):
+            ds.sample(wrong, scheduler=DDPM, num_samples=1, steps=1)  # type: ignore[arg-type]
+    for dtype in (torch.int64, "float32"):
+        with pytest.raises(ParameterError, match="dtype is a floating one"):
+            run(dtype=dtype)
+    with pytest.raises(ParameterError, match="about one context, by its name"):
+        run(ds.ClassifierGuidance(lambda x, le: x.sum(1), base=ds.ClassifierFreeGuidance(2.0)))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unsupported operand"):
+        ds.ClassifierFreeGuidance(2.0) + 3  # type: ignore[operator]
     for trace in ("all", "every:0", "every:x"):
         with pytest.raises(ParameterError, match="trace must be"):
             run(trace=trace)

@@ -163,7 +163,15 @@ class NetDenoiser:
         times = torch.full((len(x),), timestep, dtype=torch.float32, device=x.device)
         if timestep.is_integer():
             times = times.long()
-        out = self.net(inside, times, **keywords)
+        try:
+            out = self.net(inside, times, **keywords)
+        except RuntimeError as error:
+            if self.precision in (None, x.dtype) or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ParameterError(
+                f"the network is in {self.precision} and does not take samples in {x.dtype} ({error}): pass "
+                f"dtype={self.precision}, or convert the network"
+            ) from error
         raw = out.sample if hasattr(out, "sample") else out[0] if isinstance(out, tuple) else out
         return convert(raw, inside, own, self.prediction, self.space)  # the spaces mean the same in all coordinates
 

@@ -24,7 +24,7 @@ from diffsteer.adapters.contexts import numbered, separate
 from diffsteer.core import Guidance, Sum
 from diffsteer.denoisers import usable
 from diffsteer.engine import stream
-from diffsteer.errors import ParameterError, UnsupportedError
+from diffsteer.errors import OutputError, ParameterError, UnsupportedError
 from diffsteer.files import check_writable, write_figure, write_text
 from diffsteer.methods import ClassifierFreeGuidance, DynamicNegativeGuidance, NegativePrompting, parse_method
 from diffsteer.sampling import Result
@@ -103,7 +103,11 @@ def generate(
     guidance = parse_method(method)
     check_writable(out / "record.json")
     out.mkdir(parents=True, exist_ok=True)
+    stale = _stale(out)
     pipe = load_pipeline(pipeline, device, dtype)
+    unit = math.lcm(8, getattr(pipe, "vae_scale_factor", 8) * getattr(pipe, "patch_size", 1))
+    if size is not None and (min(size) < 1 or size[0] % unit or size[1] % unit):
+        raise ParameterError(f"this pipeline draws in multiples of {unit} pixels, not {size[0]} by {size[1]}")
     for text in negatives if drawn else ():
         share(text)  # refuses what the drawn world knows nothing of
     if calibrate is None:
@@ -139,7 +143,8 @@ def generate(
                 traces.append({name: value.numpy() for name, value in guided.last.trace.items()})
                 results[label] = guided.last
         if label == method:
-            _clear(out)
+            for old in stale:
+                old.unlink(missing_ok=True)
             for i, picture in enumerate(pictures[label]):
                 picture.save(out / f"{i:03d}.png")
             _draw_trace(out / "trace.png", traces)
@@ -153,13 +158,16 @@ def generate(
     return results
 
 
-def _clear(out: Path) -> None:
-    """Take away the pictures of an earlier run: there may be fewer now, and no trace."""
+def _stale(out: Path) -> list[Path]:
+    """Pictures of an earlier run: there may be fewer now, and no trace."""
     record = out / "record.json"
-    if record.is_file():
-        for i in range(json.loads(record.read_text(encoding="utf-8"))["num"]):
-            (out / f"{i:03d}.png").unlink(missing_ok=True)
-        (out / "trace.png").unlink(missing_ok=True)
+    if not record.is_file():
+        return []
+    try:
+        number = int(json.loads(record.read_text(encoding="utf-8"))["num"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise OutputError(f"{record} is no record of pictures; choose another folder, or take it away") from error
+    return [*(out / f"{i:03d}.png" for i in range(number)), out / "trace.png"]
 
 
 def _tracks(method: Guidance) -> bool:
@@ -178,7 +186,7 @@ def _calibrated(
     if not negatives or not _tracks(method):
         raise ParameterError("calibration wants DNG in the method and a negative; give both, or leave calibrate out")
     others = tuple(term for term in _terms(method) if not isinstance(term, DynamicNegativeGuidance))
-    beside = _sum(others) if others else None  # without it the prompt does not act
+    beside = _sum(others) if others and prompt else None  # without either nothing acts beside
     terms = [
         calibrate_pipeline(
             pipe, replace(term, contexts=numbered(len(negatives))), negative_prompt="|".join(negatives),

@@ -15,7 +15,7 @@ from diffsteer.denoisers import Denoiser
 from diffsteer.energy.chains import Chain, LatentOptimizer, Shifts
 from diffsteer.energy.forces import check
 from diffsteer.engine import Engine, describe, describe_scheduler, stream, versions
-from diffsteer.errors import UnsupportedError
+from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.paths import convert
 from diffsteer.sampling import Result, Unguided, advancing, checked_shape, on_path
 from diffsteer.schedulers import SchedulerView
@@ -87,6 +87,8 @@ def optimize_latents(
     >>> bool(out.trace["energy"][-1].mean() < out.trace["energy"][0].mean() / 2)
     True
     """
+    if not isinstance(method, LatentOptimizer):
+        raise ParameterError(f"the noise is optimised by DOODL or DiGIN; {method!r} goes to sample()")
     shape = checked_shape(denoiser, shape, num_samples, batch_size, seed, x_T)
     batch, started = batch_size or min(num_samples, 256), time.perf_counter()
     view = SchedulerView(scheduler, steps, device=device)

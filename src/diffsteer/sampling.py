@@ -109,6 +109,10 @@ def sample(
         Of one sample; default: the denoiser's.
     x_T : Tensor, optional
         (num_samples, ...) unit noise to start from.
+    dtype : torch.dtype
+        Of the samples, and what the network is given: that of its weights, unless it converts by itself.
+    device : str or torch.device
+        Where the samples are made; the network has to be there.
     models : mapping, optional
         Twin networks by name, for methods that ask for them.
     trace : {"full", "off", "every:k"}
@@ -129,6 +133,8 @@ def sample(
     method = method if method is not None else Unguided()
     check_method(method)
     device = usable(device)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ParameterError(f"dtype is a floating one of torch's, such as torch.float32; got {dtype!r}")
     if first < 0:
         raise ParameterError(f"samples are numbered from 0: first at least 0, got {first}")
     shape = checked_shape(denoiser, shape, num_samples, batch_size, seed, x_T)
@@ -190,6 +196,11 @@ def checked_shape(
     x_T: Tensor | None,
 ) -> tuple[int, ...]:
     """The shape of one sample, if all that is asked for goes with it."""
+    if not (hasattr(denoiser, "predict") and hasattr(denoiser, "contexts")):
+        raise ParameterError(
+            f"the first argument must be a denoiser, got {type(denoiser).__name__}: diffsteer.denoiser(net) makes one "
+            "of a network, model.denoiser(...) of a model of the zoo"
+        )
     shape = tuple(shape if shape is not None else denoiser.shape or ())
     if not shape:
         raise ParameterError("the denoiser does not know the shape of a sample; pass shape=")
@@ -234,10 +245,12 @@ class _Chunk:
             drawn = [torch.randn(shape, generator=g, dtype=self.dtype) for g in self.noise_streams]
             noise = torch.stack(drawn).to(self.device)
         space = self.engine.space
-        self.x = self.engine.start(view.initial(noise), view.levels, view.stochastic, view.ancestral)
+        self.x = self.engine.start(
+            view.initial(noise), view.levels, view.stochastic, view.ancestral, view.inner(len(view.timesteps))
+        )
         for index in range(len(view.timesteps)):
             for _ in range(_MOST_VISITS):
-                prediction, info = self.engine.guide(self.x, index, view.on_trajectory(index))
+                prediction, info = self.engine.guide(self.x, index)
                 x_next = view.step(prediction, space, index, self.x, self.noise_streams)
                 answer = self.engine.after_or_repeat(x_next)
                 if not isinstance(answer, Repeat):

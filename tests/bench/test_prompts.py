@@ -277,6 +277,11 @@ def test_methods_have_their_own_names_and_wrong_ones_are_refused() -> None:
     for wrong in ({"samples": 1}, {"rollouts": 1}, {"batch_size": 0}, {"samplers": (("ddim", 0),)}):
         with pytest.raises(ParameterError, match="at least 2 samples"):
             Plan(**wrong)
+    for prior in (0.0, 2.0):
+        with pytest.raises(ParameterError, match="prior must be inside"):
+            Plan(prior=prior)
+    with pytest.raises(ParameterError, match="guidance_scale must be at least 0"):
+        Plan(guidance_scale=-1.0)
     with pytest.raises(ParameterError, match="ddim:50"):
         parse_sampler("ddim")
     assert parse_sampler("dpm++:25") == ("dpm++", 25)

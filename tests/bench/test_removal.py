@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import diffsteer as ds
+from diffsteer.bench import removal
 from diffsteer.bench import sweep as sweeping
 from diffsteer.bench.removal import (
     SCHEDULERS,
@@ -27,7 +29,7 @@ from diffsteer.bench.removal import (
     scheduler,
     unguided,
 )
-from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
+from diffsteer.errors import OutputError, ParameterError, UnknownNameError, UnsupportedError, WeightsError
 
 SETTING = Setting((3,), "ddpm", steps=4, samples=16)
 
@@ -212,6 +214,28 @@ def test_too_little_is_refused_before_anything_runs(model, tmp_path: Path) -> No
         with pytest.raises(ParameterError, match="at least 16 samples and 1 concept"):
             sweeping.sweep("digits", replace(sweeping.tier_of(model, 1), **wrong), out=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_model_lacks_is_refused_before_anything_runs(
+    model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = shutil.copytree(model.folder, tmp_path / "mine")
+    config = json.loads((mine / "config.json").read_text())
+    del config["networks"]["noisy_classifier"]
+    (mine / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match=r"--part noisy_classifier.*--method np"):
+        sweeping.sweep(str(mine), sweeping.tier_of(model, 1), out=tmp_path / "out")
+    monkeypatch.setattr(removal, "calibrate", None)  # never reached
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="Cannot write"):
+        calibrate_model(replace(model, folder=tmp_path / "file" / "inside"), "ddpm")
+
+
+def test_a_rejection_set_with_nothing_left_is_refused(model) -> None:
+    target = Outcome(torch.full((8,), 3), torch.zeros(8, 2), 1.0, 0.0, {})
+    with pytest.raises(ParameterError, match="all 8 unguided samples 3, so nothing is left"):
+        removal.refuse_empty(model, target, (3,))
+    removal.refuse_empty(model, target, (4,))
 
 
 def test_an_unknown_method_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -130,6 +130,44 @@ def test_train_and_test_are_splits(images: Path) -> None:
         load(str(images.parent / "other"))
 
 
+def test_a_folder_whose_classes_cannot_be_told_is_refused(images: Path) -> None:
+    """Each of these would train on something else than was meant."""
+    wrong = {
+        "deep": ["cat/2020/0.png", "cat/2021/0.png", "dog/2020/0.png", "dog/2021/0.png"],
+        "mixed": ["cat/0.png", "cat/1.png", "dog/2020/0.png", "dog/2020/1.png"],
+        "three": [f"{split}/{kind}/{i}.png" for split in ("train", "val", "test") for kind in "ab" for i in "01"],
+        "alone": [f"train/{kind}/{i}.png" for kind in "ab" for i in "01"],
+        "one": ["cat/0.png", "cat/1.png"],
+        "other": ["train/a/0.png", "train/b/0.png", "test/a/0.png", "test/c/0.png"],
+        "empty": ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"],
+    }
+    says = {
+        "three": "call what is held out 'test'",
+        "alone": "call what is held out 'test'",
+        "one": "at least two classes",
+    }
+    for name, files in wrong.items():
+        root = _saved(images.parent / name, *files)
+        if name == "empty":
+            (root / "horse").mkdir()
+        with pytest.raises(ParameterError, match=says.get(name, "folder with images of its own")):
+            load(str(root))
+    (root / "horse").rename(root / ".hidden")
+    assert load(str(root)).classes == ("cat", "dog")
+
+
+def test_a_data_set_that_cannot_be_had_says_where_to_put_it(tmp_path: Path, monkeypatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def offline(name: str) -> None:
+        raise ConnectionError(f"Couldn't reach {name}")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setenv("DIFFSTEER_DATA", str(tmp_path))
+    with pytest.raises(ParameterError, match=r"ylecun/mnist cannot be loaded .*'mnist'.*DIFFSTEER_DATA"):
+        load("mnist")
+
+
 def test_sixteen_bits_and_transparency_become_pictures(images: Path) -> None:
     _saved(images, "a/0.png", "a/1.png", "b/0.png", "b/1.png")
     ramp = np.tile(np.linspace(0, 65535, 12).astype(np.uint16), (12, 1))

@@ -158,6 +158,8 @@ def test_every_digit_is_calibrated_for_both_kinds_of_sampler(model, copy: Path) 
             assert calibration.stochastic == kappa
             assert len(calibration.log_snr) == len(calibration.slope) == calibration.steps
             assert min(calibration.slope) > 0
+    with pytest.raises(UnknownNameError, match="known: sde, ode"):
+        model.calibration(3, "ddpm")
     (copy / "calibration.json").unlink()
     assert ds.zoo.load(copy).calibration(3, "sde") is None
     (copy / "calibration.json").write_text('{"sde": {"3": {"slope": 1}}}')

@@ -60,7 +60,7 @@ def bench_methods(
     if samples < 20 or steps < 1:
         raise ParameterError(f"needs at least 20 samples and 1 step, got {samples} and {steps}")
     model = zoo.load_model(name)
-    if "weak" not in model.config["networks"]:
+    if not model.has("weak"):
         raise UnsupportedError(f"{name} has no weak network beside it; train it (diffsteer train ... --part weak)")
     bench = Bench(model, samples, steps, out / "runs")
     check_writable(out / "methods.json")

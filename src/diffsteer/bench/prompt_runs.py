@@ -185,6 +185,10 @@ class Plan:
                 raise UnknownNameError("method", name, SCALES)
         if min(self.samples, self.rollouts) < 2 or min(self.batch_size, *(n for _, n in self.samplers), 1) < 1:
             raise ParameterError("needs at least 2 samples, 2 rollouts, and 1 step")
+        if self.prior is not None and not 0 < self.prior < 1:
+            raise ParameterError(f"prior must be inside (0, 1), got {self.prior}")
+        if self.guidance_scale < 0:
+            raise ParameterError(f"guidance_scale must be at least 0, got {self.guidance_scale}")
         for pair in self.grid:
             if not pair.prompt or not pair.negative:
                 raise ParameterError("a pair needs a prompt and a negative prompt")

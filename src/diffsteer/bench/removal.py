@@ -24,8 +24,8 @@ from diffsteer.bench.report import MethodRow
 from diffsteer.calibration import calibrate
 from diffsteer.core import Guidance
 from diffsteer.engine import versions
-from diffsteer.errors import UnknownNameError, UnsupportedError
-from diffsteer.files import write_tensors, write_text
+from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
+from diffsteer.files import check_writable, write_tensors, write_text
 from diffsteer.methods import DynamicNegativeGuidance, NegativePrompting, SafeLatentDiffusion
 from diffsteer.sampling import Result, Unguided, describe, sample
 from diffsteer.zoo import Model
@@ -159,6 +159,8 @@ def calibrate_model(
     Path
         ``calibration.json``, in which all other entries are left as they are; a damaged one is written anew.
     """
+    path = model.folder / "calibration.json"
+    check_writable(path)
     every = model.alone if separate else tuple(range(len(model.classes)))
     setting = Setting(every, scheduler_name, steps, separate=separate)
     method = _uncalibrated(model, "dng", setting, scale=0.0)
@@ -167,7 +169,6 @@ def calibrate_model(
         model.denoiser(neg=every, separate=separate), method, scheduler=scheduler(model, scheduler_name), steps=steps,
         num_rollouts=rollouts, seed=seed, device=model.device, progress=progress,
     )  # fmt: skip
-    path = model.folder / "calibration.json"
     try:
         stored = dict(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, TypeError, ValueError):
@@ -322,6 +323,16 @@ def reject(outcome: Outcome, concepts: Sequence[int]) -> Outcome:
         outcome, labels=outcome.labels[mask], features=outcome.features[mask], nfe=outcome.nfe * price,
         images=None, result=None,
     )  # fmt: skip
+
+
+def refuse_empty(model: Model, target: Outcome, concepts: Sequence[int]) -> None:
+    """Refuse a rejection set of which nothing is left: nothing could be compared with it."""
+    if not bool(target.kept(concepts).any()):
+        named = " or ".join(model.classes[c] for c in concepts)
+        raise ParameterError(
+            f"the judge of {model.name} calls all {len(target.labels)} unguided samples {named}, so nothing is left to "
+            "compare with: look at the samples, and train the denoiser or the judge longer"
+        )
 
 
 def asked_otherwise(model: Model, outcome: Outcome, concepts: Sequence[int]) -> Outcome:

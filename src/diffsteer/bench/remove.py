@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffsteer import zoo
 from diffsteer.bench import balance
 from diffsteer.bench.plots import draw_samples
-from diffsteer.bench.removal import Outcome, Setting, measure, method_for, reject, run, unguided
+from diffsteer.bench.removal import Outcome, Setting, measure, method_for, refuse_empty, reject, run, unguided
 from diffsteer.bench.removal import scheduler as build
 from diffsteer.bench.report import MethodPanel, RemovalReport
 from diffsteer.bench.report_html import write_report
@@ -72,6 +73,8 @@ def remove(
         raise ParameterError(f"remove at least one of {loaded.classes}, and keep at least one")
     if samples < 16:
         raise ParameterError(f"{samples} samples measure nothing; use at least 16, better 256")
+    if seed < 0:
+        raise ParameterError(f"seed must be at least 0, got {seed}")
     check_writable(out / "report.html")
     setting = Setting(labels, scheduler, steps, samples, seed)
     aside = replace(setting, seed=seed + 1, samples=3 * samples)
@@ -95,6 +98,7 @@ def remove(
             )  # fmt: skip
             notes.append(f"DNG was calibrated on {rollouts} rollouts for this run; their cost is not in its row.")
         target = unguided(loaded, aside, progress=bar("Rejection set", aside.samples))
+        refuse_empty(loaded, target, labels)
         outcomes["unguided"] = unguided(loaded, setting, progress=bar(NAMES["unguided"], samples))
         outcomes["rejection"] = reject(outcomes["unguided"], labels)
         for name, method in guides.items():
@@ -119,7 +123,10 @@ def remove(
             )
         )
     named = [loaded.classes[i] for i in labels]
-    options = "".join(f" --concept {c}" for c in named)
+    command = ["diffsteer", "remove", model, *(word for c in named for word in ("--concept", c))]
+    for name, value in (("samples", samples), ("steps", steps), ("scheduler", scheduler), ("seed", seed)):
+        command += [f"--{name}", str(value)]
+    command += [] if device == "cpu" else ["--device", device]
     report = RemovalReport(
         title=f"{loaded.name} without {' and '.join(named)}",
         subtitle=f"{samples} samples per method, {steps} {scheduler.upper()} steps, the same seeds for all",
@@ -139,8 +146,7 @@ def remove(
             "The judge, the network behind the feature distance and the guidance never share weights. "
             "Feature distances of few samples are biased upward, alike for all rows but rejection, which has fewer.",
         ],
-        command=f"diffsteer remove {model}{options} --samples {samples} --steps {steps} "
-        f"--scheduler {scheduler} --seed {seed}",
+        command=shlex.join(command),
     )
     write_report(out / "report.html", report)
     write_text(out / "results.json", rows_to_json(rows))

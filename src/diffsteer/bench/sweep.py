@@ -30,6 +30,7 @@ from diffsteer.bench.removal import (
     kind_of,
     measure,
     method_for,
+    refuse_empty,
     reject,
     run,
     unguided,
@@ -161,6 +162,11 @@ def sweep(name: str, tier: Tier, *, out: Path, separate: bool = False, device: s
         raise ParameterError(f"needs at least 16 samples and 1 concept, got {tier.samples} and {tier.concepts}")
     model = zoo.load_model(name, device=_own_device(device))
     check_writable(out / "results.json")
+    if "ceiling" in tier.methods and not model.has("noisy_classifier"):
+        raise UnsupportedError(
+            f"{model.name} has no noise-aware classifier to drive 'ceiling': train it (--part noisy_classifier), or "
+            "name the other methods alone (--method np --method sld --method dng)"
+        )
     choose, report = halves(model)
     report = (list(model.alone) if separate else report)[: tier.concepts]
     choosing = choose if tier.choose and not separate else []
@@ -256,7 +262,9 @@ class _Bases:
 
     def target(self, setting: Setting) -> Outcome:
         """Under other seeds: its kept samples are the rejection set."""
-        return self._unguided(setting, TARGET_FACTOR * self.samples, setting.seed + 1)
+        outcome = self._unguided(setting, TARGET_FACTOR * self.samples, setting.seed + 1)
+        refuse_empty(self.model, outcome, setting.concepts)
+        return outcome
 
     def conditional(self, setting: Setting) -> Outcome:
         """Every class asked for in turn, as many as in the target."""

@@ -16,6 +16,8 @@ from diffsteer.errors import DependencyError, ParameterError, UnknownNameError
 
 __all__ = ["LOADERS", "Dataset", "cifar10", "digits", "image_folder", "load", "mnist"]
 
+_SPLITS = {"train", "test", "val", "valid", "validation"}
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -88,7 +90,14 @@ def _hub(name: str, repository: str) -> Any:
     """A data set of the Hugging Face hub: from the folder ``$DIFFSTEER_DATA/<name>`` if there is one."""
     datasets = _datasets()
     local = Path(os.environ.get("DIFFSTEER_DATA", "")) / name
-    return datasets.load_dataset(str(local) if "DIFFSTEER_DATA" in os.environ and local.is_dir() else repository)
+    where = str(local) if "DIFFSTEER_DATA" in os.environ and local.is_dir() else repository
+    try:
+        return datasets.load_dataset(where)
+    except (OSError, ValueError) as error:
+        raise ParameterError(
+            f"the data set {where} cannot be loaded ({error}): go online, or put its parquet files into a folder "
+            f"{name!r} inside of the one that DIFFSTEER_DATA names"
+        ) from error
 
 
 def _split(rows: Any, column: str) -> tuple[Tensor, Tensor]:
@@ -142,17 +151,32 @@ def image_folder(folder: Path, image_size: int = 32) -> Dataset:
     """
     if image_size < 4 or image_size % 4:
         raise ParameterError(f"image_size must be a multiple of 4, got {image_size}")
-    inside = {part.name for part in folder.iterdir() if part.is_dir()}
-    if inside == {"train", "val"} or inside == {"train", "valid"}:
-        raise ParameterError(f"{folder} holds {' and '.join(sorted(inside))}: call what is held out 'test'")
-    files = {split: f"{split}/**" for split in inside} if inside == {"train", "test"} else {"train": "**"}
+    inside = _folders(folder)
+    splits_of = {"train", "test"} if inside == {"train", "test"} else set[str]()
+    if not splits_of and inside and inside <= _SPLITS:
+        raise ParameterError(
+            f"{folder} holds {' and '.join(sorted(inside))}: call what is held out 'test' and what is trained on "
+            "'train', and keep anything else elsewhere"
+        )
+    files = {split: f"{split}/**" for split in splits_of} or {"train": "**"}
     try:
         splits = _datasets().load_dataset("imagefolder", data_dir=str(folder), data_files=files)
     except (OSError, ValueError) as error:
         raise ParameterError(f"{folder} holds no images that can be read ({error})") from error
-    if "label" not in splits["train"].features:
-        raise ParameterError(f"{folder} holds no classes: put the images of each class into a folder of its name")
-    classes = tuple(splits["train"].features["label"].names)
+    named = {split: _folders(folder / split) for split in splits_of} or {"train": inside}
+    if any(len(names) < 2 for names in named.values()):
+        raise ParameterError(
+            f"{folder} needs at least two classes with images to train on: put the images of each into a folder of its "
+            "name"
+        )
+    label = splits["train"].features.get("label")
+    classes = tuple(label.names) if label is not None else ()
+    for split, names in named.items():
+        if names != set(classes):
+            raise ParameterError(
+                f"images lie in folders called {list(classes)}, but {folder / split if splits_of else folder} holds "
+                f"{sorted(names)}: each class has a folder with images of its own, and without folders inside of it"
+            )
 
     def read(rows: Any) -> tuple[list[Any], Tensor]:
         try:
@@ -183,6 +207,11 @@ def image_folder(folder: Path, image_size: int = 32) -> Dataset:
         licence="the user's own",
         note=f"{len(labels)} images, cropped and resized to {image_size}x{image_size} pixels in [-1, 1].",
     )
+
+
+def _folders(parent: Path) -> set[str]:
+    """Names of the folders inside, but for those that tools hide."""
+    return {part.name for part in parent.iterdir() if part.is_dir() and not part.name.startswith((".", "__"))}
 
 
 def _plain(image: Any) -> Any:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffsteer.denoisers import Denoiser, NetDenoiser, denoiser, usable
-from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
+from diffsteer.errors import DependencyError, ParameterError, UnknownNameError, UnsupportedError, WeightsError
 from diffsteer.paths import Level, VPPath
 from diffsteer.readings import Reading, from_plain
 from diffsteer.zoo.networks import build
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 _ROOT = Path(__file__).parent
+_KINDS = ("sde", "ode", "sde/separate", "ode/separate")  # of calibrations
 _STUDENT, _FLOW = "shapes-lcm", "shapes-flow"
 PIPELINES = ("shapes", _STUDENT, _FLOW)
 """Names of the shipped text-to-image pipelines."""
@@ -137,8 +139,13 @@ def read_pipeline(name: str | Path, dtype: torch.dtype) -> Any:
     ------
     WeightsError
         diffusers cannot load it.
+    DependencyError
+        transformers, which reads the prompts, is not installed.
     """
     from diffusers import DiffusionPipeline
+
+    if find_spec("transformers") is None:
+        raise DependencyError('pipelines need transformers: pip install "diffsteer[pipelines]"')
 
     shared = _absent(Path(pipeline_folder(name)) / "model_index.json")
     if name == _STUDENT:  # a student differs from its teacher in the U-Net alone, and so does its shipped folder
@@ -245,6 +252,10 @@ class Model:
     @cached_property
     def _loaded(self) -> dict[str, Any]:
         return {}
+
+    def has(self, part: str) -> bool:
+        """Whether it has a network of this part's name."""
+        return part in self.config["networks"]
 
     def _network(self, part: str) -> Any:
         """A network by its part's name, read once."""
@@ -420,8 +431,8 @@ class Model:
         UnsupportedError
             There are none.
         """
-        labels = tuple(k for k in range(len(self.classes)) if f"only_{k}" in self.config["networks"])
-        if not labels or "unconditional" not in self.config["networks"]:
+        labels = tuple(k for k in range(len(self.classes)) if self.has(f"only_{k}"))
+        if not labels or not self.has("unconditional"):
             raise UnsupportedError(
                 f"{self.name} has no separate networks: train them (--part unconditional --part only_0 ...), or leave "
                 "separate out"
@@ -436,7 +447,16 @@ class Model:
         kind : str
             "sde" for stochastic samplers, "ode" for deterministic ones; "sde/separate" and "ode/separate" for the
             networks of one class alone.
+
+        Raises
+        ------
+        UnknownNameError
+            No such class, or no such kind.
+        WeightsError
+            The file is damaged, or another version's.
         """
+        if kind not in _KINDS:
+            raise UnknownNameError("kind of sampler", kind, _KINDS)
         path = self.folder / "calibration.json"
         if not path.is_file():
             return None
