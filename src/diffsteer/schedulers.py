@@ -100,8 +100,10 @@ class ScheduleReading:
 
     def require(self, needs: frozenset[str]) -> None:
         """Refuse a method that needs what this scheduler does not do."""
-        order = self.scheduler.config.get("solver_order") if self.name.startswith("DPMSolver") else None
-        single = self.name in _FIRST_ORDER or order == 1
+        config = self.scheduler.config
+        order = config.get("solver_order") if self.name.startswith("DPMSolver") else None
+        own_mean = config.get("algorithm_type") == "sde-dpmsolver"  # not that of DDPM's kernel
+        single = self.name in _FIRST_ORDER or (order == 1 and not own_mean)
         if "recurrence" in needs and not single:
             raise UnsupportedError(
                 f"this method runs levels again, which {self.name} cannot: its history would be that of another "

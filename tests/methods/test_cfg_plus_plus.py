@@ -145,9 +145,12 @@ def test_one_step_to_the_end_is_the_guided_clean_sample():
     [
         HeunDiscreteScheduler(**VP),
         DPMSolverMultistepScheduler(**VP),
+        DPMSolverMultistepScheduler(
+            **VP, solver_order=1, algorithm_type="sde-dpmsolver", final_sigmas_type="sigma_min"
+        ),
         FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
     ],
-    ids=["inner points", "multistep", "unknown noise"],
+    ids=["inner points", "multistep", "another mean", "unknown noise"],
 )
 def test_refuses_other_schedulers(scheduler):
     with pytest.raises(UnsupportedError, match="use DDIM"):
