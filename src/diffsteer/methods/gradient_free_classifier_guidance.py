@@ -55,7 +55,8 @@ class GradientFreeClassifierGuidance(Guidance):
     The class and the weight are found anew at every step. At high noise x0 is a blur, of which an ordinary classifier
     knows nothing: use one that takes the level into account, or a :class:`diffsteer.Window`. Affine with a weight per
     sample: the same in eps, x0 and v. With CFG it is a sum, ``ClassifierFreeGuidance(w) +
-    GradientFreeClassifierGuidance(...)``. Information, (B,) each: "scale", 1 + lambda (1 - p_c), and "confidence",
+    GradientFreeClassifierGuidance(...)``. As the ``base`` of an energy its weight counts as
+    a constant. Information, (B,) each: "scale", 1 + lambda (1 - p_c), and "confidence",
     p_c. The paper lets the classifier set the weight at each step; its function could not be verified, and 1 - p_c is
     this library's choice: for two equally frequent classes and an exact p(c | x_t) it makes the method CFG with
     w = 1 + lambda.
