@@ -198,7 +198,7 @@ def read_off(
         if record["stochastic"] == 0:
             fitted.append(Filter(**shared, **fit_filter(log_snr, log_odds, size, member.double(), prior)))
         else:
-            fitted.append(Calibration(**shared, **fit_planes(log_odds, size, member.double())))
+            fitted.append(Calibration(**shared, **fit_planes(log_odds, size, member)))
     return replace(method, estimator=watch.estimator, calibration=tuple(fitted))
 
 

@@ -60,6 +60,7 @@ class Engine:
         self.stochastic: float | None = None
         self.ancestral = True
         self.inner: Collection[int] = ()
+        self.num_steps = 0
         self.step: Step
         self.asked: set[str] = set()  # contexts that were evaluated
 
@@ -81,6 +82,7 @@ class Engine:
         net = self.nets["main"]
         precision = getattr(net, "precision", None)
         setup = Run(x, levels, stochastic, tuple(net.contexts), self.streams, ancestral, precision, inner)
+        self.num_steps = setup.num_steps
         self.state = self.method.start(setup)
         return setup.x
 
@@ -91,7 +93,7 @@ class Engine:
             level=self.levels[index],
             level_next=self.levels[index + 1],
             index=index,
-            num_steps=len(self.levels) - 1 - len(self.inner),
+            num_steps=self.num_steps,
             space=self.space,
             on_trajectory=index not in self.inner,
             stochastic=self.stochastic,

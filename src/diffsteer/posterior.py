@@ -262,11 +262,9 @@ class PosteriorTracker:
             return p_alt, p_ref, state
         rows = self._rows_in_doubt(step, state)
         p_alt, p_ref, fresh = yield from self._evaluate(step, state, alt, ref, rows)
-        x, to_alt, to_ref = (v.to(state.log_odds.dtype) for v in (step.x, p_alt, p_ref))  # no sums in half precision
         now = Point(
-            x / step.level.alpha,
-            ve_score(to_alt, x, step.level, step.space),
-            ve_score(to_ref, x, step.level, step.space),
+            step.x.to(state.log_odds.dtype) / step.level.alpha,
+            *_scores(step, state, step.x, p_alt, p_ref),
             fresh,
             torch.full((len(step.x),), step.index, device=step.x.device),
         )
@@ -360,13 +358,13 @@ class PosteriorTracker:
         x = step.x if part is None else step.x[rows]
         if self.divergence == "difference":
             p_alt, p_ref = yield [Call(alt), Call(ref)]
-            here = ve_score(p_alt, step.x, step.level, step.space) - ve_score(p_ref, step.x, step.level, step.space)
-            here = here if part is None else here[rows]
+            s_alt, s_ref = _scores(step, state, step.x, p_alt, p_ref)
+            here = s_alt - s_ref if part is None else (s_alt - s_ref)[rows]
             (probe,) = self._probes(step, state, rows, here)
             size = torch.finfo(x.dtype).eps ** 0.4 * step.level.sigma  # between rounding and curvature
             shifted = x + size * probe
             there = yield [Call(alt, x=shifted, rows=part), Call(ref, x=shifted, rows=part)]
-            s_alt, s_ref = (ve_score(p, shifted, step.level, step.space) for p in there)
+            s_alt, s_ref = _scores(step, state, shifted, *there)
             divergence[rows] = (step.level.alpha * dot(s_alt - s_ref - here, probe) / size).to(divergence)
             return p_alt, p_ref, divergence
         if step.x.requires_grad:
@@ -387,8 +385,7 @@ class PosteriorTracker:
                 for g, o in ((g_alt, o_alt), (g_ref, o_ref))
             )
         with torch.enable_grad():
-            at, *answers = (v.to(state.log_odds.dtype) for v in (leaf, g_alt, g_ref))
-            s_alt, s_ref = (ve_score(answer, at, step.level, step.space) for answer in answers)
+            s_alt, s_ref = _scores(step, state, leaf, g_alt, g_ref)
             g = s_alt - s_ref
         probes = self._probes(step, state, rows, g.detach())
         total = torch.zeros_like(divergence[rows])
@@ -417,6 +414,13 @@ class PosteriorTracker:
         coin = like(signs[:, size + step.index % _COINS], walk)
         along = g / like(dot(g, g), g).sqrt().clamp(min=torch.finfo(g.dtype).tiny)
         return [walk + (coin - like(dot(along, walk), walk)) * along]
+
+
+def _scores(step: Step, state: Tracked, x: Tensor, alt: Tensor, ref: Tensor) -> tuple[Tensor, Tensor]:
+    """VE scores of both predictions at ``x``, in the precision of the log-odds: no sums in half precision."""
+    kind = state.log_odds.dtype
+    s_alt, s_ref = (ve_score(p.to(kind), x.to(kind), step.level, step.space) for p in (alt, ref))
+    return s_alt, s_ref
 
 
 def walsh(index: int, size: int, device: torch.device | str = "cpu") -> Tensor:

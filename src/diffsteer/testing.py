@@ -185,7 +185,8 @@ def play(
 def _answers(scene: Script, step: Step, asked: dict[Any, tuple[Call, Tensor]], calls: list[Call]) -> list[Tensor]:
     for call in calls:
         if call.key not in asked:
-            asked[call.key] = call, _answer(scene, call, step)
+            with torch.set_grad_enabled(call.grad):
+                asked[call.key] = call, _answer(scene, call, step)
     return [asked[call.key][1] for call in calls]
 
 
@@ -201,15 +202,13 @@ def _answer(scene: Script, call: Call, step: Step) -> Tensor:
         own = torch.as_tensor(scene.embeddings[name]).expand(len(x), -1)
         network = partial(network, embedding=perturb.apply({"embedding": own})["embedding"].numpy())
     elif isinstance(perturb, Record):
-        with torch.set_grad_enabled(call.grad):
-            for record in perturb.records if isinstance(perturb, Records) else (perturb,):
-                _record(record, x if call.grad else x.detach())
+        for record in perturb.records if isinstance(perturb, Records) else (perturb,):
+            _record(record, x)
     elif perturb is not None:
         network = scene.networks[f"perturbed:{name}"]
         if hasattr(perturb, "seeds"):
             network = partial(network, seeds=perturb.seeds.numpy(), amount=getattr(perturb, "amount", 1.0))
-    with torch.set_grad_enabled(call.grad):
-        return convert(_Network.apply(x, network, level), x, level, "eps", step.space)
+    return convert(_Network.apply(x, network, level), x, level, "eps", step.space)
 
 
 def _record(record: Record, x: Tensor) -> None:

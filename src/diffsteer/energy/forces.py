@@ -23,12 +23,6 @@ NoisyEnergy = Callable[[Tensor, Level], Tensor]
 Force = tuple[Tensor, Tensor]  # (B, ...) minus the gradient, and (B,) the energy
 
 
-_NO_WAY = (
-    "there is no way through an energy's force to x_t, along which the method around it differentiates: give one "
-    "method both energies (SumEnergy), or add the two methods up"
-)
-
-
 def unit(level: Level) -> float:
     """From variance-preserving coordinates, alpha**2 + sigma**2 = 1, to those of a level."""
     return math.hypot(level.alpha, level.sigma)
@@ -136,8 +130,7 @@ def noisy_force(energy: NoisyEnergy, step: Step) -> Force:
     UnsupportedError
         Inside of another method, which would differentiate through it.
     """
-    if step.x.requires_grad:
-        raise UnsupportedError(_NO_WAY)
+    _refuse_inside(step)
     at = _leaf(step.x)
     with torch.enable_grad():
         values = energy(at, step.level)
@@ -193,8 +186,7 @@ def estimate(
     UnsupportedError
         Inside of another method, which would differentiate through it.
     """
-    if step.x.requires_grad:
-        raise UnsupportedError(_NO_WAY)
+    _refuse_inside(step)
     at = step.x.detach().requires_grad_() if grad else step.x
     info: Info = {}
     if isinstance(base, str):
@@ -247,6 +239,15 @@ def matched_rms(vector: Tensor, wanted: Tensor) -> Tensor:
     found, goal = (_wide(v).flatten(1).square().mean(1).sqrt() for v in (vector, wanted))
     wide = _wide(vector)
     return (like(torch.where(found > 0, goal / found, 0), wide) * wide).to(vector.dtype)
+
+
+def _refuse_inside(step: Step) -> None:
+    """Refuse an energy inside of a method that differentiates: its force would be taken for a constant."""
+    if step.x.requires_grad:
+        raise UnsupportedError(
+            "there is no way through an energy's force to x_t, along which the method around it differentiates: give "
+            "one method both energies (SumEnergy), or add the two methods up"
+        )
 
 
 def _leaf(x: Tensor) -> Tensor:

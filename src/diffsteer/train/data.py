@@ -152,18 +152,20 @@ def image_folder(folder: Path, image_size: int = 32) -> Dataset:
     if image_size < 4 or image_size % 4:
         raise ParameterError(f"image_size must be a multiple of 4, got {image_size}")
     inside = _folders(folder)
-    splits_of = {"train", "test"} if inside == {"train", "test"} else set[str]()
-    if not splits_of and inside and inside <= _SPLITS:
+    roots = {"train": folder}
+    if inside == {"train", "test"}:
+        roots = {split: folder / split for split in ("train", "test")}
+    elif inside and inside <= _SPLITS:
         raise ParameterError(
             f"{folder} holds {' and '.join(sorted(inside))}: call what is held out 'test' and what is trained on "
             "'train', and keep anything else elsewhere"
         )
-    files = {split: f"{split}/**" for split in splits_of} or {"train": "**"}
+    files = {split: "**" if root == folder else f"{split}/**" for split, root in roots.items()}
     try:
         splits = _datasets().load_dataset("imagefolder", data_dir=str(folder), data_files=files)
     except (OSError, ValueError) as error:
         raise ParameterError(f"{folder} holds no images that can be read ({error})") from error
-    named = {split: _folders(folder / split) for split in splits_of} or {"train": inside}
+    named = {root: _folders(root) for root in roots.values()}
     if any(len(names) < 2 for names in named.values()):
         raise ParameterError(
             f"{folder} needs at least two classes with images to train on: put the images of each into a folder of its "
@@ -171,11 +173,11 @@ def image_folder(folder: Path, image_size: int = 32) -> Dataset:
         )
     label = splits["train"].features.get("label")
     classes = tuple(label.names) if label is not None else ()
-    for split, names in named.items():
+    for root, names in named.items():
         if names != set(classes):
             raise ParameterError(
-                f"images lie in folders called {list(classes)}, but {folder / split if splits_of else folder} holds "
-                f"{sorted(names)}: each class has a folder with images of its own, and without folders inside of it"
+                f"images lie in folders called {list(classes)}, but {root} holds {sorted(names)}: each class has a "
+                "folder with images of its own, and without folders inside of it"
             )
 
     def read(rows: Any) -> tuple[list[Any], Tensor]:
@@ -197,7 +199,7 @@ def image_folder(folder: Path, image_size: int = 32) -> Dataset:
     else:
         train, held = _stratified_split(labels, heldout=0.1, seed=0)
         training, heldout = (images[train], labels[train]), (images[held], labels[held])
-    if len(classes) < 2 or len(training[1].unique()) < len(classes):
+    if len(training[1].unique()) < len(classes):
         raise ParameterError(f"{folder} needs at least two classes with images to train on, found {classes}")
     return Dataset(
         *training,
