@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import diffsteer as ds
-from diffsteer.core import Call, Guidance, Run, Step, drive, gather, scatter
+from diffsteer.core import Call, Guidance, Run, Step, Sum, drive, gather, scatter
+from diffsteer.errors import ParameterError
 from diffsteer.paths import Level
 
 STEP = Step(torch.zeros(2, 3), Level(0.6, 0.8), Level(0.8, 0.6), 0, 5, "eps")
@@ -125,3 +126,30 @@ def test_a_method_defined_on_eps_survives_pure_noise(space: str) -> None:
     assert torch.allclose(prediction, torch.full((2, 3), ANSWERS["pos"]), atol=2e-3)
     on = ds.SafeLatentDiffusion.preset("medium", scale=3.0)
     assert torch.isfinite(drive(on, step, torch.zeros(2, 3), answer([]))[0]).all()
+
+
+def test_a_sum_corrects_what_its_first_term_does() -> None:
+    pag = ds.PerturbedAttentionGuidance(2.0)
+    assert (pag + ds.ClassifierFreeGuidance()).reference == pag.reference == "pos"
+    assert (ds.ClassifierFreeGuidance() + pag).reference == "null"
+
+
+@pytest.mark.parametrize("terms", [(), ("cfg:3",), (ds.ClassifierFreeGuidance(), "cfg:3")])
+def test_a_sum_is_of_methods(terms: tuple) -> None:
+    with pytest.raises(ParameterError, match=r"at least one|parse_method"):
+        Sum(terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_method_defined_on_eps_keeps_half_precision_in_pure_noise(dtype: torch.dtype) -> None:
+    """The way to eps and back magnifies rounding where alpha is small."""
+    answers = {name: torch.linspace(a, b, 6).reshape(2, 3).to(dtype) for name, a, b in (("pos", -1, 2), ("null", 1, 0))}
+    off = ds.SafeLatentDiffusion(scale=2.0, safety_scale=0.0, momentum_scale=0.0, warmup=0)
+    x = torch.linspace(-2, 2, 6).reshape(2, 3).to(dtype)
+    step = Step(x, Level(0.0, 1.0), Level(0.1, 0.9), 0, 5, "flow")
+    state = off.start(ds.Run(x, [step.level, step.level_next], 0.0, ("pos", "null", "neg")))
+    prediction, *_ = drive(off, step, state, lambda calls: [answers.get(c.context, answers["null"]) for c in calls])
+    assert prediction.dtype == dtype
+    assert torch.allclose(
+        prediction, 2 * answers["pos"] - answers["null"], atol=4e-3 if dtype == torch.float16 else 0.02
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,9 +14,19 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, Flow
 
 import diffsteer as ds
 from diffsteer.core import Call, Guidance, Repeat, like
-from diffsteer.energy.forces import Force, clean_force, estimate, held_force, matched_rms, noisy_force, unit
+from diffsteer.energy.forces import (
+    Force,
+    clean_force,
+    clipped_norm,
+    estimate,
+    held_force,
+    matched_rms,
+    noisy_force,
+    unit,
+)
+from diffsteer.energy.losses import ClassEnergy, CosineEnergy, Residual, SphericalEnergy, SumEnergy
 from diffsteer.energy.steps import Landing, act, land, renoise, score_of
-from diffsteer.engine import Engine, stream
+from diffsteer.engine import Engine, describe, stream
 from diffsteer.errors import ParameterError, StateError, UnsupportedError
 from diffsteer.paths import convert
 from diffsteer.schedulers import SchedulerView
@@ -320,6 +330,19 @@ def test_a_base_lands_beside_the_method_around_it() -> None:
         play(ds.TrainingFreeGuidance(**outer | {"x_t_scale": 0.1}, base=inner), scene)
 
 
+@pytest.mark.parametrize("build", AROUND[:-1])
+def test_a_level_is_not_run_again_around_a_memory(build: Callable[[float, Any], Guidance]) -> None:
+    """Every visit would be a step to a base that compares with the past."""
+    scene = script(steps=4, shape=(1, 2, 2))
+    for base in (Momentum(), ds.DynamicNegativeGuidance(divergence="difference"), ds.AdaptiveProjectedGuidance(2.0)):
+        outer: Any = build(0.1, ds.ClassifierFreeGuidance(2.0) + base if isinstance(base, Momentum) else base)
+        play(outer, scene)
+        with pytest.raises(UnsupportedError, match="num_recurrences=1"):
+            play(replace(outer, num_recurrences=2), scene)
+    for base in ("pos", ds.ClassifierFreeGuidance(2.0), ds.Window(ds.ClassifierFreeGuidance(2.0), 0.1, 3.0)):
+        assert len(play(replace(build(0.1, base), num_recurrences=2), scene)) > 4
+
+
 EXACT = ds.toy.ring().denoiser({"null": None, "pos": [0, 1], "neg": [3]})
 
 
@@ -357,3 +380,107 @@ def test_a_matched_length_does_not_depend_on_the_energys_size() -> None:
     found = matched_rms(small, torch.ones_like(small))
     torch.testing.assert_close(found, torch.ones_like(small), rtol=0.02, atol=0)
     assert bool((matched_rms(0 * small, torch.ones_like(small)) == 0).all())
+
+
+def test_a_length_that_overflows_half_precision_is_clipped() -> None:
+    long = torch.full((1, 4, 64, 64), 1e3, dtype=torch.float16)
+    torch.testing.assert_close(clipped_norm(long, 128.0), torch.ones_like(long), rtol=0.01, atol=0)
+
+
+ONE_CONTEXT = [
+    ds.DiffusionPosteriorSampling(waves, 0.0),
+    ds.LossGuidedDiffusion(waves, 0.0),
+    ds.ManifoldPreservingGuidance(waves, 0.0),
+    ds.Dreamguider(waves),
+    ds.FrequencyAwareGuidance(IMAGE, scale=0.0),
+    ds.DiffusionDrivenAdaptation(IMAGE, 0.0),
+    ds.GuideReplay(opinion, (3,)),
+    ds.ClassifierGuidance(noisy_waves, 0.1),
+]
+
+
+@pytest.mark.parametrize("method", ONE_CONTEXT, ids=lambda method: type(method).__name__)
+def test_a_method_as_base_is_refused_where_it_would_not_be_started(method: Any) -> None:
+    for base in (ds.ClassifierFreeGuidance(2.0), ds.FeedbackGuidance(), ds.AdaptiveProjectedGuidance()):
+        with pytest.raises(ParameterError, match="about one context, by its name"):
+            play(replace(method, base=base), script(steps=2, shape=(1, 4, 4)))
+
+
+# --- data of every sample, and what is wrong with it -------------------------------------------------------------
+
+
+def logits(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(1) * torch.tensor([1.0, -1.0]).to(x)
+
+
+@pytest.mark.parametrize(
+    "energy",
+    [
+        ClassEnergy(logits, torch.tensor([0, 1, 0])),
+        Residual(torch.zeros(3, 2)),
+        CosineEnergy(logits, torch.ones(3, 2)),
+        SphericalEnergy(logits, torch.ones(3, 2)),
+    ],
+    ids=lambda energy: type(energy).__name__,
+)
+def test_data_of_each_sample_fit_the_batch_or_are_refused(energy: Any) -> None:
+    x = torch.tensor([[0.3, -0.2], [1.0, 0.5], [-0.4, 0.8], [0.1, 0.2], [0.7, -0.9], [0.6, 0.6]])
+    whole = energy(x[:3])
+    first = replace(energy, **{name: value[:1] for name, value in vars(energy).items() if torch.is_tensor(value)})
+    torch.testing.assert_close(first(x[:3])[0], whole[0])
+    for size in (1, 2, 6):
+        with pytest.raises(ParameterError, match="batch_size"):
+            energy(x[:size])
+
+
+def test_what_is_wrong_with_the_data_of_an_energy() -> None:
+    x = torch.tensor([[0.3, -0.2], [1.0, 0.5]])
+    right = ClassEnergy(logits, torch.tensor([0, 1]))(x)
+    for kind in (torch.uint8, torch.int8, torch.int32):
+        torch.testing.assert_close(ClassEnergy(logits, torch.tensor([0, 1], dtype=kind))(x), right)
+    for label in (torch.tensor([0.0, 1.0]), 1.0):
+        with pytest.raises(ParameterError, match="whole number"):
+            ClassEnergy(logits, label)(x)  # type: ignore[arg-type]
+    for other in (torch.zeros(3), torch.zeros(5, 1, 2)):
+        with pytest.raises(ParameterError, match="measurement"):
+            Residual(other)(x)
+    for kind in (CosineEnergy, SphericalEnergy):
+        with pytest.raises(ParameterError, match="no direction"):
+            kind(logits, torch.zeros(2))(x)
+        with pytest.raises(ParameterError, match="target embedding"):
+            kind(logits, torch.ones(3))(x)
+
+
+def test_the_farthest_embedding_has_a_force() -> None:
+    """Of an exactly opposite one the direction is open; it is none, not NaN."""
+    x = torch.tensor([[1.0, 2.0], [0.3, -0.7], [0.123, 0.77], [0.9, 0.4]], requires_grad=True)
+    values = SphericalEnergy(lambda z: z, -x.detach())(x)
+    torch.testing.assert_close(values, torch.full((4,), torch.pi**2 / 2), rtol=1e-3, atol=0)
+    (slope,) = torch.autograd.grad(values.sum(), x)
+    assert bool(slope.isfinite().all())
+
+
+# --- records ---------------------------------------------------------------------------------------------------
+
+
+class Unrepeatable(torch.nn.Module):
+    """A network that no copy is made of."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return logits(x)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError("copied")
+
+
+def test_a_record_does_not_copy_what_it_describes() -> None:
+    target = (torch.ones(2, requires_grad=True) * 2)[:]  # with a graph, as an encoder's answer
+    energies = (ClassEnergy(Unrepeatable(), 1), CosineEnergy(Unrepeatable(), target, 2.0))
+    told = describe(ds.ManifoldPreservingGuidance(SumEnergy(energies, [1.0, 0.5]), 0.1))
+    assert told["energy"] == {
+        "energies": [
+            {"classifier": "Unrepeatable", "label": 1},
+            {"encoder": "Unrepeatable", "target": repr(target), "scale": 2.0},
+        ],
+        "weights": [1.0, 0.5],
+    }

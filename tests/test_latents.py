@@ -120,6 +120,11 @@ def test_refuses_chains_that_cannot_be_run_again(method: Any) -> None:
         run(x_T=torch.zeros(3, 2))
     with pytest.raises(ParameterError, match="at least 1"):
         run(batch_size=0)
+    for dtype in (torch.int64, "float32"):
+        with pytest.raises(ParameterError, match="dtype is a floating one"):
+            run(dtype=dtype)
+    with pytest.raises(ParameterError, match="cannot be used here"):
+        run(device="cuda:77")
 
 
 ONLY: dict[Any, dict[str, Any]] = {ds.DOODL: {}, ds.DiGIN: {"contexts": ()}}

@@ -10,7 +10,18 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffsteer.paths import SPACES, FlowPath, Level, VEPath, VPPath, convert, reverse_kernel, ve_score
+from diffsteer.paths import (
+    SPACES,
+    FlowPath,
+    Level,
+    LogPath,
+    Preconditioning,
+    VEPath,
+    VPPath,
+    convert,
+    reverse_kernel,
+    ve_score,
+)
 
 RHO = st.floats(1e-2, 1e2)
 COORDINATES = {
@@ -89,6 +100,28 @@ def test_flow_and_ve_networks() -> None:
     own, time = FlowPath().locate(Level(1.0, 3.0))
     assert (own.alpha, own.sigma, time) == (0.25, 0.75, 750.0)
     assert VEPath().locate(Level(0.5, 0.5)) == (Level(1.0, 1.0), 0.0)
+    own, time = LogPath().locate(Level(0.5, 1.5))
+    assert (own.rho, own.alpha**2 + own.sigma**2) == (pytest.approx(3.0), pytest.approx(1.0))
+    assert time == math.log(3.0) / 4
+
+
+@given(sigma=RHO, sigma_data=st.floats(0.1, 2.0))
+def test_edms_preconditioning(sigma: float, sigma_data: float) -> None:
+    """Karras et al. 2022, table 1: input and target of unit variance."""
+    path, level = VEPath(sigma_data), Level(1.0, sigma)
+    x, x0, _ = noised(level)
+    assert path.preconditioning(level, "x0") is None
+    at = {prediction: path.preconditioning(level, prediction) for prediction in ("eps", "v")}
+    assert at["eps"] == Preconditioning.at(sigma, sigma_data, "eps")
+    total = sigma**2 + sigma_data**2
+    assert at["eps"].inside ** 2 * total == pytest.approx(1.0)
+    assert at["eps"].skip == pytest.approx(sigma_data**2 / total)
+    assert at["eps"].out == pytest.approx(sigma * sigma_data / math.sqrt(total))
+    for each in at.values():
+        assert torch.allclose(each.x0(each.output(x0, x), x), x0, atol=1e-8)
+    assert torch.allclose(at["v"].output(x0, x), -at["eps"].output(x0, x))
+    unit = Preconditioning.at(sigma, 1.0, "v")
+    assert torch.allclose(unit.output(x0, x), convert(x0, x, level, "x0", "v"), rtol=1e-6, atol=1e-6)
 
 
 @given(rho=RHO, ratio=st.floats(0.01, 0.99))

@@ -12,6 +12,7 @@ import torch
 
 from diffsteer import Calibration, Filter, Level, toy
 from diffsteer.engine import plain
+from diffsteer.errors import ParameterError
 from diffsteer.posterior import Point, Tracked
 from diffsteer.readings import from_plain
 
@@ -137,3 +138,19 @@ def test_a_sample_that_was_never_seen_has_no_size_to_be_read() -> None:
 @pytest.mark.parametrize("reading", [FILTER, CALIBRATION])
 def test_readings_survive_json(reading) -> None:
     assert from_plain(json.loads(json.dumps(plain(reading)))) == reading
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"slope": (1.0,)}, "slope"),
+        ({"slope": (1.0, "much")}, "slope"),
+        ({"slope": None}, "slope"),
+        ({"intercept": (0.0, math.nan)}, "intercept"),
+        ({"log_snr": (-1.0, -4.0)}, "increase"),
+        ({"log_snr": (), "intercept": (), "slope": (), "size": (), "usual": ()}, "log_snr"),
+    ],
+)
+def test_what_is_no_calibration_is_refused(change, match) -> None:
+    with pytest.raises(ParameterError, match=match):
+        dataclasses.replace(CALIBRATION, **change)

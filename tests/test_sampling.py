@@ -163,6 +163,18 @@ def test_per_sample_contexts_follow_their_sample() -> None:
         assert torch.allclose(out.samples[:, 0], labels.float(), atol=1e-4)
 
 
+def test_samples_beyond_a_contexts_rows_begin_again() -> None:
+    class Net(torch.nn.Module):
+        def forward(self, x, t, label):
+            return label[:, None].to(x) + 0 * x
+
+    net = ds.denoiser(Net(), prediction="x0", contexts={"null": {"label": torch.arange(3)}}, shape=(1,))
+    ddim = DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
+    for first, batch in ((0, 7), (0, 2), (4, 2)):
+        out = ds.sample(net, scheduler=ddim, num_samples=7, first=first, batch_size=batch, steps=4)
+        assert torch.allclose(out.samples[:, 0], (torch.arange(7.0) + first) % 3, atol=1e-4)
+
+
 def test_a_context_may_be_another_denoiser() -> None:
     class Constant(torch.nn.Module):
         def __init__(self, value: float) -> None:
@@ -269,6 +281,8 @@ def test_refusals_name_the_remedy() -> None:
     for wrong in (torch.nn.Identity(), ds.zoo.load("digits")):
         with pytest.raises(ParameterError, match="must be a denoiser"):
             ds.sample(wrong, scheduler=DDPM, num_samples=1, steps=1)  # type: ignore[arg-type]
+        with pytest.raises(ParameterError, match=r"models\['weak'\] must be a denoiser"):
+            run(models={"weak": wrong})
     for dtype in (torch.int64, "float32"):
         with pytest.raises(ParameterError, match="dtype is a floating one"):
             run(dtype=dtype)

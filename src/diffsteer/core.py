@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from diffsteer.errors import UnsupportedError
+from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.paths import Level, convert
 
 State = Any  # per-sample tensors in a dataclass (or nested tuples of them); None where there is none
@@ -122,19 +122,30 @@ class Guidance:
 
 
 def guide_in(method: Guidance, step: Step, state: State) -> Plan:
-    """``method.guide`` for an engine that speaks ``step.space``, whatever space the method is defined in."""
-    inner = step if method.space == "any" else replace(step, space=method.space)
-    plan = method.guide(inner, state)
+    """``method.guide`` for an engine that speaks ``step.space``, whatever space the method is defined in.
+
+    A method of another space runs in single precision at least: near pure noise, the way there and back magnifies
+    rounding.
+    """
+    if method.space in ("any", step.space):
+        return (yield from method.guide(step, state))
+    given = step.x.dtype
+    step = replace(step, x=_wide(step.x))
+    plan = method.guide(replace(step, space=method.space), state)
     try:
         calls = next(plan)
         while True:
-            predictions = yield calls
+            predictions = yield [c if c.x is None else replace(c, x=c.x.to(given)) for c in calls]
             calls = plan.send(
-                [_between(p, c, step, step.space, inner.space) for p, c in zip(predictions, calls, strict=True)]
+                [_between(_wide(p), c, step, step.space, method.space) for p, c in zip(predictions, calls, strict=True)]
             )
     except StopIteration as done:
         prediction, state, info = done.value
-        return _between(prediction, Call(), step, inner.space, step.space), state, info
+        return _between(prediction, Call(), step, method.space, step.space).to(given), state, info
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _between(prediction: Tensor, call: Call, step: Step, source: str, target: str) -> Tensor:
@@ -156,6 +167,15 @@ class Sum(Guidance):
 
     methods: tuple[Guidance, ...]
 
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ParameterError("a sum needs at least one method")
+        check_methods(*self.methods)
+
+    @property
+    def reference(self) -> str:  # type: ignore[override]
+        return self.methods[0].reference
+
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset().union(*(m.needs for m in self.methods))
@@ -176,12 +196,21 @@ class Sum(Guidance):
             answer = m.after(step, x_next, s)
             if isinstance(answer, Repeat):
                 raise UnsupportedError(
-                    f"{type(m).__name__} repeats steps, which the other terms of a sum would take for steps; "
-                    "give it the other methods as its base= instead"
+                    f"{type(m).__name__} repeats steps, which the other terms of a sum would take for steps; run it "
+                    "without recurrence, or give it what remembers no steps as its base= instead"
                 )
             x_next, s = answer
             states.append(s)
         return x_next, tuple(states)
+
+
+def check_methods(*methods: Any) -> None:
+    """Refuse what is no method, such as the text of one."""
+    for method in methods:
+        if not isinstance(method, Guidance):
+            raise ParameterError(
+                f"{method!r} is no guidance method; diffsteer.methods.parse_method() makes one of a text"
+            )
 
 
 def within(answer: After, wrap: Callable[[State], State]) -> After:

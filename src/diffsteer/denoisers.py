@@ -76,13 +76,15 @@ def denoiser(
     Parameters
     ----------
     net : nn.Module
-        Returns the prediction, or an object with it in ``.sample``, or a tuple with it first.
+        Returns the prediction, or an object with it in ``.sample``, or a tuple with it first. The channels of a learned
+        variance, behind those of the prediction, are left out.
     prediction : {"eps", "x0", "v", "flow"}
-        What the network predicts; diffusers' names ("epsilon", "v_prediction", ...) are understood.
+        What the network predicts; diffusers' names ("epsilon", "v_prediction", ...) are understood. Under EDM's
+        schedulers "eps" and "v" are its raw output for a scaled input, as in diffusers, "x0" its denoiser of x itself.
     contexts : mapping, optional
         Keyword arguments of the network by context name: "null" (unconditional), "neg" (unwanted), "pos", or any
-        other. Numbers hold for every sample; tensors have one row, or one per sample of the run. A context may
-        be another denoiser with one context of its own: a separately trained network for one class, say.
+        other. Numbers hold for every sample; of tensors, sample i of the run gets row i modulo their number. A
+        context may be another denoiser with one context of its own: a separately trained network for one class, say.
         Default: {"null": {}}.
     shape : sequence of int, optional
         Of one sample; read off diffusers networks.
@@ -160,20 +162,36 @@ class NetDenoiser:
         own, timestep = self.path.locate(level)
         scale = own.alpha / level.alpha if level.alpha > 0 else own.sigma / level.sigma
         inside = x if scale == 1 else x * scale
-        times = torch.full((len(x),), timestep, dtype=torch.float32, device=x.device)
+        edm = self.path.preconditioning(own, self.prediction)
+        if edm is None:
+            raw, source = self._output(inside, timestep, keywords), self.prediction
+        else:
+            raw, source = edm.x0(self._output(edm.inside * inside, timestep, keywords), inside), "x0"
+        return convert(raw, inside, own, source, self.space)  # the spaces mean the same in all coordinates
+
+    def _output(self, inside: Tensor, timestep: float, keywords: Mapping[str, Any]) -> Tensor:
+        """What the network returns for ``inside``, (B, ...), without the channels of a learned variance."""
+        times = torch.full((len(inside),), timestep, dtype=torch.float32, device=inside.device)
         if timestep.is_integer():
             times = times.long()
         try:
             out = self.net(inside, times, **keywords)
         except RuntimeError as error:
-            if self.precision in (None, x.dtype) or isinstance(error, torch.OutOfMemoryError):
+            if self.precision in (None, inside.dtype) or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ParameterError(
-                f"the network is in {self.precision} and does not take samples in {x.dtype} ({error}): pass "
+                f"the network is in {self.precision} and does not take samples in {inside.dtype} ({error}): pass "
                 f"dtype={self.precision}, or convert the network"
             ) from error
-        raw = out.sample if hasattr(out, "sample") else out[0] if isinstance(out, tuple) else out
-        return convert(raw, inside, own, self.prediction, self.space)  # the spaces mean the same in all coordinates
+        raw: Tensor = out.sample if hasattr(out, "sample") else out[0] if isinstance(out, tuple) else out
+        if raw.ndim > 1 and raw.shape[1] == 2 * inside.shape[1]:
+            raw = raw[:, : inside.shape[1]]
+        if raw.shape != inside.shape:
+            raise ParameterError(
+                f"the network was shown {tuple(inside.shape)} and answered {tuple(raw.shape)}; it must predict every "
+                "channel of the sample, and may add as many for a learned variance, which are left out"
+            )
+        return raw
 
     def _keywords(self, context: str, samples: Tensor, x: Tensor) -> dict[str, Any]:
         """What conditions the network in a context, one row per sample of the batch."""

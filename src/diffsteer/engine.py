@@ -91,7 +91,7 @@ class Engine:
         self.step = Step(
             x=x,
             level=self.levels[index],
-            level_next=self.levels[index + 1],
+            level_next=self.levels[self._next(index)],
             index=index,
             num_steps=self.num_steps,
             space=self.space,
@@ -105,6 +105,13 @@ class Engine:
             self.method, self.step, self.state, partial(self._evaluate, answered={}, known={})
         )
         return prediction, info
+
+    def _next(self, index: int) -> int:
+        """Where the scheduler's step ends that this evaluation belongs to: a step's inner points lie on the way."""
+        index += 1
+        while index in self.inner:
+            index += 1
+        return index
 
     def after(self, x_next: Tensor) -> Tensor:
         """What the method makes of the scheduler's next sample, (B, ...)."""
@@ -378,7 +385,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(dataclasses.asdict(value))
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
     return value if isinstance(value, (int, float, str, bool, type(None))) else repr(value)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import Call, Guidance, Plan, Run, State, Step, guide_in
-from diffsteer.denoisers import Denoiser
+from diffsteer.denoisers import Denoiser, usable
 from diffsteer.energy.chains import Chain, LatentOptimizer, Shifts
 from diffsteer.energy.forces import check
 from diffsteer.engine import Engine, describe, describe_scheduler, stream, versions
@@ -89,6 +89,9 @@ def optimize_latents(
     """
     if not isinstance(method, LatentOptimizer):
         raise ParameterError(f"the noise is optimised by DOODL or DiGIN; {method!r} goes to sample()")
+    device = usable(device)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ParameterError(f"dtype is a floating one of torch's, such as torch.float32; got {dtype!r}")
     shape = checked_shape(denoiser, shape, num_samples, batch_size, seed, x_T)
     batch, started = batch_size or min(num_samples, 256), time.perf_counter()
     view = SchedulerView(scheduler, steps, device=device)

@@ -118,6 +118,34 @@ class Path:
         """The network's own (level, timestep) with the same ``rho`` as ``level``."""
         raise NotImplementedError
 
+    def preconditioning(self, level: Level, prediction: str) -> Preconditioning | None:
+        """What stands between a network and its ``prediction`` at its own ``level``; None: nothing."""
+        return None
+
+
+@dataclass(frozen=True)
+class Preconditioning:
+    """EDM's: the network is shown ``inside * x`` and answers F, where ``x0 = skip * x + out * F``."""
+
+    inside: float
+    skip: float
+    out: float
+
+    @classmethod
+    def at(cls, sigma: float, sigma_data: float, prediction: str) -> Preconditioning:
+        """As in diffusers, where a network that predicts "eps" answers F itself, one that predicts "v" answers -F."""
+        norm = math.hypot(sigma_data, sigma)
+        out = sigma * sigma_data / norm
+        return cls(1 / norm, (sigma_data / norm) ** 2, -out if prediction == "v" else out)
+
+    def x0(self, output: Tensor, x: Tensor) -> Tensor:
+        """From the network's output at ``x``; (B, ...)."""
+        return self.skip * x + self.out * output
+
+    def output(self, x0: Tensor, x: Tensor) -> Tensor:
+        """The network's output that stands for ``x0`` at ``x``; (B, ...)."""
+        return (x0 - self.skip * x) / self.out
+
 
 @dataclass(frozen=True)
 class VPPath(Path):
@@ -167,10 +195,32 @@ class FlowPath(Path):
 
 @dataclass(frozen=True)
 class VEPath(Path):
-    """Variance exploding, ``x = x0 + sigma eps``; the network's time is log(sigma) / 4 as in EDM."""
+    """EDM's variance exploding path, ``x = x0 + sigma eps`` at time log(sigma) / 4.
+
+    What predicts "x0" is shown x. "eps" and "v" are diffusers' names for EDM's raw output, see
+    :class:`Preconditioning`.
+
+    Parameters
+    ----------
+    sigma_data : float
+        The standard deviation of the data that the network was trained for.
+    """
+
+    sigma_data: float = 0.5
 
     def locate(self, level: Level) -> tuple[Level, float]:
         return Level(1.0, level.rho), math.log(level.rho) / 4
+
+    def preconditioning(self, level: Level, prediction: str) -> Preconditioning | None:
+        return Preconditioning.at(level.sigma, self.sigma_data, prediction) if prediction in ("eps", "v") else None
+
+
+@dataclass(frozen=True)
+class LogPath(Path):
+    """Variance-preserving coordinates at EDM's time, log(rho) / 4: Stable Video Diffusion."""
+
+    def locate(self, level: Level) -> tuple[Level, float]:
+        return Level(1 / math.hypot(1.0, level.rho), _noise_share(level.rho)), math.log(level.rho) / 4
 
 
 def reverse_kernel(level: Level, level_next: Level) -> tuple[float, float, float]:

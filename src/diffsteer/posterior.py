@@ -68,6 +68,8 @@ def grown(log_odds: Tensor, gain: Tensor, p_min: float = 1e-12, p_max: float = 1
 
 def one_each(told: Tensor, step: Step, source: str, wanted: str) -> Tensor:
     """What was told of the step's samples from outside, (B,), if it is one finite number of each."""
+    if not isinstance(told, Tensor):
+        raise ParameterError(f"{source} gave {type(told).__name__}; it must give a tensor of {len(step.x)} {wanted}")
     if told.shape != step.x.shape[:1] or not bool(torch.isfinite(told).all()):
         raise NonFiniteError(
             f"{source} gave {tuple(told.shape)} values at step {step.index}, or not all are finite; it must give "
@@ -203,10 +205,11 @@ class PosteriorTracker:
         if self.estimator == "auto":
             if stochastic is None:
                 raise UnsupportedError(
-                    "this scheduler's noise is unknown or exceeds the ancestral one, so the posterior cannot be "
-                    "tracked; use DDPM, DDIM, Euler, DPM-Solver++ or flow matching, or pass estimator=callable"
+                    "this scheduler's noise is unknown or exceeds the ancestral one, or its noisy steps are of third "
+                    "order, so the posterior cannot be tracked; use DDPM, DDIM, Euler, DPM-Solver++ or flow matching, "
+                    "or pass estimator='ode' or a callable"
                 )
-            return "ode" if stochastic == 0 else "odds" if stochastic == 1 and at.ancestral else "ito"
+            return "ode" if stochastic < 1 else "odds" if stochastic == 1 and at.ancestral else "ito"
         if stochastic == 0 and self.estimator in ("odds", "kernel", "ito"):
             raise UnsupportedError(
                 f"estimator={self.estimator!r} needs a stochastic sampler: on a deterministic one it removes almost "
@@ -225,20 +228,21 @@ class PosteriorTracker:
         dtype = torch.promote_types(run.x.dtype, torch.float32)
         prior = torch.full((len(run.x),), _logit(self.prior), device=run.x.device, dtype=dtype)
         signs = None
-        if self._wants_divergence(run) and self.divergence == "difference":
+        if self.wants_divergence(run) and self.divergence == "difference":
             for kind in (run.x.dtype, run.precision or run.x.dtype):
                 if torch.finfo(kind).bits < 32:
                     raise UnsupportedError(
                         f"divergence='difference' compares answers at points that {kind} can hardly tell apart; use "
                         "divergence='probe', or the network in float32"
                     )
-        if self._wants_divergence(run) and self.divergence != "exact":
+        if self.wants_divergence(run) and self.divergence != "exact":
             size = run.x[0].numel()
             drawn = [torch.randint(0, 2, (size + _COINS,), generator=g) for g in run.generators]
             signs = (torch.stack(drawn) * 2 - 1).to(run.x.device, torch.int8)
         return Tracked(prior, tuple(run.levels), None, signs)
 
-    def _wants_divergence(self, at: Run | Step) -> bool:
+    def wants_divergence(self, at: Run | Step) -> bool:
+        """Whether the estimator for this sampler integrates a divergence over the step."""
         kind = self.resolve(at)
         return kind == "ode" or (kind == "ito" and at.stochastic is not None and at.stochastic < 1)
 
@@ -277,7 +281,7 @@ class PosteriorTracker:
     def _arrive(self, step: Step, state: Tracked, now: Point, kind: str) -> Tracked:
         """The posterior at ``now``, from wherever each sample was last seen."""
         if state.last is None:
-            if kind == "ode" and step.level.rho > _PURE_NOISE:  # the prior holds at infinite noise, not at x_T
+            if kind == "ode" and state.levels[0].rho > _PURE_NOISE:  # the prior holds at infinite noise, not at x_T
                 gain = self.temperature * dot(now.alt - now.ref, now.x)
                 state = replace(state, log_odds=self._add(state.log_odds, gain))
             return replace(state, last=replace(now, divergence=now.divergence.nan_to_num(0.0)))
@@ -304,7 +308,7 @@ class PosteriorTracker:
 
     def _rows_in_doubt(self, step: Step, state: Tracked) -> Tensor:
         """Samples whose divergence is worth computing: at first all, later those that the decision hangs on."""
-        if not self._wants_divergence(step):
+        if not self.wants_divergence(step):
             return torch.zeros(0, dtype=torch.long, device=step.x.device)
         # never held from the start: k**2 there magnifies whatever a trained network gets wrong at pure noise
         threshold = _logit(min(self.doubt, self.prior / 4))
@@ -410,8 +414,8 @@ class PosteriorTracker:
         if state.signs is None:
             raise StateError("the state was started without probes; call start() of this method first")
         signs = state.signs[rows]
-        walk = (walsh(step.index, size, step.x.device) * signs[:, :size]).reshape(shape).to(step.x.dtype)
-        coin = like(signs[:, size + step.index % _COINS], walk)
+        walk = (walsh(step.number, size, step.x.device) * signs[:, :size]).reshape(shape).to(step.x.dtype)
+        coin = like(signs[:, size + step.number % _COINS], walk)
         along = g / like(dot(g, g), g).sqrt().clamp(min=torch.finfo(g.dtype).tiny)
         return [walk + (coin - like(dot(along, walk), walk)) * along]
 

@@ -9,9 +9,12 @@ little and hides what was known before. :class:`Filter` takes from both what eac
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import Run
-from diffsteer.errors import CalibrationWarning, UnsupportedError
+from diffsteer.errors import CalibrationWarning, ParameterError, UnsupportedError
 from diffsteer.paths import Level
 from diffsteer.posterior import Tracked, grown
 
@@ -44,6 +47,18 @@ class Reading:
     log_snr: tuple[float, ...]
     stochastic: float
     steps: int
+
+    def __post_init__(self) -> None:
+        curves = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("stochastic", "steps")}
+        for name, curve in curves.items():
+            told = isinstance(curve, tuple) and all(isinstance(v, Real) and math.isfinite(v) for v in curve)
+            if not told or len(curve) != len(self.log_snr) or not curve:
+                raise ParameterError(
+                    f"{name} of a calibration must be finite numbers, one per level; calibrate again with "
+                    "diffsteer.calibrate()"
+                )
+        if not all(a < b for a, b in pairwise(self.log_snr)):
+            raise ParameterError("log_snr of a calibration must increase; calibrate again with diffsteer.calibrate()")
 
     def read(self, odds: Tensor, before: Tracked, now: Tracked, level: Level, push: Tensor) -> Tensor:
         """Log-odds, (B,), at ``level``.

@@ -88,7 +88,8 @@ def sample(
     method : Guidance, optional
         Default: unguided, the context "null".
     scheduler : diffusers scheduler
-        Any of the continuous ones; a copy is used. The network may have been trained on another path.
+        Any of the continuous ones; one of the same configuration is used, and this one left as it is. The network may
+        have been trained on another path.
     num_samples, steps : int
         How many samples, over how many inference steps.
     first : int
@@ -196,11 +197,7 @@ def checked_shape(
     x_T: Tensor | None,
 ) -> tuple[int, ...]:
     """The shape of one sample, if all that is asked for goes with it."""
-    if not (hasattr(denoiser, "predict") and hasattr(denoiser, "contexts")):
-        raise ParameterError(
-            f"the first argument must be a denoiser, got {type(denoiser).__name__}: diffsteer.denoiser(net) makes one "
-            "of a network, model.denoiser(...) of a model of the zoo"
-        )
+    _check_denoiser(denoiser, "the first argument")
     shape = tuple(shape if shape is not None else denoiser.shape or ())
     if not shape:
         raise ParameterError("the denoiser does not know the shape of a sample; pass shape=")
@@ -211,8 +208,18 @@ def checked_shape(
     return shape
 
 
+def _check_denoiser(value: Any, name: str) -> None:
+    if not (hasattr(value, "predict") and hasattr(value, "contexts")):
+        raise ParameterError(
+            f"{name} must be a denoiser, got {type(value).__name__}: diffsteer.denoiser(net) makes one of a network, "
+            "model.denoiser(...) of a model of the zoo"
+        )
+
+
 def on_path(denoiser: Denoiser, models: Mapping[str, Denoiser] | None, view: SchedulerView) -> dict[str, Denoiser]:
     """The networks by name, as they answer on a scheduler's path; the denoiser is "main"."""
+    for name, net in (models or {}).items():
+        _check_denoiser(net, f"models[{name!r}]")
     # eps says nothing of x0 at pure noise, where flow schedulers start: there a network converts on its own path
     noise_only = view.levels[0].alpha == 0
     return {

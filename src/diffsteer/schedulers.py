@@ -7,6 +7,8 @@ import math
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from diffsteer.denoisers import prediction_space
 from diffsteer.errors import ClippingWarning, ParameterError, UnsupportedError
-from diffsteer.paths import FlowPath, Level, Path, VEPath, VPPath, convert
+from diffsteer.paths import FlowPath, Level, LogPath, Path, Preconditioning, VEPath, VPPath, convert
 
 # The coordinates that a scheduler's samples live in, by class name (bases count).
 # x = alpha x0 + sigma eps, levels by timestep
@@ -85,6 +87,12 @@ class ScheduleReading:
         own = (c.__name__ for c in type(scheduler).__mro__ if c.__module__.startswith("diffusers."))
         self.name, self.kind = next(own, type(scheduler).__name__).removesuffix("Scheduler"), _kind(scheduler)
         config = scheduler.config
+        if str(config.get("variance_type")).startswith("learned"):
+            fixed = "'fixed_small'" if self.name.startswith("DDPM") else None
+            raise UnsupportedError(
+                f"{type(scheduler).__name__} has variance_type={config.variance_type!r}: it reads a variance that the "
+                f"network adds to its prediction, which guidance does not carry; build it with variance_type={fixed}"
+            )
         for option in ("clip_sample", "thresholding"):
             if config.get(option, False):
                 warnings.warn(
@@ -114,6 +122,22 @@ class ScheduleReading:
                 f"this method needs a scheduler that makes each step from one evaluation; {self.name} does not: use "
                 "DDIM, DDPM, Euler, Euler ancestral or FlowMatchEuler"
             )
+        if "first_order" in needs and self._astray():
+            warnings.warn(
+                f"diffusers' {self.name} always goes num_train_timesteps // steps timesteps down, which under "
+                f"timestep_spacing={config.timestep_spacing!r} and with these steps is not to the next of its list, "
+                "where this method takes it to go; use 'leading', or 'trailing' with a number of steps that divides "
+                "num_train_timesteps",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _astray(self) -> bool:
+        """Whether this is a DDIM whose steps do not end at the next timestep."""
+        if not self.name.startswith("DDIM"):
+            return False
+        stride = self.scheduler.config.num_train_timesteps // self.scheduler.num_inference_steps
+        return any(t - stride != after for t, after in pairwise(self.timesteps.tolist()))
 
     @property
     def path(self) -> Path:
@@ -121,7 +145,9 @@ class ScheduleReading:
         if self.kind == "flow" or config.get("use_flow_sigmas", False):
             return FlowPath(config.num_train_timesteps)
         if self.kind == "edm":
-            return VEPath()
+            return VEPath(config.sigma_data)
+        if config.get("timestep_type") == "continuous" and config.prediction_type == "v_prediction":
+            return LogPath()
         return VPPath(tuple(self.scheduler.betas.double().tolist()))
 
     def _from_sigma(self, sigma: float) -> Level:
@@ -162,14 +188,16 @@ class ScheduleReading:
         if self.name in ("DDPM", "DDPMParallel", "EulerAncestralDiscrete"):
             return 1.0
         if self.name in ("DPMSolverMultistep", "DPMSolverSinglestep", "EDMDPMSolverMultistep"):
-            return 1.0 if str(config.algorithm_type).startswith("sde") else 0.0
+            if not str(config.algorithm_type).startswith("sde"):
+                return 0.0
+            return 1.0 if config.solver_order < 3 else None  # the third order's means are far from any kernel's
         if self.name in ("LCM", "FlowMatchLCM", "TCD", "SASolver", "KDPM2AncestralDiscrete", "DPMSolverSDE"):
             return None
         return None if config.get("stochastic_sampling", False) else 0.0
 
     def _ancestral(self) -> bool:
         config = self.scheduler.config
-        if self.name.startswith("DDPM"):  # beta itself, or a learned one, exceeds beta-tilde
+        if self.name.startswith("DDPM"):  # beta itself exceeds beta-tilde
             return str(config.variance_type).startswith("fixed_small")
         return config.get("algorithm_type") != "sde-dpmsolver"
 
@@ -186,7 +214,7 @@ class ScheduleReading:
         """From this scheduler's coordinates to those in which it shows samples to the network."""
         if self.kind == "ve":
             return 1 / math.hypot(1.0, level.sigma)
-        return 1 / math.hypot(self.scheduler.config.sigma_data, level.sigma) if self.kind == "edm" else 1.0
+        return self._preconditioning(level).inside if self.kind == "edm" else 1.0
 
     def inner(self, count: int) -> list[int]:
         """Which of the first ``count`` evaluations of a run are inner points of a step, not of the trajectory."""
@@ -197,26 +225,19 @@ class ScheduleReading:
 
     def from_output(self, output: Tensor, x: Tensor, level: Level) -> Tensor:
         """A network's answer to this scheduler as a prediction in ``self.prediction``; (B, ...)."""
-        if self.kind != "edm":
-            return output
-        skip, out = self._preconditioning(level)
-        return skip * x + out * output
+        return self._preconditioning(level).x0(output, x) if self.kind == "edm" else output
 
     def to_output(self, prediction: Tensor, x: Tensor, level: Level) -> Tensor:
         """A prediction in ``self.prediction`` as what ``step()`` wants; undoes EDM's preconditioning."""
-        if self.kind != "edm":
-            return prediction
-        skip, out = self._preconditioning(level)
-        return (prediction - skip * x) / out
+        return self._preconditioning(level).output(prediction, x) if self.kind == "edm" else prediction
 
-    def _preconditioning(self, level: Level) -> tuple[float, float]:
-        data, sigma = self.scheduler.config.sigma_data, level.sigma
-        sign = -1.0 if self.scheduler.config.prediction_type == "v_prediction" else 1.0
-        return data**2 / (sigma**2 + data**2), sign * sigma * data / math.hypot(sigma, data)
+    def _preconditioning(self, level: Level) -> Preconditioning:
+        config = self.scheduler.config
+        return Preconditioning.at(level.sigma, config.sigma_data, prediction_space(config.prediction_type))
 
 
 class SchedulerView(ScheduleReading):
-    """A private copy of a diffusers scheduler, set to a number of steps.
+    """A private scheduler of the same configuration as a diffusers scheduler, set to a number of steps.
 
     Parameters
     ----------
@@ -229,10 +250,20 @@ class SchedulerView(ScheduleReading):
     """
 
     def __init__(self, scheduler: Any, steps: int, eta: float = 0.0, device: str | torch.device = "cpu") -> None:
-        if steps < 1:
-            raise ParameterError(f"steps must be at least 1, got {steps}")
+        if not isinstance(steps, Integral) or steps < 1:
+            raise ParameterError(f"steps must be a whole number of at least 1, got {steps}")
         _kind(scheduler)  # an unknown one is refused before it is touched
         own = type(scheduler).from_config(scheduler.config)
+        if hasattr(own, "set_shift") and scheduler.shift != own.shift:  # records and stored runs go by the config
+            raise UnsupportedError(
+                f"set_shift() has set this {type(scheduler).__name__} to {scheduler.shift}, of which its config says "
+                f"nothing; use its from_config(scheduler.config, shift={scheduler.shift})"
+            )
+        if own.config.get("invert_sigmas", False):
+            raise UnsupportedError(
+                f"this {type(scheduler).__name__} has invert_sigmas=True: it goes from data to noise; use its "
+                "from_config(scheduler.config, invert_sigmas=False)"
+            )
         self._accepted = set(inspect.signature(own.step).parameters)
         if eta and "eta" not in self._accepted:
             raise ParameterError(f"{type(scheduler).__name__} takes no eta; leave it 0 or use DDIMScheduler")
@@ -250,6 +281,17 @@ class SchedulerView(ScheduleReading):
                 f"use_dynamic_shifting=False, {shift}=3.0), or diffsteer.attach() the method to the pipeline"
             ) from error
         super().__init__(own, eta)
+        self._check_descent(steps)
+
+    def _check_descent(self, steps: int) -> None:
+        """Refuse more steps than the schedule has levels: diffusers then repeats some, and its solvers divide by 0."""
+        inner = self.inner(len(self.timesteps))
+        rhos = [level.rho for i, level in enumerate(self.levels[:-1]) if i not in inner]
+        if not all(before > after for before, after in pairwise(rhos)):
+            raise ParameterError(
+                f"{self.name} does not come to a lower noise level with each of {steps} steps: take fewer, below its "
+                f"{self.scheduler.config.num_train_timesteps} timesteps of training"
+            )
 
     def initial(self, noise: Tensor) -> Tensor:
         """x_T from unit noise, (B, ...)."""

@@ -368,7 +368,7 @@ class _Reference(Guidance):
 
 
 def mutants(source: str, functions: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Every version of ``source`` with one operator, comparison, sign or number changed in the given functions.
+    """Every version of ``source`` with one operator, comparison or sign changed in the given functions.
 
     Yields
     ------

@@ -27,7 +27,7 @@ def oracle(method: Any, scene: Script) -> list[Row]:
             cond, null = branch(scene, "pos", i)[k], branch(scene, "null", i)[k]
             scales[i][k] = 1 if stopped else method.scale
             predictions[i][k] = cond if stopped else null + method.scale * (cond - null)
-            a, b = (seen_as(method.compare_in, e, x[k], scene.levels[i]) for e in (cond, null))
+            a, b = (seen_as(method.compare_in or "eps", e, x[k], scene.levels[i]) for e in (cond, null))
             stopped = stopped or bool(i >= method.warmup and angle(a, b) <= np.arccos(min(method.threshold, 1)))
             stopped = stopped and method.threshold <= 1
     return [{"prediction": p, "scale": s} for p, s in zip(predictions, scales, strict=True)]
@@ -57,7 +57,9 @@ CASE = Case(
         ({"scale": 1.0}, {"seed": 5}),
         ({}, {"seed": 6}),
     ],
-    contract=[(AG(threshold=0.9999), 1.0), (AG(scale=3.0, threshold=0.9), 1.0), (AG(2.0, 0.8, "x0", 2), 0.0)],
+    contract=[
+        (AG(threshold=0.9999), 1.0), (AG(scale=3.0, threshold=0.9, compare_in="eps"), 1.0), (AG(2.0, 0.8, "x0", 2), 0.0)
+    ],
     formulas=[("methods.adaptive_guidance", ("guide",))],
 )
 
@@ -217,3 +219,21 @@ def test_needs_its_contexts(missing):
     laws = {c: (0.0, 1.0) for c in ("null", "pos") if c != missing}
     with pytest.raises(MissingContextError, match=missing):
         ds.sample(Gaussians(laws), AG(), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)
+
+
+def test_nobody_stops_because_eps_is_x_in_pure_noise():
+    step = ds.Step(torch.randn(3, 5), ds.Level(0.0, 1.0), ds.Level(0.1, 0.9), 0, 5, "v")
+    method = AG(compare_in="eps")
+    state = method.start(ds.Run(step.x, [step.level, step.level_next], 0.0, ("pos", "null")))
+    _, state, _ = ds.core.drive(method, step, state, lambda calls: [torch.randn(3, 5) for _ in calls])
+    assert not state.agreed.any()
+
+
+def test_velocities_are_compared_as_they_are_by_default():
+    level = ds.Level(0.02, 0.98)
+    x, answers = torch.randn(3, 500), {"pos": torch.randn(3, 500), "null": torch.randn(3, 500)}
+    for space, agreed in (("flow", False), ("x0", True)):  # eps is nearly x there
+        step = ds.Step(x, level, ds.Level(0.1, 0.9), 0, 5, space)
+        state = AG().start(ds.Run(x, [level, step.level_next], 0.0, ("pos", "null")))
+        _, state, _ = ds.core.drive(AG(), step, state, lambda calls: [answers[c.context] for c in calls])
+        assert (state.agreed == agreed).all()

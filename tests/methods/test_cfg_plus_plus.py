@@ -168,3 +168,13 @@ def test_needs_its_contexts(missing):
     laws = {c: law for c, law in NETS.items() if c != missing}
     with pytest.raises(MissingContextError, match=missing):
         ds.sample(Gaussians(laws), ds.CFGPlusPlus(), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [DDIMScheduler(**LINEAR, set_alpha_to_one=False), EulerDiscreteScheduler(final_sigmas_type="sigma_min")],
+)
+def test_a_last_step_that_keeps_its_level_ends_the_run(scheduler):
+    laws = Gaussians({"null": (0.0, 1.0), "pos": (0.5, 1.0)})
+    ended = ds.sample(laws, ds.CFGPlusPlus(), scheduler=scheduler, steps=4, num_samples=2)
+    assert torch.isfinite(ended.samples).all()

@@ -223,20 +223,21 @@ def test_neutral_settings_are_the_method_itself(neutral, method):
 
 @pytest.mark.parametrize(
     "outer",
-    [ds.Window, lambda m: ds.Switch(m, CFG, 1.0), ds.Rescale, ds.Renorm],
-    ids=["window", "switch", "rescale", "renorm"],
+    [ds.Window, lambda m: ds.Switch(m, m, 1.0), ds.Rescale, ds.Renorm, lambda m: m + CFG, lambda m: ds.Window(m + CFG)],
+    ids=["window", "switch", "rescale", "renorm", "sum", "window of a sum"],
 )
 def test_passes_on_what_the_method_says_of_itself(outer):
     @dataclass(frozen=True)
     class Picky(ds.ClassifierFreeGuidance):
         needs = frozenset({"first_order"})
+        reference = "pos"
 
         def after(self, step, x_next, state):
             return x_next + 1, state
 
     method = outer(Picky(3.0))
     assert method.needs == {"first_order"}
-    assert method.reference == "null"
+    assert method.reference == "pos"
     scene = script()
     x = torch.as_tensor(scene.points[0])
     state = method.start(ds.Run(x, scene.levels, 1.0, tuple(scene.networks)))
@@ -470,6 +471,13 @@ def test_same_whatever_the_network_predicts(name, space):
         (lambda: ds.Rescale(CFG, -0.1), "factor"),
         (lambda: ds.Rescale(CFG, 1.1), "factor"),
         (lambda: ds.Renorm(CFG, None, 0.0), "limit"),
+        (lambda: ds.Schedule(CFG, 0.5), "lambda rho"),
+        (lambda: ds.Window("cfg:3"), "parse_method"),
+        (lambda: ds.Schedule("cfg:3", abs), "parse_method"),
+        (lambda: ds.Rescale("cfg:3"), "parse_method"),
+        (lambda: ds.Renorm("cfg:3"), "parse_method"),
+        (lambda: ds.Switch(CFG, "cfg:3", 1.0), "parse_method"),
+        (lambda: ds.Relative("cfg:3"), "parse_method"),
         (lambda: ds.Renorm(CFG, None, float("nan")), "limit"),
     ],
 )
@@ -498,13 +506,13 @@ def test_refuses_the_dimension_of_the_batch(dim):
         play(ds.Renorm(CFG, dim), script())
 
 
-@pytest.mark.parametrize("outer", [ds.Rescale, ds.Renorm, lambda m: ds.Switch(NP, m, 99.0)])
-def test_needs_the_conditional_context(outer):
+@pytest.mark.parametrize(
+    "method", [ds.Rescale(ds.Unguided()), ds.Renorm(ds.Unguided()), ds.Switch(NP, ds.ClassifierFreeGuidance(0.5), 99.0)]
+)
+def test_needs_the_conditional_context(method):
     laws = Gaussians({"null": (0.0, 1.0), "neg": (0.5, 1.0)})
     with pytest.raises(MissingContextError, match="pos"):
-        ds.sample(
-            laws, outer(ds.ClassifierFreeGuidance(0.5)), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1
-        )
+        ds.sample(laws, method, scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)
 
 
 def test_a_closed_window_leaves_samples_alone():
@@ -518,3 +526,18 @@ def test_a_closed_window_leaves_samples_alone():
     for a, b in zip(closed, free, strict=True):
         assert torch.equal(a.x_next, b.x_next)
     assert not torch.equal(play(ds.Window(Moving(3.0)), scene)[0].x_next, free[0].x_next)
+
+
+def test_a_window_around_a_sum_leaves_the_prompt():
+    scene = script()
+    for outer in (lambda m: ds.Window(m, high=0.0), lambda m: ds.Schedule(m, lambda rho: 0.0)):
+        for i, point in enumerate(play(outer(ds.PersonalizationGuidance(2.0) + NP), scene)):
+            assert np.allclose(point.prediction.numpy(), branch(scene, "pos", i), atol=1e-12)
+
+
+def test_a_schedule_of_what_only_mixes_predictions_is_accepted():
+    cfgpp = ds.CFGPlusPlus()
+    for inner in (ds.Switch(cfgpp, CFG, 1.0), ds.Relative(cfgpp)):
+        ds.Schedule(inner, lambda rho: 1.0)
+    with pytest.raises(ParameterError, match="after the step"):
+        ds.Schedule(ds.Switch(ds.ManifoldPreservingGuidance(lambda x: x.flatten(1).sum(1), 0.3), CFG, 1.0), abs)

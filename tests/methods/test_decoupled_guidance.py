@@ -188,6 +188,7 @@ def test_each_scale_moves_its_own_attribute(order):
 @pytest.mark.parametrize(
     "wrong",
     [{"first_scale": -0.1}, {"second_scale": float("nan")}, {"first_scale": (1.0, -1.0)}, {"second_scale": ()},
+     {"first_scale": [1.0, 1.5]}, {"first_scale": "1.5"},
      {"rescale": 1.1}, {"rescale": -0.1}, {"order": "3"}],
     ids=str,
 )  # fmt: skip

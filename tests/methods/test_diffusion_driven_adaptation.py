@@ -150,3 +150,10 @@ def test_self_ensemble() -> None:
 def test_refuses(change: dict[str, Any]) -> None:
     with pytest.raises(ParameterError, match=next(iter(change))):
         ds.DiffusionDrivenAdaptation(**({"image": IMAGE} | change))
+
+
+def test_refuses_images_of_another_size_or_number() -> None:
+    shape = tuple(IMAGE.shape)
+    for image in (torch.zeros(1, 16, 16), torch.zeros(7, *shape)):
+        with pytest.raises(ParameterError, match="the image"):
+            play(ds.DiffusionDrivenAdaptation(image, factor=1), script(shape=shape))

@@ -264,3 +264,21 @@ class Perturbing(ds.Guidance):
     def guide(self, step: Any, state: Any) -> Any:
         (prediction,) = yield [ds.Call("pos", perturb=ContextShift())]
         return prediction, state, {}
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_small_steps_add_up_in_half_precision(kind: torch.dtype) -> None:
+    """A step of 0.001 is less than half precision can tell apart at 1: alone, it would be lost."""
+    mixture = ds.toy.GaussianMixture(torch.zeros(1, 16), torch.full((1,), 0.8), torch.ones(1))
+    den = mixture.denoiser({"null": None})
+    goal = torch.linspace(-1, 1, 16)
+    method = ds.DiGIN(lambda x: (x - goal.to(x)).square().mean(1), num_optimization_steps=20, contexts=(), base="null")
+    run = {"scheduler": DDIM, "num_samples": 2, "steps": 4, "x_T": torch.tensor(noise(32)).reshape(2, -1)[:, :16]}
+    out, exact = (ds.optimize_latents(den, method, dtype=d, **run) for d in (kind, torch.float32))
+    assert out.noise.dtype == out.samples.dtype == kind
+    still = ds.optimize_latents(den, ds.DiGIN(method.energy, 0, 1, 0, 1, (), "null"), dtype=kind, **run).noise
+    assert float((out.noise == still).double().mean()) < 0.3
+    gained, wanted = (r.trace["energy"][0].float() - r.trace["energy"].float().amin(0) for r in (out, exact))
+    torch.testing.assert_close(gained, wanted, rtol=0.3, atol=0)
+    again = ds.sample(den, ds.Unguided("null"), dtype=kind, **run | {"x_T": out.noise})
+    torch.testing.assert_close(again.samples.float(), out.samples.float(), rtol=0.02, atol=0.02)

@@ -133,3 +133,22 @@ def test_refuses(change: dict[str, Any], message: str) -> None:
 def test_refuses_logits_that_are_called_probabilities() -> None:
     with pytest.raises(ParameterError, match="leave"):
         play(ds.DiscriminatorGuidance(JUDGE, output="probability"), script())
+
+
+def test_probabilities_push_what_looks_made_as_their_logits_do() -> None:
+    """However sure the discriminator is: there it matters most."""
+
+    def logit(x: torch.Tensor, level: ds.Level) -> torch.Tensor:
+        return 4 * x.flatten(1).sum(1) - 30
+
+    scene, kinds = script(steps=3), {"dtype": torch.float32}
+    by_logit = play(ds.DiscriminatorGuidance(logit), scene, **kinds)
+    by_share = play(
+        ds.DiscriminatorGuidance(lambda x, level: logit(x, level).sigmoid(), output="probability"), scene, **kinds
+    )
+    for a, b in zip(by_logit, by_share, strict=True):
+        assert float(a.info["log_ratio"].min()) < -25
+        torch.testing.assert_close(b.prediction, a.prediction, rtol=1e-4, atol=1e-4)
+    sure = ds.DiscriminatorGuidance(lambda x, level: (1e4 * x.flatten(1).sum(1)).sigmoid(), output="probability")
+    for p in play(sure, scene, **kinds):  # exactly 0 and 1: no direction to go
+        assert bool(p.prediction.isfinite().all())

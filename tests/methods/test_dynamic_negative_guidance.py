@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from case import Case, Row, branch, contrast, square, total, wide
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler
 from gaussians import LINEAR, Gaussians
 from torch import Tensor
 
@@ -67,8 +67,10 @@ def oracle(method: Any, scene: Script) -> list[Row]:
     """
     kind = method.estimator
     if kind == "auto":
-        kind = "ode" if scene.stochastic == 0 else "odds" if scene.stochastic == 1 else "ito"
+        kind = "ode" if scene.stochastic < 1 else "odds"
     lazy = method.lazy and method.temperature == 1 and method.offset == 0 and not callable(kind) and not method.evidence
+    patient = lazy and kind in ("odds", "kernel", "ito") and scene.stochastic == 1
+    rho = [level.sigma / level.alpha for level in scene.levels]
     size = len(scene.points[0])
     priors = dict(zip(method.contexts, np.broadcast_to(method.prior, len(method.contexts)), strict=True))
     ps = {c: np.full(size, prior) for c, prior in priors.items()}
@@ -83,10 +85,11 @@ def oracle(method: Any, scene: Script) -> list[Row]:
         away = {}
         for c in method.contexts:
             due = ~released[c]
-            if lazy and kind not in ("ode", "surrogate") and i > 0 and not frozen and scene.levels[i + 1].sigma > 0:
+            if patient and i > 0 and not frozen and scene.levels[i + 1].sigma > 0:
                 spread = read[c] / (1 - read[c]) * np.sqrt(_variation(scene, c, seen[c], i + 1))
                 usual = np.sqrt(priors[c] * (1 - priors[c]) / (len(scene.levels) - 1))
-                due &= spread * max(1, scale_at(method, level)) > method.patience * usual
+                moved = spread * max(1, scale_at(method, level)) > method.patience * usual
+                due &= moved | ((np.array(rho)[seen[c]] / rho[i + 1]) ** 2 > (4 if kind == "ito" else 2))
             p = ps[c].copy()
             if callable(kind):
                 p = kind(torch.from_numpy(x), level).numpy()
@@ -309,6 +312,9 @@ CASE = Case(
     (_LAZY | {"contexts": ("neg", "neg2"), "prior": (0.02, 0.4)}, {"seed": 30}),
     (_LAZY | {"estimator": "ito", "rho_min": 1.0}, {"seed": 31}),
     (_LAZY | {"estimator": "surrogate"}, {"stochastic": 0.0, "seed": 32}),
+    (_LAZY | {"estimator": "ito", "patience": 30.0}, {"seed": 52}),
+    (_LAZY | {"estimator": "kernel", "patience": 30.0}, {"coordinates": "flow", "seed": 53}),
+    (_LAZY | {"estimator": "ito"}, {"stochastic": 0.25, "seed": 54}),
     (_LAZY | {"estimator": "ito", "scale": 3.0, "late": 0.5}, {"coordinates": "ve", "seed": 38}),
     (_LAZY | {"estimator": "ito", "scale": 0.5}, {"coordinates": "vp", "seed": 39}),
     # read by a filter
@@ -579,12 +585,15 @@ def test_posterior_starts_at_the_prior_in_double_precision():
 
 
 def test_pure_noise_tells_nothing():
-    """Flow matching starts at alpha = 0, where the first step's increment is undefined: the prior stays."""
+    """Flow matching starts at alpha = 0, where an increment is undefined: there the prior holds."""
     scene = script(coordinates="flow", stochastic=0.0)
     networks = {c: (lambda x, alpha, sigma, g=g: g * x) for c, g in (("null", 0.5), ("neg", 0.8))}
     scene = replace(scene, networks=networks, levels=(ds.Level(0.0, 1.0), *scene.levels[1:]))
     played = play(DNG(prior=0.2, temperature=0.05), scene)
-    np.testing.assert_allclose(played[1].info["posterior"], 0.2, rtol=1e-12)
+    np.testing.assert_allclose(played[0].info["posterior"], 0.2, rtol=1e-12)
+    # that of infinite noise, so the first level that says anything moves it by all that it says
+    x, sigma = scene.points[1].reshape(5, -1), scene.levels[1].sigma
+    np.testing.assert_allclose(played[1].info["posterior"], 0.2 * np.exp(-0.05 * 0.3 * (x**2).sum(1) / sigma), rtol=1e-9)
     assert all(bool(torch.isfinite(p.prediction).all()) for p in played)
     assert float((played[2].info["posterior"] - 0.2).abs().max()) > 1e-6
 
@@ -743,15 +752,15 @@ class TestLaziness:
         """The branch that all compare with is evaluated once a sample, whichever contexts are due."""
         den = RING.denoiser({"null": None, "neg": [0], "neg2": [3]})
         method = DNG(prior=1 / 8, contexts=("neg", "neg2"))
-        out = ds.sample(den, method, scheduler=SAMPLERS["DDPM"], num_samples=300, steps=30, dtype=torch.float64)
-        assert 1.2 * 30 < float(out.nfe.double().mean()) < 2.4 * 30
+        out = ds.sample(den, method, scheduler=SAMPLERS["DDPM"], num_samples=300, steps=60, dtype=torch.float64)
+        assert 1.2 * 60 < float(out.nfe.double().mean()) < 2.4 * 60
         both = ds.sample(
             RING.denoiser({"null": None, "pos": [1, 2, 3], "neg": [0]}),
             ds.ClassifierFreeGuidance(2.0) + DNG(prior=1 / 8),
-            scheduler=SAMPLERS["DDPM"], num_samples=100, steps=30, dtype=torch.float64,
+            scheduler=SAMPLERS["DDPM"], num_samples=100, steps=60, dtype=torch.float64,
         )  # fmt: skip
-        assert int(both.nfe.min()) >= 2 * 30
-        assert float(both.nfe.double().mean()) < 2.7 * 30
+        assert int(both.nfe.min()) >= 2 * 60
+        assert float(both.nfe.double().mean()) < 2.7 * 60
 
 
 def test_positive_prompt_and_dynamic_negative():
@@ -778,6 +787,7 @@ def test_positive_prompt_and_dynamic_negative():
         {"negligible": 1.0}, {"negligible": -0.1}, {"patience": -1.0}, {"patience": float("nan")},
         {"baseline": 1.1}, {"baseline": -0.1}, {"baseline": float("nan")},
         {"late": -1.0}, {"late": float("inf")}, {"late": float("nan")},
+        {"prior": [0.1, 0.1], "contexts": ("neg", "neg2")},
     ],
     ids=str,
 )  # fmt: skip
@@ -807,6 +817,10 @@ def test_state_belongs_to_its_batch():
 
 @pytest.mark.parametrize("broken", [lambda x0, level: x0, lambda x0, level: x0.flatten(1).sum(1) * math.nan])
 def test_refuses_to_be_told_what_is_no_number_per_sample(broken):
+    for told_wrongly in (lambda *_: 0.1, lambda *_: np.zeros(5)):
+        for options in ({"evidence": told_wrongly}, {"estimator": told_wrongly}):
+            with pytest.raises(ParameterError, match="tensor of 5"):
+                play(DNG(**options), script())
     with pytest.raises(NonFiniteError, match="evidence"):
         play(DNG(evidence=broken), script())
     with pytest.raises(NonFiniteError, match="estimator"):
@@ -841,3 +855,15 @@ def test_reports_a_branch_that_is_not_finite(broken):
     laws = {"null": (0.0, 1.0), "neg": (0.0, 1.0), broken: (float("nan"), 1.0)}
     with pytest.raises(NonFiniteError, match=broken):
         ds.sample(Gaussians(laws), DNG(), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)
+
+
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler(), KDPM2DiscreteScheduler()])
+def test_probes_walk_the_basis_step_by_step(scheduler):
+    """Evaluations on the trajectory are every other one there, which would walk through half of it."""
+    den = ds.toy.hard().denoiser({"null": None, "neg": [0]})
+    method = DNG(prior=0.5)
+    out = ds.sample(den, method, scheduler=scheduler, num_samples=2000, batch_size=2000, steps=40, trace="off")
+    assert (
+        float((ds.toy.hard().log_joint(out.samples.double(), ds.Level(1.0, 0.0)).argmax(1) == 0).double().mean())
+        < 0.012
+    )

@@ -180,3 +180,12 @@ def test_needs_its_contexts(missing):
     laws = {c: (0.0, 1.0) for c in ("null", "pos") if c != missing}
     with pytest.raises(MissingContextError, match=missing):
         ds.sample(Gaussians(laws), ACTIVE, scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)
+
+
+def test_samples_of_any_size():
+    """More values than ``torch.quantile`` takes."""
+    values = torch.linspace(-3, 3, 2**24 + 1)[None]
+    step = ds.Step(values, ds.Level(0.8, 0.6), ds.Level(0.9, 0.4), 0, 2, "x0")
+    method = ds.DynamicThresholding(1.0, percentile=0.5)
+    _, _, info = ds.core.drive(method, step, None, lambda calls: [values for _ in calls])
+    assert float(info["threshold"][0]) == pytest.approx(1.5, abs=1e-5)

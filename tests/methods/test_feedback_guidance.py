@@ -89,7 +89,7 @@ CASE = Case(
         # other samplers
         ({"temperature": 0.01, "offset": -0.1, "estimator": "surrogate"}, {"stochastic": 0.0, "seed": 8}),
         (
-            {"temperature": 0.05, "offset": -0.1, "divergence": "exact"},
+            {"temperature": 0.05, "offset": -0.1, "divergence": "exact", "estimator": "ito"},
             {"stochastic": 0.25, "coordinates": "flow", "seed": 9},
         ),
         ({"estimator": told, "mixing": 0.7}, {"stochastic": 0.0, "seed": 10}),
@@ -193,7 +193,7 @@ def test_tracks_the_same_ratio_as_dynamic_negative_guidance(kappa, estimator):
     assert float(ratios[-1].abs().max()) > 0.05
 
 
-@pytest.mark.parametrize(("kappa", "estimator"), [(1.0, "kernel"), (0.25, "ito"), (0.0, "ode")])
+@pytest.mark.parametrize(("kappa", "estimator"), [(1.0, "kernel"), (0.25, "ode"), (0.0, "ode")])
 def test_auto_suits_the_sampler(kappa, estimator):
     scene = script(stochastic=kappa)
     method = FBG(temperature=0.01, offset=-0.1)
@@ -364,3 +364,24 @@ def test_needs_its_contexts(missing):
     laws = {c: (0.0, 1.0) for c in ("null", "pos") if c != missing}
     with pytest.raises(MissingContextError, match=missing):
         ds.sample(Gaussians(laws), FBG(), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)
+
+
+def test_each_step_adds_delta_from_pure_noise_on():
+    """lambda is 3 at t_start, also where the first level says nothing of the sample."""
+    method, steps = FBG(mixing=0.95, t_start=0.25, t_peak=0.2, max_scale=20.0), 20
+    same = torch.zeros(2, 3)
+    for levels in (
+        [ds.Level(1 - t, t) for t in np.linspace(1, 0, steps + 1)],
+        [ds.Level(float(np.cos(t)), float(np.sin(t))) for t in np.linspace(1.5, 0, steps + 1)],
+    ):
+        state = method.start(ds.Run(same, levels, 1.0, ("pos", "null")))
+        for i in range(16):
+            step = ds.Step(same, levels[i], levels[i + 1], i, steps, "x0", stochastic=1.0)
+            _, state, info = ds.core.drive(method, step, state, lambda calls: [same for _ in calls])
+        assert torch.allclose(info["scale"], torch.full((2,), 3.0, dtype=torch.float64))
+
+
+def test_a_ratio_may_be_as_large_as_it_likes():
+    scene = script()
+    for point in play(FBG(estimator=lambda x, level: torch.full((len(x),), 1e12)), scene):
+        assert np.allclose(point.info["log_ratio"], 3.0)

@@ -131,3 +131,8 @@ def test_refuses(change: dict[str, Any], message: str) -> None:
 def test_refuses_odd_sides() -> None:
     with pytest.raises(ParameterError, match="divides"):
         play(ds.FrequencyAwareGuidance(torch.zeros(1, 3, 3)), script(shape=(1, 3, 3)))
+
+
+def test_refuses_a_measurement_of_another_size() -> None:
+    with pytest.raises(ParameterError, match="measurement"):
+        play(ds.FrequencyAwareGuidance(torch.zeros(1, 4, 4)), script(shape=(1, 8, 8)))

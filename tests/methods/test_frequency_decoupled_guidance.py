@@ -192,6 +192,7 @@ def test_a_split_is_not_invariant_so_the_conversion_matters():
         {"scales": (3.0, -1.0)},
         {"scales": (float("nan"),)},
         {"parallel_weights": (1.0,)},
+        {"parallel_weights": 0.5},
         {"parallel_weights": (1.0, -0.5)},
     ],
     ids=str,

@@ -201,3 +201,9 @@ def test_needs_its_contexts(missing):
     laws = {c: (0.0, 1.0) for c in ("null", "pos") if c != missing}
     with pytest.raises(MissingContextError, match=missing):
         ds.sample(Gaussians(laws), LAG(weights(4)), scheduler=DDIMScheduler(**LINEAR), steps=4, num_samples=1)
+
+
+@pytest.mark.parametrize(("steps", "stop", "wanted"), [(25, 0.28, 7), (50, 0.14, 7), (50, 0.56, 28), (50, 0.5, 25)])
+def test_the_guided_share_is_not_rounded_up(steps, stop, wanted):
+    method = ds.LinearAdaptiveGuidance(hold(steps), warmup=steps, stop=stop)
+    assert sum(point.calls == 2 for point in play(method, script(steps=steps))) == wanted

@@ -179,6 +179,7 @@ def test_what_is_kept_comes_out_as_the_source() -> None:
     [
         ({"scale": -1.0}, "scale"), ({"flow_weight": -1.0}, "flow_weight"), ({"num_recurrences": 0}, "num_recurrences"),
         ({"clip_norm": 0.0}, "clip_norm"), ({"flow": torch.zeros(3, 4)}, "flow must be"),
+        ({"keep": KEEP.double()}, "keep is boolean"),
     ],
 )  # fmt: skip
 def test_refuses(change: dict[str, Any], message: str) -> None:
@@ -189,3 +190,15 @@ def test_refuses(change: dict[str, Any], message: str) -> None:
 def test_refuses_a_flow_of_another_size() -> None:
     with pytest.raises(ParameterError, match="images are"):
         play(ds.MotionGuidance(SOURCE, torch.zeros(2, 5, 5), estimator), script(shape=SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": torch.zeros(1, 6, 8)}, "source"), ({"visible": torch.ones(2, 2)}, "visible"),
+        ({"keep": torch.ones(2, 2) > 0}, "keep"), ({"estimator": lambda a, b: b - a}, "flow from the first"),
+    ],
+)  # fmt: skip
+def test_refuses_what_does_not_fit(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        play(ds.MotionGuidance(**(BASE | change)), script(shape=SHAPE))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 import diffsteer as ds
@@ -15,6 +17,9 @@ def test_terms_values_and_names() -> None:
     both = parse_method("cfg:3 + dng:2,prior=0.01,estimator=ode,contexts=('neg','neg2')")
     dng = ds.DynamicNegativeGuidance(2, prior=0.01, estimator="ode", contexts=("neg", "neg2"))
     assert both.methods == (ds.ClassifierFreeGuidance(3), dng)
+    assert parse_method("apg:norm_threshold=inf") == ds.AdaptiveProjectedGuidance(norm_threshold=math.inf)
+    assert parse_method("dng:2,lazy=false,calibration=none") == ds.DynamicNegativeGuidance(2, lazy=False)
+    assert parse_method("dcg:order=text-first") == ds.DecoupledGuidance(order="text-first")
 
 
 @pytest.mark.parametrize(
@@ -25,6 +30,7 @@ def test_terms_values_and_names() -> None:
         ("cfg:1,2,3", ParameterError, "positional"),
         ("cfg:weight=2", ParameterError, "weight"),
         ("cfg:-1", ParameterError, "scale"),
+        ("cfg:much", ParameterError, "scale"),
         ("cfg:__import__('os')", ParameterError, r"malformed|does not fit"),
     ],
 )

@@ -220,6 +220,7 @@ def test_removal_without_a_prompt_takes_two_branches():
         {"momentum_scale": 1.0},
         {"momentum_scale": -0.1},
         {"warmup": -1},
+        {"context": "null"},
     ],
     ids=str,
 )

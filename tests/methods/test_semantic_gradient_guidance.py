@@ -135,6 +135,7 @@ def test_pixelwise_classifiers_are_classifier_guidance_of_each_pixel() -> None:
     [
         ({"scale": -1.0}, "scale"), ({"mode": "jump"}, "mode"), ({"pattern": "random"}, "pattern"),
         ({"labels": torch.zeros(2, 3)}, "whole numbers"), ({"labels": torch.full((2, 3), 255)}, "at least one pixel"),
+        ({"labels": LABELS[None, None]}, "whole numbers"),
     ],
 )  # fmt: skip
 def test_refuses(change: dict[str, Any], message: str) -> None:
@@ -146,3 +147,17 @@ def test_refuses_what_does_not_fit() -> None:
     for labels in (torch.zeros(4, 4, dtype=torch.long), torch.full((2, 3), 3)):
         with pytest.raises(ParameterError, match="do not fit"):
             play(ds.SemanticGradientGuidance(SEG, labels), script(shape=SHAPE))
+
+
+def test_any_kind_of_whole_numbers_is_a_label() -> None:
+    scene, labels = script(shape=SHAPE), LABELS.where(LABELS < 255, -1)
+    expected = play(ds.SemanticGradientGuidance(SEG, LABELS, mode="score"), scene)
+    for kind in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        told = (LABELS if kind == torch.uint8 else labels).to(kind)
+        for a, b in zip(play(ds.SemanticGradientGuidance(SEG, told, mode="score"), scene), expected, strict=True):
+            assert torch.equal(a.prediction, b.prediction)
+
+
+def test_refuses_maps_of_another_number_of_samples() -> None:
+    with pytest.raises(ParameterError, match="batch_size"):
+        play(ds.SemanticGradientGuidance(SEG, EACH), script(shape=SHAPE), rows=[0, 1])

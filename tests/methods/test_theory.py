@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from gaussians import LINEAR
 
 import diffsteer as ds
@@ -202,6 +208,39 @@ def test_laziness_leaves_no_more(sampler):
     samples, errors = tracked(dng(), *sampler(50), 3000)
     assert leak(samples) <= 0.015
     assert errors.max() <= 0.03
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(**UNCLIPPED), EulerAncestralDiscreteScheduler(**SIGMAS)])
+def test_nothing_that_waits_is_thrown_out(scheduler):
+    """The kernel's increment over a long stride overshoots: a sample far from the mode would be pushed by 99 times."""
+    samples = run(dng(), scheduler, 50, 3000).samples
+    assert float(samples.norm(dim=1).max()) < 2.5
+    assert leak(samples) <= 0.035
+
+
+@pytest.mark.parametrize("estimator", ["auto", "ito"])
+def test_a_mode_in_the_middle_is_waited_for_in_vain(estimator):
+    """At pure noise the branches agree where the unwanted mean is that of the data; they differ later."""
+    den, wanted = CROSS.denoiser({"null": None, "neg": [0]}), {"scheduler": DDPMScheduler(**UNCLIPPED), "steps": 50}
+    eager, lazy = (
+        ds.sample(den, ds.DynamicNegativeGuidance(prior=0.2, estimator=estimator, lazy=lazy), num_samples=2000,
+                  batch_size=2000, **wanted).samples.double()
+        for lazy in (False, True)
+    )  # fmt: skip
+    left = [float((CROSS.log_joint(x, ds.Level(1.0, 0.0)).argmax(1) == 0).double().mean()) for x in (eager, lazy)]
+    assert left[1] < left[0] + 0.025 < 0.14
+
+
+@pytest.mark.parametrize("eta", [0.05, 0.3])
+def test_some_noise_is_no_reason_to_be_worse_than_without(eta):
+    samples = run(dng(), DDIMScheduler(**UNCLIPPED), 50, 2000, eta=eta).samples
+    assert leak(samples) <= 0.015
+
+
+def test_few_flow_steps_know_that_they_start_from_noise():
+    """The second of six levels is at rho = 4; where the run began is what counts."""
+    out = run(dng(divergence="exact"), FlowMatchEulerDiscreteScheduler(), 6, 3000)
+    assert leak(out.samples) <= 0.02
 
 
 @samplers

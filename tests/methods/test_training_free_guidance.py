@@ -373,6 +373,7 @@ def test_refuses(change: dict[str, Any]) -> None:
         ds.TrainingFreeGuidance(WAVES, **change)
 
 
+@pytest.mark.filterwarnings("ignore:diffusers' DDIM always goes:UserWarning")
 @pytest.mark.parametrize(
     ("scales", "draws", "iterations", "mean", "std"),
     [

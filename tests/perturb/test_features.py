@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from nets import BATCH, BUILDERS, TEXT, tiny
 
 from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
-from diffsteer.perturb import ARCHITECTURES, AttentionRecord, FeatureRecord, Records
+from diffsteer.perturb import ARCHITECTURES, AttentionRecord, FeatureRecord, Records, perturbed
 
 LAYERS = {"UNet2D": ("mid_block",), "SD": ("mid_block",), "Wan": ("blocks.0",)}
 TRANSFORMER = ("*_blocks.0",)
@@ -51,6 +52,32 @@ def test_several_records_of_one_evaluation() -> None:
     assert list(features.maps) == [n for n in features.maps if n == "mid_block" or n.startswith("up_blocks.")]
     with pytest.raises(ParameterError, match="recorded twice"):
         net.answer(Records((features, FeatureRecord(("mid_block",)))))
+
+
+@pytest.mark.parametrize("name", ["SD", "SD3"])
+def test_recorded_features_have_their_gradient_where_blocks_are_computed_again(name: str) -> None:
+    """Gradient checkpointing."""
+    net, found = tiny(name), []
+    copied = copy.deepcopy(net.net)
+    first = "sample" if "sample" in net.keywords else "hidden_states"
+    for again in (False, True):
+        if again:
+            copied.enable_gradient_checkpointing()
+        x = net.keywords[first].clone().requires_grad_()
+        record = FeatureRecord(LAYERS.get(name, TRANSFORMER))
+        with torch.enable_grad(), perturbed(record, copied, net.keywords, net.shape, net.other) as seen:
+            copied(**{**seen, first: x})
+        (slope,) = torch.autograd.grad(sum(m.square().sum() for m in record.maps.values()), x)
+        found.append(slope)
+        assert float(slope.abs().max()) > 0
+    torch.testing.assert_close(*found)
+    record = AttentionRecord(("mid_block",) if name == "SD" else (), ("cross",) if name == "SD" else ("own",))
+    with (
+        pytest.raises(UnsupportedError, match="disable_gradient_checkpointing"),
+        torch.enable_grad(),
+        perturbed(record, copied, net.keywords, net.shape, net.other),
+    ):
+        pass
 
 
 def test_refuses() -> None:

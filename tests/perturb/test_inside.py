@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import threading
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -578,6 +579,15 @@ def test_time_noise(name: str) -> None:
     assert close(net.answer(TimeNoise(SEEDS, 0.0)), net.answer())
 
 
+@pytest.mark.parametrize("size", [1, BATCH])
+def test_time_noise_refuses_a_time_per_token(size: int) -> None:
+    """As Wan's pipelines have it that start from a picture."""
+    net = tiny("Wan").rows(list(range(size)))
+    net.keywords["timestep"] = torch.full((size, 24), 500.0)
+    with pytest.raises(UnsupportedError, match="time per token"):
+        net.answer(TimeNoise(SEEDS[:size]))
+
+
 def test_time_noise_in_some_layers() -> None:
     net = tiny("DiT")
     whole, part = net.answer(TimeNoise(SEEDS)), net.answer(TimeNoise(SEEDS, layers=("transformer_blocks.2",)))
@@ -603,9 +613,32 @@ def test_derivatives_pass_through(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", PERTURBATIONS)
-@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.full) for n in ("SD", "Wan")), "SD3"])
+def test_what_is_computed_again_in_the_backward_pass_is_refused(kind: str) -> None:
+    """Gradient checkpointing runs blocks anew when the perturbation has gone."""
+    given, perturbation = tiny("SD3"), PERTURBATIONS[kind]
+    net = replace(given, net=copy.deepcopy(given.net))
+    expected = net.answer(perturbation)
+    net.net.enable_gradient_checkpointing()
+    assert torch.equal(net.answer(perturbation), expected)  # no graph, nothing to compute again
+    with (
+        pytest.raises(UnsupportedError, match="disable_gradient_checkpointing"),
+        torch.enable_grad(),
+        perturbed(perturbation, net.net, net.keywords, net.shape, net.other),
+    ):
+        pass
+
+
+IN_HALF = [
+    pytest.param(name, kind, marks=[] if name == "SD3" else [pytest.mark.full])
+    for name in ("SD3", "SD", "Wan")
+    for kind in PERTURBATIONS
+    if name == "SD3" or kind not in ("blur", "narrow")  # which do less there than bfloat16 can hold
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), IN_HALF)
 def test_half_precision(name: str, kind: str) -> None:
-    """As in single precision, to what bfloat16 can hold."""
+    """As in single precision, to what bfloat16 can hold; also what the perturbation does, which is much less."""
     single, perturbation = tiny(name), PERTURBATIONS[kind]
     half = {
         k: v.bfloat16() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in single.keywords.items()
@@ -616,6 +649,8 @@ def test_half_precision(name: str, kind: str) -> None:
     assert answer.dtype == torch.bfloat16
     expected = single.answer(perturbation)
     assert float((answer - expected).norm() / expected.norm()) < 0.2
+    effect, wanted = (answer - net.answer()).float(), expected - single.answer()
+    assert float(torch.cosine_similarity(effect.flatten(), wanted.flatten(), 0)) > 0.6
 
 
 def _other(net: Tiny) -> Tensor:

@@ -121,7 +121,7 @@ def test_3_layers_are_numbers_names_or_lists(layers: Any) -> None:
     assert not close(expected, said(den, "pos"))
     for kind in (ds.PerturbedAttentionGuidance, ds.SmoothedEnergyGuidance, ds.TokenPerturbationGuidance, ds.S2Guidance):
         assert not close(guided(kind(2.0, layers=layers), den)[0], said(den, "pos"))
-    assert IdentityAttention(layers).layers == (layers,) if isinstance(layers, str | int) else tuple(layers)
+    assert IdentityAttention(layers).layers == ((layers,) if isinstance(layers, str | int) else tuple(layers))
 
 
 @pytest.mark.parametrize("blocks", [(0, 1), (1,), (1, 2, 3), (0, 2)], ids=str)

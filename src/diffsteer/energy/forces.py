@@ -230,8 +230,9 @@ def unit_norm(vector: Tensor) -> Tensor:
 
 def clipped_norm(vector: Tensor, limit: float) -> Tensor:
     """Every sample's vector shortened to a norm of at most ``limit``."""
-    norm = torch.linalg.vector_norm(vector.flatten(1), dim=1)
-    return like((limit / norm).clamp(max=1), vector) * vector
+    wide = _wide(vector)
+    norm = torch.linalg.vector_norm(wide.flatten(1), dim=1)
+    return (like((limit / norm).clamp(max=1), wide) * wide).to(vector.dtype)
 
 
 def matched_rms(vector: Tensor, wanted: Tensor) -> Tensor:

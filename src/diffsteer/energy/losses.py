@@ -35,7 +35,10 @@ class ClassEnergy:
 
     def __call__(self, x: Tensor, *level: Any) -> Tensor:
         logits = self.classifier(x, *level)
-        label = torch.as_tensor(self.label, device=logits.device).expand(len(logits))
+        label = torch.as_tensor(self.label, device=logits.device)
+        if label.is_floating_point():
+            raise ParameterError(f"label is a whole number, or one for each sample; got {self.label}")
+        label = fitted("label", label.long(), logits[:, 0])
         if int(label.min()) < 0 or int(label.max()) >= logits.shape[1]:
             raise ParameterError(f"label {self.label} is none of the classifier's 0..{logits.shape[1] - 1}")
         return -logits.log_softmax(1).gather(1, label[:, None])[:, 0]
@@ -67,13 +70,25 @@ class Residual:
 def residual(of: Any, x: Tensor) -> Tensor:
     """y - A(x) of an energy with ``measurement`` and ``operator``; (B, ...)."""
     measured = x if of.operator is None else of.operator(x)
-    difference: Tensor = of.measurement.to(measured) - measured
-    if difference.shape != measured.shape:
+    return fitted("the measurement", of.measurement.to(measured), measured) - measured
+
+
+def fitted(name: str, data: Tensor, like: Tensor) -> Tensor:
+    """Data for all samples, or one each, of the shape of ``like``, (B, ...).
+
+    Raises
+    ------
+    ParameterError
+        Data of another size, or of another number of samples than the batch has.
+    """
+    try:
+        return data.expand_as(like)
+    except RuntimeError:
         raise ParameterError(
-            f"the measurement {tuple(of.measurement.shape)} does not fit what the operator returns, "
-            f"{tuple(measured.shape)}"
-        )
-    return difference
+            f"{name} of shape {tuple(data.shape)} does not fit: {tuple(like.shape[1:])} is for all samples, "
+            f"{tuple(like.shape)} for each of the batch; what is for each sample goes by its place in the batch, so "
+            "make one batch of as many (batch_size=)"
+        ) from None
 
 
 def norm(rows: Tensor) -> Tensor:
@@ -107,10 +122,15 @@ class CosineEnergy:
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Of every row; (B, K) and (K,) or (B, K) to (B,)."""
-    b = b.to(a).expand_as(a)
-    if not bool((b.square().sum(1) > 0).all()):
+    return torch.nn.functional.cosine_similarity(a, _directed(b, a), dim=1, eps=1e-12)
+
+
+def _directed(target: Tensor, found: Tensor) -> Tensor:
+    """A target embedding for each that is found, none of them zero; (K,) or (B, K) to (B, K)."""
+    target = fitted("the target embedding", target.to(found), found)
+    if not bool(target.any(1).all()):
         raise ParameterError("a target embedding is zero; it has no direction to go")
-    return torch.nn.functional.cosine_similarity(a, b, dim=1, eps=1e-12)
+    return target
 
 
 @dataclass(frozen=True)
@@ -130,8 +150,9 @@ class SphericalEnergy:
 
     def __call__(self, x: Tensor, *level: Any) -> Tensor:
         found = torch.nn.functional.normalize(self.encoder(x, *level), dim=1)
-        target = torch.nn.functional.normalize(self.target.to(found).expand_as(found), dim=1)
-        return self.scale * 2 * torch.arcsin(norm(found - target) / 2).square()
+        target = torch.nn.functional.normalize(_directed(self.target, found), dim=1)
+        farthest = 1 - torch.finfo(found.dtype).eps  # where an embedding is opposite, arcsin has no slope
+        return self.scale * 2 * torch.arcsin((norm(found - target) / 2).clamp(max=farthest)).square()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from diffsteer.core import After, Guidance, Repeat, Run, Step, within
+from diffsteer.core import After, Guidance, Repeat, Run, Step, map_state, within
 from diffsteer.energy.forces import check, unit
 from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.paths import convert, reverse_kernel
@@ -137,6 +137,11 @@ def land_around(base: str | Guidance, step: Step, x_next: Tensor, state: Any) ->
     ----------
     state : dataclass
         With the base's own as ``base``, and ``landing``.
+
+    Raises
+    ------
+    UnsupportedError
+        The base repeats levels itself; or the level is to be run again, and the base has a memory.
     """
     if isinstance(base, Guidance):
         answer = base.after(step, x_next, state.base)
@@ -147,7 +152,25 @@ def land_around(base: str | Guidance, step: Step, x_next: Tensor, state: Any) ->
             )
         x_next, inner = answer
         state = replace(state, base=inner)
-    return within(land(step, x_next, state.landing), lambda own: replace(state, landing=own))
+    answer = land(step, x_next, state.landing)
+    if isinstance(answer, Repeat) and _remembers(state.base):
+        raise UnsupportedError(
+            f"{type(base).__name__} carries something from step to step, and would take every visit of a level for a "
+            "step: num_recurrences=1, or a base without a memory such as ClassifierFreeGuidance"
+        )
+    return within(answer, lambda own: replace(state, landing=own))
+
+
+def _remembers(state: Any) -> bool:
+    """Whether anything of the samples is in a state."""
+    seen: list[Tensor] = []
+
+    def see(values: Tensor) -> Tensor:
+        seen.append(values)
+        return values
+
+    map_state(see, state)
+    return bool(seen)
 
 
 def renoise(step: Step, x_next: Tensor) -> Tensor:
@@ -191,6 +214,7 @@ class EnergyGuidance(Guidance):
     """What every method of this family shares: an energy that is checked at the start, and a :class:`Landing`."""
 
     noisy: ClassVar[bool] = False  # whether the energy is one of (x_t, level), not of x0
+    around: ClassVar[bool] = False  # whether the base may be a method, which is started and landed with this one
 
     energy: Any
     base: str | Guidance
@@ -200,6 +224,11 @@ class EnergyGuidance(Guidance):
         return self.base if isinstance(self.base, str) else self.base.reference
 
     def start(self, run: Run) -> Any:
+        if isinstance(self.base, Guidance) and not self.around:
+            raise ParameterError(
+                f"{type(self).__name__} is about one context, by its name such as 'null'; a method as base= is for "
+                "UniversalGuidance, TrainingFreeGuidance, FreeDoM and MotionGuidance"
+            )
         start = run.levels[0]
         x = run.x / unit(start)
         level = next((level for level in run.levels if level.rho <= PURE_NOISE), start)  # where it is asked first

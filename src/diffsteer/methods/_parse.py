@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import math
 from typing import Any
 
 from diffsteer.core import Guidance, Sum
 from diffsteer.errors import ParameterError
 from diffsteer.methods._registry import get_method
+
+_CALL = "f("  # what terms are parsed as
+_WORDS = {"inf": math.inf, "true": True, "false": False, "none": None}
 
 
 def parse_method(text: str) -> Guidance:
@@ -17,8 +21,8 @@ def parse_method(text: str) -> Guidance:
     ----------
     text : str
         Terms joined by ``+``; a term is a name of :func:`list_methods`, optionally ``:`` and values separated by
-        commas: first in the order of the class's parameters, then as ``name=value``. Values are Python literals;
-        strings may do without quotes. Nothing is executed.
+        commas: first in the order of the class's parameters, then as ``name=value``. Values are Python literals, or
+        ``inf``, ``true``, ``false``, ``none``; strings may do without quotes. Nothing is executed.
 
     Raises
     ------
@@ -42,15 +46,19 @@ def _term(text: str) -> Guidance:
     name, _, rest = text.partition(":")
     cls = get_method(name)
     try:
-        call = ast.parse(f"f({rest})", mode="eval").body
+        call = ast.parse(f"{_CALL}{rest})", mode="eval").body
         assert isinstance(call, ast.Call)
-        values = [_value(part) for part in call.args]
-        return cls(*values, **{str(part.arg): _value(part.value) for part in call.keywords})
+        values = [_value(part, rest) for part in call.args]
+        return cls(*values, **{str(part.arg): _value(part.value, rest) for part in call.keywords})
     except (SyntaxError, TypeError, ValueError) as error:
         if isinstance(error, ParameterError):
             raise
         raise ParameterError(f"{text!r} does not fit {cls.__name__}: {error}") from error
 
 
-def _value(node: ast.expr) -> Any:
-    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+def _value(node: ast.expr, text: str) -> Any:
+    words = all(isinstance(part, ast.Name | ast.Load | ast.BinOp | ast.Sub) for part in ast.walk(node))
+    if not words:
+        return ast.literal_eval(node)
+    word = text[node.col_offset - len(_CALL) : (node.end_col_offset or 0) - len(_CALL)]
+    return _WORDS.get(word.lower(), word)

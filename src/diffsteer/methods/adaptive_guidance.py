@@ -52,9 +52,9 @@ class AdaptiveGuidance(Guidance):
         w >= 0; 1 is conditional sampling at one evaluation throughout.
     threshold : float
         gamma-bar in [-1, 2]; above 1 it never stops.
-    compare_in : {"eps", "x0", "v", "flow"}
+    compare_in : {"eps", "x0", "v", "flow"}, optional
         What the cosine is of. It is not the same in another space: a threshold holds for its space and its family of
-        models.
+        models. By default eps, as in the paper, and the velocity of networks that predict one.
     warmup : int
         Evaluations, from the start of the run, before the cosine is first looked at.
 
@@ -62,7 +62,8 @@ class AdaptiveGuidance(Guidance):
     -----
     2 evaluations per step while a sample is guided, 1 afterwards: with the paper's threshold, for 20 steps of latent
     diffusion and eps, 1.5 on average. Each sample stops by itself, and once; its cosine is over all of its elements.
-    At the inner points of a second-order step the decision of its first evaluation holds. Information: "scale", (B,),
+    At the inner points of a second-order step the decision of its first evaluation holds. In pure noise eps is x,
+    whatever the network says, and is not compared. Information: "scale", (B,),
     1 where it has stopped.
     Look at the cosines of a model before trusting the default. At pure noise a good network answers with nearly x in
     eps under any context, so branches may agree before they have begun to differ (Stable Diffusion XL: above 0.9999;
@@ -72,14 +73,14 @@ class AdaptiveGuidance(Guidance):
 
     scale: float = 7.5
     threshold: float = 0.991
-    compare_in: str = "eps"
+    compare_in: str | None = None
     warmup: int = 0
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
         if not -1 <= self.threshold <= 2:
             raise ParameterError(f"threshold is a cosine: it must be in [-1, 2], got {self.threshold}; 2 never stops")
-        if self.compare_in not in SPACES:
+        if self.compare_in not in (None, *SPACES):
             raise ParameterError(f"compare_in must be one of {SPACES}, got {self.compare_in!r}")
         if not isinstance(self.warmup, int) or self.warmup < 0:
             raise ParameterError(f"warmup must be a whole number of evaluations >= 0, got {self.warmup}")
@@ -100,8 +101,10 @@ class AdaptiveGuidance(Guidance):
         cond, null = yield [Call("pos"), Call("null", rows=None if everyone else rows)]
         null = null if everyone else cond.index_copy(0, rows, null)
         agreed = state.agreed
-        if step.on_trajectory and step.index >= self.warmup:
-            a, b = (convert(e, step.x, step.level, step.space, self.compare_in) for e in (cond, null))
+        space = self.compare_in or ("flow" if step.space == "flow" else "eps")
+        telling = space != "eps" or step.level.alpha > 0
+        if step.on_trajectory and step.index >= self.warmup and telling:
+            a, b = (convert(e, step.x, step.level, step.space, space) for e in (cond, null))
             agreed = off | (inner(a, b) / (inner(a, a) * inner(b, b)).sqrt() >= self.threshold)  # 0 / 0: not stopped
         scale = torch.where(off, 1.0, torch.full(off.shape, self.scale, dtype=torch.float64, device=off.device))
         return null + like(scale, null) * (cond - null), Agreement(off, agreed), {"scale": scale}

@@ -61,8 +61,8 @@ class ConditionAnnealedSampling(Guidance):
     -----
     2 evaluations per step, 1 where the scale is 1. The noise acts on embeddings, see
     :class:`diffsteer.perturb.ContextNoise`: a network that takes class labels has to be wrapped so that it takes their
-    embedding. t is the share of the run's evaluations that are still to come; the inner points of a second-order step
-    keep the step's noise. Defaults: those of the community's implementation, there being no official one, which
+    embedding. t is the share of the run's steps that are still to come; the inner points of a second-order step keep
+    the step's noise. Defaults: those of the community's implementation, there being no official one, which
     perturbs the null context too and takes statistics over the whole batch; here, as in the paper, the condition
     alone, and every sample by itself. With tau1 >= 1 it is classifier-free guidance and draws nothing.
     """

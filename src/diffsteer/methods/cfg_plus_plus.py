@@ -68,7 +68,8 @@ class CFGPlusPlus(Guidance):
             )
 
     def guide(self, step: Step, state: State) -> Plan:
-        weight = self.scale / (1 - _kept(step))
+        kept = _kept(step)
+        weight = self.scale / (1 - kept) if kept < 1 else self.scale  # a last step that stays where it is
         info = {"scale": step.x.new_full((len(step.x),), weight)}
         if self.scale == 0:
             (null,) = yield [Call("null")]

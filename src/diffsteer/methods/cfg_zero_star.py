@@ -44,8 +44,8 @@ class CFGZeroStar(Guidance):
     scale : float
         w >= 0; 1 is conditional sampling. The paper's flow models: 4 to 7.5.
     zero_init_steps : int
-        >= 0, and less than the steps of the run: evaluations of the sampler's loop in which the sample stands still
-        (one step takes two of them with a second-order scheduler). The paper: 1, or 4% of the steps; 0 is off.
+        >= 0, and less than the steps of the run: in the first so many the sample stands still, at their inner points
+        too. The paper: 1, or 4% of the steps; 0 is off.
 
     Notes
     -----

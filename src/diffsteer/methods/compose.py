@@ -22,12 +22,14 @@ from diffsteer.core import (
     Step,
     Sum,
     asking,
+    check_methods,
     guide_in,
     like,
     together,
     within,
 )
 from diffsteer.errors import ParameterError
+from diffsteer.methods.relative import Relative
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class _Around(Guidance):
     """Another method inside, which is what it appears to be."""
 
     method: Guidance
+
+    def __post_init__(self) -> None:
+        check_methods(self.method)
 
     @property
     def reference(self) -> str:  # type: ignore[override]
@@ -61,9 +66,13 @@ def _beside(
 
 def _moves(method: Guidance) -> bool:
     """Whether a method moves samples after the step."""
-    inside = method.methods if isinstance(method, Sum) else (method.method,) if isinstance(method, _Around) else ()
-    if inside:
-        return any(map(_moves, inside))
+    match method:
+        case Sum():
+            return any(map(_moves, method.methods))
+        case Switch():
+            return _moves(method.first) or _moves(method.second)
+        case _Around() | Relative():
+            return _moves(method.method)
     return type(method).after is not Guidance.after and bool(method.needs & {"first_order", "recurrence"})
 
 
@@ -87,6 +96,7 @@ class Window(_Around):
     high: float = math.inf
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.low <= self.high:
             raise ParameterError(f"a window needs 0 <= low <= high, got {self.low}, {self.high}")
 
@@ -130,6 +140,7 @@ class Switch(Guidance):
     at: float
 
     def __post_init__(self) -> None:
+        check_methods(self.first, self.second)
         if not self.at >= 0:
             raise ParameterError(f"at is a noise level sigma / alpha >= 0, got {self.at}")
         if self.first.reference != self.second.reference:
@@ -188,6 +199,7 @@ class Schedule(_Around):
     weights: Callable[[float], float] | Sequence[tuple[float, float]]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if _moves(self.method):
             raise ParameterError(
                 f"{type(self.method).__name__} moves samples after the step, where no weight of a prediction reaches: "
@@ -195,6 +207,11 @@ class Schedule(_Around):
             )
         if callable(self.weights):
             return
+        if not isinstance(self.weights, Sequence):
+            raise ParameterError(
+                f"a schedule is a function of sigma / alpha or pairs of it and a weight, got {self.weights!r}; a "
+                "constant weight is lambda rho: weight"
+            )
         rhos, values = [p[0] for p in self.weights], [p[1] for p in self.weights]
         if not rhos or not rhos[0] > 0 or not all(a < b for a, b in pairwise(rhos)) or not math.isfinite(rhos[-1]):
             raise ParameterError(f"a schedule's noise levels must be finite, > 0 and increasing, got {rhos}")
@@ -251,6 +268,7 @@ class Rescale(_Around):
     context: str = "pos"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.factor <= 1:
             raise ParameterError(f"factor must be in [0, 1], got {self.factor}; 0.7 in the paper")
 
@@ -272,8 +290,9 @@ class Renorm(_Around):
     method : Guidance
         Predicts u^.
     dim : int or None
-        The dimension that norms are taken along, none of the batch; None: one norm for a whole sample. -1 of packed
-        latents (B, tokens, channels) is one per token.
+        The dimension that norms are taken along, none of the batch; None: one norm for a whole sample. One norm per
+        token is 1 in pipelines, whose packed latents methods see as (B, channels, rows, columns), and -1 of tokens
+        (B, tokens, channels) in ``sample()``.
     limit : float, optional
         k > 0: only shrink, and only to k times the conditional norm.
     context : str
@@ -281,10 +300,10 @@ class Renorm(_Around):
 
     Notes
     -----
-    QwenImage: ``dim=-1``, always. Lumina 2: ``dim=-1``, its default, which is along the width of its latents.
-    Z-Image: ``dim=None, limit=k`` with its ``cfg_normalization`` k, off by default. The method's evaluations, and one
-    for the context that it shares where it asks for it anyway. Defined on flow velocities, as in those three, and not
-    invariant. A prediction of norm 0 stays.
+    QwenImage: ``dim=1``, always; :func:`diffsteer.attach` does it there by itself. Lumina 2: ``dim=-1``, its default,
+    which is along the width of its latents. Z-Image: ``dim=None, limit=k`` with its ``cfg_normalization`` k, off by
+    default. The method's evaluations, and one for the context that it shares where it asks for it anyway. Defined on
+    flow velocities, as in those three, and not invariant. A prediction of norm 0 stays.
     """
 
     space: ClassVar[str] = "flow"
@@ -294,6 +313,7 @@ class Renorm(_Around):
     context: str = "pos"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.limit is not None and not self.limit > 0:
             raise ParameterError(f"limit must be > 0, got {self.limit}; None always gives the conditional norm")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffsteer.core import After, Plan, Run, Step
 from diffsteer.energy.forces import estimate
-from diffsteer.energy.losses import norm
+from diffsteer.energy.losses import fitted, norm
 from diffsteer.energy.steps import EnergyGuidance, Landing, act, draw, is_noise, land
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
@@ -82,7 +82,8 @@ class DiffusionDrivenAdaptation(EnergyGuidance):
 
     def energy(self, x0: Tensor) -> Tensor:
         """The distance of coarse structures; (B,)."""
-        return norm((coarse(self.image.to(x0).expand_as(x0), self.factor) - coarse(x0, self.factor)).flatten(1))
+        image = fitted("the image", self.image.to(x0), x0)
+        return norm((coarse(image, self.factor) - coarse(x0, self.factor)).flatten(1))
 
     def _first(self, num_steps: int) -> int:
         """The first step that is run."""

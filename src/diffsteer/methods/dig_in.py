@@ -95,15 +95,17 @@ class DiGIN(LatentOptimizer):
 
     def optimize(self, chain: Chain, noise: Tensor) -> Progress:
         shifts = [{name: ContextShift() for name in self.contexts} for _ in range(len(chain))]
-        latents, adam = noise.clone().requires_grad_(), None
+        start = noise.to(torch.promote_types(noise.dtype, torch.float32))  # in half precision small steps get lost
+        latents, adam = start.clone().requires_grad_(), None
         best = kept = noise
         lowest = torch.full((len(noise),), math.inf, device=noise.device)
         for n in range(self.num_optimization_steps + 1):
             with torch.set_grad_enabled(n < self.num_optimization_steps), set_checkpoint_early_stop(False):
-                sample, loss, energy = self._run(chain, latents, shifts)
+                tried = latents.to(noise.dtype)
+                sample, loss, energy = self._run(chain, tried, shifts)
             better = energy < lowest
             rows = like(better, noise) > 0
-            best, kept = torch.where(rows, sample, best), torch.where(rows, latents.detach(), kept)
+            best, kept = torch.where(rows, sample, best), torch.where(rows, tried.detach(), kept)
             lowest = torch.where(better, energy, lowest)
             yield energy
             if n < self.num_optimization_steps:
@@ -115,7 +117,7 @@ class DiGIN(LatentOptimizer):
                 for offset, gradient in zip(offsets, found, strict=True):
                     offset.grad = gradient
                 adam.step()
-                latents.copy_(renormalized(latents, noise))
+                latents.copy_(renormalized(latents, start))
         return best, kept
 
     def _run(self, chain: Chain, latents: Tensor, shifts: Sequence[Shifts]) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +126,8 @@ class DiGIN(LatentOptimizer):
         for index, shift in enumerate(shifts):
             x, x0 = checkpoint(chain.step, x, index, shift, use_reentrant=False, preserve_rng_state=False)
             seen.append(x0)
-        values = torch.stack([self.energy(x0) for x0 in seen[-self.num_loss_steps :]])
+        wide = torch.promote_types(x.dtype, torch.float32)
+        values = torch.stack([self.energy(x0.to(wide)) for x0 in seen[-self.num_loss_steps :]])
         weights = torch.arange(1, len(values) + 1).to(values)
         loss, energy = (weights / weights.sum()) @ values, values[-1].detach()
         finite("energy", energy)

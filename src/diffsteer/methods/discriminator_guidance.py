@@ -61,9 +61,9 @@ class DiscriminatorGuidance(EnergyGuidance):
     -----
     1 evaluation per step, and one gradient of the discriminator; none through the denoiser. Train the discriminator by
     binary cross-entropy on noised data and noised samples of the same model and sampler. The official code clips the
-    probability to [1e-5, 1 - 1e-5], where its gradient vanishes: logits have none of that, and only the ends of
-    float's range are kept out here. The paper guides above a small noise level: :class:`Window`. Its churning of
-    samples that look made is left out. No guidance at pure noise. Information, (B,): "log_ratio".
+    probability to [1e-5, 1 - 1e-5], where its gradient vanishes; here it does where the probability is rounded to 0 or
+    1, and that of a logit nowhere. The paper guides above a small noise level: :class:`Window`. Its churning of samples
+    that look made is left out. No guidance at pure noise. Information, (B,): "log_ratio".
     """
 
     noisy: ClassVar[bool] = True
@@ -97,8 +97,8 @@ class DiscriminatorGuidance(EnergyGuidance):
             return -found
         if bool(((found < 0) | (found > 1)).any()):
             raise ParameterError("the discriminator's probabilities leave [0, 1]; does it return output='logit'?")
-        tiny = torch.finfo(found.dtype).eps
-        return -torch.logit(found, tiny)
+        least = torch.finfo(found.dtype).tiny
+        return torch.log((1 - found).clamp(min=least)) - torch.log(found.clamp(min=least))
 
     def guide(self, step: Step, state: Landing) -> Plan:
         (prediction,) = yield [Call(self.base)]

@@ -19,6 +19,8 @@ from diffsteer.paths import Level, convert
 from diffsteer.posterior import Estimator, PosteriorTracker, Tracked, one_each
 from diffsteer.readings import UNCLAMPED, Reading
 
+_STRIDES = {"odds": 2.0, "kernel": 2.0, "ito": 4.0}  # by how much rho**2 may fall unseen, by estimator
+
 
 @dataclass(frozen=True)
 class Followed:
@@ -126,8 +128,11 @@ class DynamicNegativeGuidance(Guidance):
     patience : float
         >= 0: how far the odds, or the weight where the scale exceeds 1, may move unseen, in units of the posterior's
         usual step. It ends at 0 or 1, so its variance grows by prior (1 - prior) over a run, and by an even share of
-        that in a step: a sample waits while they could not have moved by ``patience`` times the root of that share.
-        Nothing waits under "ode" and "surrogate": on trained networks their errors grow with the length of a step.
+        that in a step: a sample waits while they could not have moved by ``patience`` times the root of that share,
+        were the branches' difference to stay; so never longer than until sigma**2 / alpha**2 has fallen to a quarter,
+        or, as kernels overshoot, to half under "odds" and "kernel". Nothing waits where a divergence is integrated
+        ("ode", and "ito" where less than the full noise is added), nor under "surrogate": on trained networks their
+        errors grow with the length of a step.
 
     Notes
     -----
@@ -171,6 +176,8 @@ class DynamicNegativeGuidance(Guidance):
             raise ParameterError('"null" is what every context is compared with; it cannot be unwanted itself')
         for name in ("prior", "calibration"):
             value = getattr(self, name)
+            if isinstance(value, list):
+                raise ParameterError(f"{name} is one value, or a tuple with one per context, got {value!r}")
             if isinstance(value, tuple) and len(value) != len(self.contexts):
                 raise ParameterError(f"{len(value)} values of {name} for {len(self.contexts)} contexts; give one each")
         if not all(reading is None or isinstance(reading, Reading) for reading in self.calibrations):
@@ -302,13 +309,15 @@ class DynamicNegativeGuidance(Guidance):
     def _due(self, step: Step, tracker: PosteriorTracker, f: Followed) -> Tensor:
         """The samples that an unwanted context is evaluated for."""
         due = ~f.released
-        # a sum over noise holds over any stride, an integral needs its points
-        waits = self._patient and tracker.resolve(step) not in ("ode", "surrogate")
+        kind = tracker.resolve(step)
+        # a sum over noise holds over a stride, an integral needs its points
+        waits = self._patient and kind != "surrogate" and not tracker.wants_divergence(step)
         if waits and f.tracked.last is not None and tracker.moves(step) and step.level_next.rho > 0:
             reach = max(1.0, self._scale_at(step.level)) * f.odds.exp()
             gained = reach**2 * f.tracked.variation(step.level_next)
             share = tracker.prior * (1 - tracker.prior) / step.num_steps
-            due = due & (gained > self.patience**2 * share)
+            far = f.tracked.variance > _STRIDES[kind] * step.level_next.rho**2
+            due = due & ((gained > self.patience**2 * share) | far)
         return due.nonzero()[:, 0]
 
     def _visit(self, step: Step, i: int, f: Followed, push: Tensor, rows: Tensor) -> Any:

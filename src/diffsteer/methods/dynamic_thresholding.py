@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from diffsteer.core import Guidance, Plan, State, Step, like
 from diffsteer.errors import ParameterError
@@ -72,6 +73,13 @@ class DynamicThresholding(Guidance):
     def guide(self, step: Step, state: State) -> Plan:
         guided, _, _ = yield from ClassifierFreeGuidance(self.scale).guide(step, None)
         sizes = guided.abs().flatten(1).to(torch.promote_types(guided.dtype, torch.float32))
-        threshold = torch.quantile(sizes, self.percentile, dim=1).clamp(1, self.max_value)
+        threshold = _quantile(sizes, self.percentile).clamp(1, self.max_value)
         bound = like(threshold, guided)
         return guided.clamp(-bound, bound) / bound, state, {"threshold": threshold}
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """Of each row, linear between values, without the limit on their number of ``torch.quantile``; (B,)."""
+    place = share * (values.shape[1] - 1)
+    ordered = values.sort(1).values
+    return torch.lerp(ordered[:, math.floor(place)], ordered[:, math.ceil(place)], place % 1)

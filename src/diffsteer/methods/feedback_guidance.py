@@ -29,6 +29,7 @@ class Feedback:
     tracked: Tracked
     temperature: float
     offset: float
+    level: Level | None = None  # of the last step
 
 
 @register(
@@ -156,7 +157,7 @@ class FeedbackGuidance(Guidance):
         estimator = "kernel" if kernel else self.estimator
         if callable(estimator):
             ratio = estimator
-            estimator = lambda x, level: _PRIOR * ratio(x, level)  # noqa: E731
+            estimator = lambda x, level: _PRIOR * ratio(x, level).clamp(max=math.exp(_HIGHEST))  # noqa: E731
         return PosteriorTracker(
             _PRIOR, temperature, p_min=1e-30, estimator=estimator, divergence=self.divergence, doubt=1e-30,
             softening=self.softening,
@@ -172,15 +173,15 @@ class FeedbackGuidance(Guidance):
         if state is None:
             (cond,) = yield [Call(self.context)]
             return cond, state, {}
-        before = state.tracked.last
         tracker = self._tracker(state.temperature, step.stochastic, step.ancestral)
         cond, null, tracked = yield from tracker.visit(step, state.tracked, alt=self.context)
         log_ratio = torch.nn.functional.logsigmoid(tracked.log_odds) - math.log(_PRIOR)
-        if before is not None and step.on_trajectory and step.level != state.tracked.levels[int(before.index[0])]:
+        level = step.level if step.on_trajectory else state.level
+        if state.level not in (None, level) and not callable(self.estimator):
             log_ratio = log_ratio + state.offset
         log_ratio = log_ratio.clamp(self._log_ratio_of(self.max_scale), _HIGHEST)
         scale = -1 / torch.expm1(math.log1p(-self.mixing) - log_ratio)
         log_p = math.log(_PRIOR) + log_ratio
         tracked = replace(tracked, log_odds=log_p - torch.log(-torch.expm1(log_p)))
         prediction = null + like(scale, null) * (cond - null)
-        return prediction, replace(state, tracked=tracked), {"scale": scale, "log_ratio": log_ratio}
+        return prediction, replace(state, tracked=tracked, level=level), {"scale": scale, "log_ratio": log_ratio}

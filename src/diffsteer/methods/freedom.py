@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -52,7 +52,7 @@ class FreeDoM(EnergyGuidance):
     recurrence_window : (float, float)
         Bounds of number / num_steps, the first one inside; (0.2, 0.5) is the official 800 to 500 of 1000.
     base : str or Guidance
-        What makes x0: a context, or a method, differentiated as a whole.
+        What makes x0: a context, or a method, differentiated as a whole; with recurrences one without a memory.
 
     Notes
     -----
@@ -60,6 +60,8 @@ class FreeDoM(EnergyGuidance):
     reference where it does not ask for that itself. Samplers that make each step from one evaluation. No guidance at
     pure noise. Information, (B,): "energy".
     """
+
+    around: ClassVar[bool] = True
 
     energy: CleanEnergy
     scale: float = 1.0

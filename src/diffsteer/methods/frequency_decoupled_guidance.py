@@ -63,6 +63,8 @@ class FrequencyDecoupledGuidance(Guidance):
             raise ParameterError(f"scales is a tuple with one number per band, got {self.scales!r}")
         for scale in self.scales:
             check_scale(scale, "scales")
+        if not isinstance(self._weights, tuple):
+            raise ParameterError(f"parallel_weights is a tuple with one number per band, got {self.parallel_weights!r}")
         for weight in self._weights:
             check_scale(weight, "parallel_weights")
         if len(self._weights) != len(self.scales):

@@ -149,7 +149,7 @@ class LinearAdaptiveGuidance(Guidance):
             raise UnsupportedError(
                 "LinearAG knows one prediction a step: use a sampler without inner points (not Heun)"
             )
-        if step.index >= self.stop * step.num_steps:
+        if step.index / step.num_steps >= self.stop:
             (cond,) = yield [Call("pos")]
             return cond, state, {}
         if len(state) != step.index:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from diffsteer.core import After, Guidance, Plan, Repeat, Run, Step
 from diffsteer.energy.forces import clipped_norm, estimate, unit
+from diffsteer.energy.losses import fitted
 from diffsteer.energy.steps import EnergyGuidance, Inside, act, check_recurrences, draw, is_noise, land_around
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
@@ -65,7 +67,8 @@ class MotionGuidance(EnergyGuidance):
     decode : callable, optional
         From latents to images.
     base : str or Guidance
-        What makes x0: ``ClassifierFreeGuidance(7.5)`` in the official code, differentiated as a whole.
+        What makes x0: ``ClassifierFreeGuidance(7.5)`` in the official code, differentiated as a whole; with k > 1 a
+        method without a memory.
 
     Notes
     -----
@@ -74,6 +77,8 @@ class MotionGuidance(EnergyGuidance):
     source; it clips over the whole batch, which has one sample there. ``keep`` starts elsewhere than a pipeline does.
     No guidance at pure noise. Information, (B,): "energy".
     """
+
+    around: ClassVar[bool] = True
 
     source: Tensor
     flow: Tensor
@@ -96,6 +101,8 @@ class MotionGuidance(EnergyGuidance):
             raise ParameterError(f"clip_norm must be > 0, got {self.clip_norm}; infinite does not clip")
         if self.flow.ndim != 3 or len(self.flow) != 2 or min(self.flow.shape[1:]) < 2:
             raise ParameterError(f"flow must be (2, H, W) with sides of at least 2, got {tuple(self.flow.shape)}")
+        if self.keep is not None and self.keep.dtype != torch.bool:
+            raise ParameterError(f"keep is boolean, True where the source stays; got {self.keep.dtype}")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -105,11 +112,16 @@ class MotionGuidance(EnergyGuidance):
     def energy(self, x0: Tensor) -> Tensor:
         """L of a clean sample; (B,)."""
         decode = self.decode if self.decode is not None else lambda z: z
-        image, source = ((decode(z) + 1) / 2 for z in (x0, self.source.to(x0).expand_as(x0)))
+        image, source = ((decode(z) + 1) / 2 for z in (x0, fitted("the source", self.source.to(x0), x0)))
         if image.shape[2:] != self.flow.shape[1:]:
             raise ParameterError(f"flow is {tuple(self.flow.shape)}, images are {tuple(image.shape[1:])}")
         found = self.estimator(source, image)
-        visible = 1.0 if self.visible is None else self.visible.to(x0)
+        if found.shape != (len(image), *self.flow.shape):
+            raise ParameterError(
+                f"the estimator returned {tuple(found.shape)}, not the flow from the first to the second image, "
+                f"{(len(image), *self.flow.shape)}"
+            )
+        visible = 1.0 if self.visible is None else fitted("visible", self.visible.to(x0), image)
         moved = (self.flow.to(x0) - found).abs().flatten(1).mean(1)
         looks = (visible * (source - warp(image, found))).abs().flatten(1).mean(1)
         return self.flow_weight * moved + self.color_weight * looks
@@ -143,7 +155,7 @@ class MotionGuidance(EnergyGuidance):
         if self.keep is None:
             return x
         noised = level.alpha * self.source.to(x) + level.sigma * draw(at, x).to(x)
-        return torch.where(self.keep.to(x.device), noised, x)
+        return torch.where(fitted("keep", self.keep.to(x.device), x), noised, x)
 
 
 def warp(image: Tensor, flow: Tensor) -> Tensor:

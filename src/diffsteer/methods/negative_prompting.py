@@ -64,6 +64,8 @@ class NegativePrompting(Guidance):
     def __post_init__(self) -> None:
         check_scale(self.scale)
         check_scale(self.anchor, "anchor")
+        if self.context == self.reference:
+            raise ParameterError(f"{self.context!r} is what the unwanted context is compared with; it would do nothing")
 
     @classmethod
     def replacing_null(cls, guidance_scale: float = 7.5, context: str = "neg") -> NegativePrompting:

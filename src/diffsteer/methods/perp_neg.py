@@ -57,6 +57,8 @@ class PerpNeg(Guidance):
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
+        if not isinstance(self.weights, Mapping):
+            raise ParameterError(f"weights maps contexts to numbers, such as {{'neg': -1.0}}, got {self.weights!r}")
         if not self.weights or not all(math.isfinite(a) and a for a in self.weights.values()):
             raise ParameterError(f"weights are finite numbers other than 0, one for each context, got {self.weights}")
         if {"pos", "null"} & set(self.weights):

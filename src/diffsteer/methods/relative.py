@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from diffsteer.core import After, Guidance, Plan, Run, State, Step
+from diffsteer.core import After, Guidance, Plan, Run, State, Step, check_methods
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class Relative(Guidance):
 
     method: Guidance
     reference: str = "pos"  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        check_methods(self.method)
 
     @property
     def space(self) -> str:  # type: ignore[override]

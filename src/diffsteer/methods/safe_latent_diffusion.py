@@ -93,6 +93,8 @@ class SafeLatentDiffusion(Guidance):
             raise ParameterError(f"warmup must be a whole number of steps >= 0, got {self.warmup}")
         if math.isnan(self.threshold):
             raise ParameterError("threshold must be a number (infinite opens the gate everywhere)")
+        if self.context == "null":
+            raise ParameterError('"null" is what the unwanted context is compared with; it would do nothing')
         if self.positive == self.context:
             raise ParameterError(f"the wanted and the unwanted context are both {self.context!r}")
 

@@ -248,7 +248,10 @@ def _target(edit: Edit, value: Tensor) -> Tensor:
 
 def _for_batch(values: Values, size: int) -> Values:
     if any(len(v) not in (1, size) for layers in values for v in layers):
-        raise ParameterError(f"the memory holds {len(values[0][0])} samples, which must be 1 or this batch's {size}")
+        raise ParameterError(
+            f"the memory holds {len(values[0][0])} samples, which must be 1 or this batch's {size}; each goes by its "
+            "place in the batch, so make one batch of as many (batch_size=)"
+        )
     return tuple(tuple(v.expand(size, *v.shape[1:]) for v in layers) for layers in values)
 
 

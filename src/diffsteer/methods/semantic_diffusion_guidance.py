@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffsteer.core import Call, Plan, Step
 from diffsteer.energy.forces import noisy_force
-from diffsteer.energy.losses import Network, cosine
+from diffsteer.energy.losses import Network, cosine, fitted
 from diffsteer.energy.steps import EnergyGuidance, Landing, Mode, act, check_mode, draw, is_noise, needs_of
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
@@ -108,9 +108,7 @@ class SemanticDiffusionGuidance(EnergyGuidance):
             total = total - self.text_weight * cosine(found, self.text)
         if self.image is None:
             return total
-        if self.image.shape not in (x.shape, x.shape[1:]):
-            raise ParameterError(f"the reference image is {tuple(self.image.shape)}, samples are {tuple(x.shape[1:])}")
-        other = (level.alpha * self.image.to(x) + level.sigma * noise).expand_as(x)
+        other = level.alpha * fitted("the reference image", self.image.to(x), x) + level.sigma * noise
         if found is not None and self.image_loss == "semantic":
             return total - self.image_weight * cosine(found, self.encoder(other, level).detach())
         assert self.features is not None

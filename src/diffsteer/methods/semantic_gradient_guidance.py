@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffsteer.core import Call, Plan, Step
 from diffsteer.energy.forces import noisy_force
+from diffsteer.energy.losses import fitted
 from diffsteer.energy.steps import EnergyGuidance, Landing, Mode, act, check_mode, is_noise, needs_of
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
@@ -79,7 +80,8 @@ class SemanticGradientGuidance(EnergyGuidance):
         check_mode(self.mode, ("mean", "score"))
         if self.pattern not in ("alternate", "local", "global"):
             raise ParameterError(f"pattern must be 'alternate', 'local' or 'global', got {self.pattern!r}")
-        if self.labels.is_floating_point() or not bool(self._labelled().flatten(-2).any(-1).all()):
+        maps = self.labels.ndim in (2, 3) and not self.labels.is_floating_point()
+        if not maps or not bool(self._labelled().flatten(-2).any(-1).all()):
             raise ParameterError(
                 "labels are whole numbers, (H, W) or (B, H, W), and label at least one pixel of each map"
             )
@@ -89,7 +91,8 @@ class SemanticGradientGuidance(EnergyGuidance):
         return needs_of(self.mode)
 
     def _labelled(self) -> Tensor:
-        return (self.labels >= 0) & (self.labels != 255)
+        labels = self.labels.long()  # 255 is beyond some kinds of whole numbers
+        return (labels >= 0) & (labels != 255)
 
     def energy(self, x: Tensor, level: Level, region: Tensor | None = None) -> Tensor:
         """The cross-entropy of a noisy image's pixels, of one region alone if given; (B,)."""
@@ -101,7 +104,7 @@ class SemanticGradientGuidance(EnergyGuidance):
                 f"labels of {tuple(self.labels.shape)} up to {int(self.labels[self._labelled()].max())} do not fit a "
                 f"segmenter's answer of {tuple(logits.shape)}"
             )
-        target = torch.where(labelled, self.labels.to(x.device), 0).expand(len(x), *logits.shape[2:])
+        target = fitted("the label map", torch.where(labelled, self.labels.to(x.device).long(), 0), logits[:, 0])
         losses = -logits.log_softmax(1).gather(1, target[:, None])[:, 0]
         return (losses * counted).flatten(1).sum(1) / labelled.flatten(-2).sum(-1)
 

@@ -42,7 +42,9 @@ class SpatiotemporalSkipGuidance(SelfPerturbation):
         The condition of both evaluations; "null" for unconditional models.
     layers : tuple of str or int
         Which blocks, see :class:`diffsteer.perturb.SkippedBlocks`. Empty: Stable Diffusion 3.5 Medium 7 to 9, LTX 19,
-        Wan 8, as published; ours elsewhere.
+        Wan 8, as published; ours elsewhere. With ``mode="attention"``, which attention, see
+        :class:`diffsteer.perturb.IdentityAttention`, and other layers where empty: those of perturbed-attention
+        guidance.
     mode : {"block", "attention"}
         Leave out a block as a whole (the paper's STG-R, and skip-layer guidance), or take the identity for its
         self-attention map (STG-A).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -90,7 +90,8 @@ class TrainingFreeGuidance(EnergyGuidance):
     smoothing_schedule : {"decrease", "constant"}
         gamma_t = gamma sigma_t, or gamma.
     base : str or Guidance
-        What makes x0: a context, or a method such as ``ClassifierFreeGuidance(7.5)``, differentiated as a whole.
+        What makes x0: a context, or a method such as ``ClassifierFreeGuidance(7.5)``, differentiated as a whole; with
+        recurrences a method without a memory.
 
     Notes
     -----
@@ -102,6 +103,8 @@ class TrainingFreeGuidance(EnergyGuidance):
     Jumps do not shrink with the step: scales must be tuned anew for another number of steps, and with few steps
     recurrence alone narrows what is sampled. No guidance at pure noise. Information, (B,): "energy", smoothed.
     """
+
+    around: ClassVar[bool] = True
 
     energy: CleanEnergy
     x_t_scale: float = 1.0

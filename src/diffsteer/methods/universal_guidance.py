@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class UniversalGuidance(EnergyGuidance):
         A sample whose energy is below it moves no more in the backward part.
     base : str or Guidance
         What makes x0: a context, or a method such as ``ClassifierFreeGuidance(7.5)``, differentiated as a whole, as
-        the paper's on Stable Diffusion.
+        the paper's on Stable Diffusion; with k > 1 a method without a memory.
 
     Notes
     -----
@@ -67,6 +68,8 @@ class UniversalGuidance(EnergyGuidance):
     plain gradient descent from the unguided x0; the official ImageNet code takes Adam, from the forward-guided x0, and
     clips it. No guidance at pure noise. Information, (B,): "energy", before the backward part.
     """
+
+    around: ClassVar[bool] = True
 
     energy: CleanEnergy
     scale: float = 10.0

@@ -44,10 +44,10 @@ class TimeNoise(Perturbation):
 
     def _noisy(self, name: str, native: Replacement, *args: Any, **keywords: Any) -> Tensor:
         clean: Tensor = native(*args, **keywords)
-        if len(clean) != len(self.seeds):
+        if clean.ndim != 2 or len(clean) != len(self.seeds):
             raise UnsupportedError(
-                f"{name} embeds {len(clean)} times for {len(self.seeds)} samples; a network that knows a time per "
-                "token cannot be perturbed in it"
+                f"{name} answers {tuple(clean.shape)} for {len(self.seeds)} samples, not an embedding for each; a "
+                "network that knows a time per token cannot be perturbed in it"
             )
         y = clean.to(torch.promote_types(clean.dtype, torch.float32))
         n = noise(y, seeded(self.seeds))

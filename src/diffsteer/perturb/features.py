@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -35,6 +35,8 @@ class FeatureRecord(Record):
     UnknownNameError
         A layer that the network does not have.
     """
+
+    recomputable: ClassVar[bool] = True
 
     layers: Layers
     maps: dict[str, Tensor] = field(default_factory=dict, repr=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class Perturbation:
 
     Their ``layers`` may be given as one name or number, or a list of them.
     """
+
+    recomputable: ClassVar[bool] = False  # whether layers may be run again without it, for their derivative
 
     layers: Layers
 
@@ -79,7 +81,8 @@ def perturbed(
     Raises
     ------
     UnsupportedError
-        The network is of no known architecture, cannot be perturbed like this, or never came to the perturbed layers.
+        The network is of no known architecture, cannot be perturbed like this, or never came to the perturbed layers;
+        or its blocks would be computed again, unperturbed, for the derivative (gradient checkpointing).
     UnknownNameError
         A layer that the network does not have.
     """
@@ -93,6 +96,11 @@ def perturbed(
         raise UnsupportedError(
             f"denoisers know no perturbation {type(perturbation).__name__}; use those of diffsteer.perturb, or derive "
             "from diffsteer.perturb.Perturbation"
+        )
+    if torch.is_grad_enabled() and not perturbation.recomputable and _checkpoints(net):
+        raise UnsupportedError(
+            f"gradient checkpointing computes blocks again in the backward pass, when {type(perturbation).__name__} "
+            "has gone, and would give a wrong derivative; call disable_gradient_checkpointing() on the network"
         )
     network = Network.of(net, keywords, shape, other)
     replacements = perturbation.replacements(network)
@@ -110,6 +118,11 @@ def perturbed(
             "attention is not torch's scaled_dot_product_attention; call set_attention_backend('native') or "
             "set_attn_processor(AttnProcessor2_0()) on the network, and leave attention slicing off"
         )
+
+
+def _checkpoints(net: nn.Module) -> bool:
+    """Whether some of it is computed again for its derivative, instead of kept."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in net.modules())
 
 
 def _reached(replacement: Replacement, tell: Callable[[], None], native: Replacement, *args: Any, **more: Any) -> Any:
