@@ -137,7 +137,7 @@ def wrapped(seed: int = 0, label: object = 1.0, factor: float = 1.0) -> ds.Denoi
         ({"denoiser": wrapped(1)}, "denoiser"),
         ({"denoiser": wrapped(0, 2.0)}, "denoiser"),
         ({"denoiser": wrapped(factor=2.0)}, "denoiser"),
-        ({"denoiser": wrapped(0, torch.tensor([1.0, 2.0]))}, "denoiser"),
+        ({"denoiser": wrapped(0, torch.tensor([2.0]))}, "denoiser"),
         ({"models": {"weak": wrapped()}}, "models"),
         ({"method": ds.Unguided("pos")}, "method"),
         ({"scheduler": DDIMScheduler(clip_sample=False)}, "scheduler"),
@@ -323,6 +323,26 @@ def test_what_is_refused_leaves_no_run_behind(tmp_path: Path, wrong: dict) -> No
     with pytest.raises(ParameterError):
         ds.sample_to(tmp_path / "run", DEN, DNG, **{**RUN, **wrong})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "{}", "[]", '{"num_samples": 11}', '{"num_samples": 11, "batch_size": 0}', "\xff"]
+)
+def test_a_description_that_cannot_be_read_is_refused(tmp_path: Path, text: str) -> None:
+    before = times(ds.sample_to(tmp_path, DEN, DNG, **RUN))
+    (tmp_path / "run.json").write_bytes(text.encode("latin-1"))
+    for call in (ds.StoredRun, functools.partial(ds.sample_to, denoiser=DEN, method=DNG, **RUN)):
+        with pytest.raises(ParameterError, match=r"run\.json does not say what is sampled"):
+            call(tmp_path)
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*.safetensors"))] == before
+
+
+@pytest.mark.parametrize("number", [11, 300])
+def test_chunks_are_as_large_as_batches_by_default(tmp_path: Path, number: int) -> None:
+    asked = {**RUN, "num_samples": number, "batch_size": None}
+    run = ds.sample_to(tmp_path, DEN, DNG, **asked)
+    assert [len(part.samples) for part in run] == ([11] if number == 11 else [256, 44])
+    assert torch.equal(together(run)[0], ds.sample(DEN, DNG, **asked).samples)
 
 
 def test_files_are_for_whoever_may_read_the_folder(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def sample_to(
     method: Guidance | None = None,
     *,
     num_samples: int,
-    batch_size: int = 256,
+    batch_size: int | None = 256,
     progress: bool | Callable[[int], None] = False,
     **keywords: Any,
 ) -> StoredRun:
@@ -54,8 +54,8 @@ def sample_to(
         Made if it does not exist.
     denoiser, method, num_samples
         As in :func:`diffsteer.sample`.
-    batch_size : int
-        Samples per chunk.
+    batch_size : int or None
+        Samples per chunk; None: all, but at most 256.
     progress : bool or callable
         True shows a progress bar; a callable is called with the number of samples that were finished.
     **keywords
@@ -88,6 +88,7 @@ def sample_to(
             f"sample_to() takes no {', '.join(sorted(own))}: chunks start from the noise of their seed"
         )
     method = method if method is not None else Unguided()
+    batch_size = batch_size if batch_size is not None else min(num_samples, 256)  # as sample() has it
     asked = {**keywords, "num_samples": num_samples, "batch_size": batch_size}
     bound = inspect.signature(sample).bind(denoiser, method, **asked)
     bound.apply_defaults()
@@ -120,7 +121,7 @@ class StoredRun(Sequence[Result]):
     Raises
     ------
     ParameterError
-        The folder holds no run.
+        The folder holds no run, or one whose description cannot be read.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -128,7 +129,7 @@ class StoredRun(Sequence[Result]):
         path = self.folder / "run.json"
         if not path.is_file():
             raise ParameterError(f"{self.folder} holds no run; sample_to() makes one")
-        self.configuration: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        self.configuration = _read(path)
 
     def __len__(self) -> int:
         """The number of chunks."""
@@ -169,6 +170,21 @@ class StoredRun(Sequence[Result]):
 
     def _path(self, k: int) -> Path:
         return self.folder / f"chunk-{k:06d}.safetensors"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a run's description says, if it is one."""
+    try:
+        told: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        told = None
+    counts = [told.get(name) for name in ("num_samples", "batch_size")] if isinstance(told, dict) else [None]
+    if not all(isinstance(count, int) and count > 0 for count in counts):
+        raise ParameterError(
+            f"{path} does not say what is sampled, so that nothing tells what its chunks are; take another folder, or "
+            "delete this one"
+        )
+    return told  # type: ignore[no-any-return]
 
 
 def _opened(folder: Path, configuration: Mapping[str, Any]) -> StoredRun:

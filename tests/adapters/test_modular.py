@@ -126,7 +126,8 @@ def test_every_method_says_the_same_as_attached(pipes: tuple[Any, Any], name: st
         pytest.skip("has no defaults: it is fitted to one network")
     others = {c: TEXTS[c] for c in (*FURTHER, "neg", "neg2") if c in mentioned(method)}
     twins = {"weak": classic.unet, "tuned": classic.unet}
-    call = {"prompt": ["a red house", "b"], "height": 16, "width": 16, "num_inference_steps": 3}
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    call = {"prompt": ["a red house", "b"], "height": 16, "width": 16, "num_inference_steps": 3, "latents": noise}
     generator = torch.Generator().manual_seed(0)
     try:
         with ds.attach(classic, method, contexts=others, models=twins) as handle:
@@ -508,12 +509,17 @@ def test_refusals_say_what_to_do() -> None:
         run(pipe, "wan", MethodGuider())
     with pytest.raises(ParameterError, match='"pos" is the prompt'):
         as_guider(CFG, contexts={"pos": "a"})
+    with pytest.raises(ParameterError, match="both by negative_prompt= and by contexts="):
+        run(tiny.modular("xl"), "xl", as_guider("cfg:5.0+dng", contexts={"neg": "a hat"}), negative_prompt="meat")
     with pytest.raises(ParameterError, match="trace must be"):
         as_guider(CFG, trace="some")
     with pytest.raises(UnsupportedError, match="keeps its components elsewhere"):
         as_guider(CFG).set_state(0, 4, torch.tensor(1))
     with pytest.raises(UnsupportedError, match="edits samples"):
         run(pipe, "wan", as_guider(Editing()))
+    moving = ds.ManifoldPreservingGuidance(lambda x0: x0.flatten(1).square().sum(1), 0.1, base="pos")
+    with pytest.raises(UnsupportedError, match="edits samples"):  # also of the last step, which may be the first
+        run(pipe, "wan", as_guider(moving), num_inference_steps=1)
     with pytest.raises(UnsupportedError, match="population"):
         run(pipe, "wan", as_guider(Needy()))
     pipe.transformer._cache_config = d.FirstBlockCacheConfig()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,6 +61,43 @@ def test_is_read_off_rollouts_of_the_prompt(prompt: str, beside: ds.Guidance | N
     assert calibration.intercept == pytest.approx(wanted.intercept, abs=2e-3)
     assert found.estimator == "ito"
     assert found.scale == DNG.scale
+
+
+@pytest.mark.filterwarnings("ignore:this denoiser was distilled")  # Flux
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (tiny.flux, {"height": 16, "width": 32, "max_sequence_length": 16}),
+        (tiny.qwen, {"height": 32, "width": 48}),
+        (tiny.ltx, {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16}),
+    ],
+)
+def test_where_latents_are_packed_into_tokens(make: Callable[[], Any], size: dict[str, int]) -> None:
+    """Finished samples are judged on their grid, as methods see them."""
+    pipe, steps = make(), 3
+    found = ds.calibrate_pipeline(
+        pipe, DNG, negative_prompt="red", num_rollouts=20, batch_size=10, num_inference_steps=steps, **size
+    )
+    seen: list[torch.Tensor] = []
+
+    class Watch(ds.Guidance):
+        def guide(self, step: ds.Step, state: Any) -> Any:
+            (prediction,) = yield [ds.Call("null")]
+            return prediction, state, {}
+
+        def after(self, step: ds.Step, x: torch.Tensor, state: Any) -> Any:
+            seen.append(x)
+            return x, state
+
+    with ds.attach(pipe, Watch()) as attached:
+        tokens = pipe(
+            prompt=["a"] * 2, num_inference_steps=steps, output_type="latent", return_dict=False,
+            generator=[ds.sampling.stream(0, i) for i in (0, 1)], **size,
+        )[0]  # fmt: skip
+    assert attached.last is not None
+    assert torch.equal(attached.last.samples, seen[-1])
+    assert torch.equal(attached.last.samples.flatten(2).transpose(1, 2), tokens)
+    assert found.priors[0] * 21 % 1 == pytest.approx(0.5)  # a share of 20 pictures
 
 
 @pytest.mark.parametrize(

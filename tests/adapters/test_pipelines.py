@@ -430,6 +430,11 @@ def test_class_labels() -> None:
     with ds.attach(pipe, method, contexts={"neg": {"class_labels": torch.tensor([207])}}) as handle:
         assert abs(run() - native).max() > 1e-4
     assert handle.last.trace["posterior"].shape == (4, 2)
+    with ds.attach(pipe, method), pytest.raises(ParameterError, match=r"negative_prompt: .*class_labels"):
+        run(negative_prompt="cat")
+    for wrong in ("cat", {"class_label": torch.tensor([207])}):
+        with ds.attach(pipe, method, contexts={"neg": wrong}), pytest.raises(ParameterError, match="class_labels"):
+            run()
 
 
 @pytest.mark.full

@@ -6,11 +6,13 @@ import pytest
 
 pytest.importorskip("transformers", reason="pipelines need transformers: pip install 'diffsteer[pipelines]'")
 
+import copy
 import importlib.util
 
 import diffusers as d
 import tiny
 import torch
+from diffusers.callbacks import IPAdapterScaleCutoffCallback, MultiPipelineCallbacks, SDCFGCutoffCallback
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
 import diffsteer as ds
@@ -469,6 +471,87 @@ def test_refusals_say_what_to_do(pipe) -> None:
         ds.attach(pipe, Needy())
 
 
+def test_a_negative_that_is_given_twice_is_refused(pipe) -> None:
+    with ds.attach(pipe, BOTH, contexts={"neg": "a hat"}):
+        assert latents(pipe).isfinite().all()
+        with pytest.raises(ParameterError, match=r"neg .*both by negative_prompt= and by contexts="):
+            latents(pipe, negative_prompt="meat")
+
+
+@pytest.mark.parametrize("prompt", ["a red house", ["a", "b"]])
+def test_callbacks_that_cut_the_pipelines_own_guidance_off_are_refused(pipe, prompt) -> None:
+    cut = SDCFGCutoffCallback(cutoff_step_ratio=0.5)
+    faded = IPAdapterScaleCutoffCallback(cutoff_step_ratio=1.0)
+    with ds.attach(pipe, CFG):
+        for callback in (cut, MultiPipelineCallbacks([faded, cut])):
+            with pytest.raises(ParameterError, match=r"SDCFGCutoffCallback .*diffsteer\.Window"):
+                latents(pipe, prompt, callback_on_step_end=callback)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"encoder_hidden_state": torch.zeros(1, 16, 16)}, r"'neg' .*encoder_hidden_state: .*encoder_hidden_states"),
+        ({"prompt_embeds": torch.zeros(1, 16, 16)}, "negative_prompt_embeds"),
+        (3, "'neg' is 3: "),
+        (["meat"], "'neg' is \\['meat'\\]: "),
+    ],
+)
+def test_contexts_that_say_nothing_are_refused(pipe, given, message: str) -> None:
+    with ds.attach(pipe, BOTH, contexts={"neg": given}), pytest.raises(ParameterError, match=message):
+        latents(pipe)
+
+
+def test_copies_made_while_attached_are_not_guided(pipe) -> None:
+    native = latents(pipe, guidance_scale=5.0)
+    with ds.attach(pipe, ds.ClassifierFreeGuidance(2.0)):
+        for duplicate in (copy.copy(pipe), copy.deepcopy(pipe)):
+            assert type(duplicate) is d.StableDiffusionPipeline
+            assert torch.equal(latents(duplicate, guidance_scale=5.0), native)
+
+
+class Noise(ds.Guidance):
+    """Shows what a method draws in a call's first step, for the first of its pictures."""
+
+    def __init__(self) -> None:
+        self.drawn: list[float] = []
+
+    def guide(self, step, state):
+        if step.index == 0:
+            self.drawn.append(float(torch.randn((), generator=step.generators[0])))
+        (cond,) = yield [ds.Call("pos")]
+        return cond, state, {}
+
+
+def test_a_methods_randomness_follows_the_state_of_the_generators(pipe) -> None:
+    """Other noise in every call that makes other pictures; the same in calls that make the same."""
+    method, own = Noise(), seeded(3)
+    with ds.attach(pipe, method):
+        for generator in (None, None, own, own, [own], seeded(3), seeded(4), [seeded(3)], [seeded(3), seeded(4)]):
+            prompt = ["a"] * len(generator) if isinstance(generator, list) else "a"
+            latents(pipe, prompt, generator=generator)
+        none, again, first, second, third, same, other, listed, several = method.drawn
+        assert len({none, again, first, second, third, other}) == 6
+        assert first == same
+        assert listed == several
+        for _ in range(2):
+            torch.manual_seed(5)
+            latents(pipe, generator=None)
+        assert method.drawn[-1] == method.drawn[-2] != none
+
+
+def test_the_last_samples_are_those_of_the_last_scheduler_step() -> None:
+    """What the pipeline does to them afterwards is its own: here it puts what was not masked back."""
+    pipe = tiny.stable_diffusion(d.StableDiffusionInpaintPipeline)
+    draw = seeded(7)
+    image, mask = torch.rand(1, 3, 16, 16, generator=draw), torch.zeros(1, 1, 16, 16)
+    mask[..., 8:] = 1
+    with ds.attach(pipe, CFG) as handle:
+        out = latents(pipe, image=image, mask_image=mask, height=16, width=16)
+    assert torch.equal(handle.last.samples[..., 4:], out[..., 4:])
+    assert error(handle.last.samples[..., :4], out[..., :4]) > 1e-2
+
+
 class Needy(ds.Guidance):
     needs = frozenset({"population"})
 
@@ -535,6 +618,20 @@ def test_a_lora_is_heard() -> None:
     assert error(guided(pipe), native) < 1e-5
     scaled = {"cross_attention_kwargs": {"scale": 0.5}}
     assert error(guided(pipe, **scaled), latents(pipe, guidance_scale=5.0, **scaled)) < 1e-5
+
+
+def test_a_denoiser_inside_of_a_peft_model_is_heard() -> None:
+    peft = pytest.importorskip("peft", reason="LoRA needs peft")
+    pipe = tiny.stable_diffusion()
+    before = latents(pipe, guidance_scale=5.0)
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipe.unet = peft.get_peft_model(pipe.unet, lora)
+    native = latents(pipe, guidance_scale=5.0)
+    assert error(native, before) > 1e-3
+    assert error(guided(pipe), native) < 1e-5
+    plain = guided(pipe, method=ds.ClassifierFreeGuidance(5.0))
+    assert error(guided(pipe, method=CFG + ds.PerturbedAttentionGuidance(2.0)), plain) > 1e-4
 
 
 def test_a_loaded_lora_is_heard(tmp_path) -> None:

@@ -593,7 +593,8 @@ def test_pure_noise_tells_nothing():
     np.testing.assert_allclose(played[0].info["posterior"], 0.2, rtol=1e-12)
     # that of infinite noise, so the first level that says anything moves it by all that it says
     x, sigma = scene.points[1].reshape(5, -1), scene.levels[1].sigma
-    np.testing.assert_allclose(played[1].info["posterior"], 0.2 * np.exp(-0.05 * 0.3 * (x**2).sum(1) / sigma), rtol=1e-9)
+    expected = 0.2 * np.exp(-0.05 * 0.3 * (x**2).sum(1) / sigma)
+    np.testing.assert_allclose(played[1].info["posterior"], expected, rtol=1e-9)
     assert all(bool(torch.isfinite(p.prediction).all()) for p in played)
     assert float((played[2].info["posterior"] - 0.2).abs().max()) > 1e-6
 

@@ -151,7 +151,9 @@ def test_refuses_scale(wrong):
         ds.PerpNeg(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{}, {"neg": float("nan")}, {"neg": 0.0}, {"null": -1.0}, {"pos": -1.0}, ("neg",)], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{}, {"neg": float("nan")}, {"neg": 0.0}, {"null": -1.0}, {"pos": -1.0}, ("neg",)], ids=str
+)
 def test_refuses_weights(wrong):
     with pytest.raises(ParameterError, match="weight"):
         ds.PerpNeg(weights=wrong)

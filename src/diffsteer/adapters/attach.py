@@ -60,7 +60,8 @@ def attach(
     -------
     Attached
         A context manager; or call its ``detach()``. ``.last`` is the :class:`Result` of the last call: ``.trace``,
-        ``.nfe``, ``.record``, and the final latents in ``.samples``.
+        ``.nfe``, ``.record``, and in ``.samples`` the latents after the last scheduler step, as methods see them
+        (packed ones on their grid), before what the pipeline or a callback still does to them.
 
     Raises
     ------
@@ -147,6 +148,7 @@ class Attached:
         if self.run is not None:
             raise StateError("the pipeline was called from inside its own call; detach first")
         arguments = _named(native, args, keywords)
+        _check_callback(arguments.get("callback_on_step_end"))
         negatives = pop_negatives(arguments)
         _switch_off(self.spec, self._native, native, arguments, self.pipe)
         method = self.method
@@ -216,6 +218,16 @@ def _switch_off(spec: Spec, cls: type, native: functools.partial[Any], arguments
     arguments.update(off)
 
 
+def _check_callback(callback: Any) -> None:
+    """Refuse diffusers' callbacks that end its own guidance, alone or among others."""
+    for one in getattr(callback, "callbacks", [callback]):
+        if any(kind.__name__.endswith("CFGCutoffCallback") for kind in type(one).__mro__):
+            raise ParameterError(
+                f"{type(one).__name__} ends the pipeline's own guidance, which is off while a method is attached; give "
+                "the method the noise levels at which it acts, diffsteer.Window(method, low=...), or detach"
+            )
+
+
 def _setting(pipe: Any, spec: Spec, name: str) -> Any:
     """A setting of the denoiser's configuration."""
     nets = (getattr(pipe, denoiser, None) for denoiser in spec.denoisers)
@@ -228,8 +240,13 @@ def _guided_class(cls: type, handle: Attached) -> type:
     def __call__(self: Any, *args: Any, **keywords: Any) -> Any:
         return handle.call(functools.partial(cls.__call__, self), args, keywords)
 
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+        make, (_, *rest), *state = cls.__reduce_ex__(self, protocol)
+        return make, (cls, *rest), *state  # a copy is not attached: nothing could detach it
+
     body: dict[str, Any] = {
         "__call__": functools.wraps(cls.__call__)(__call__),
+        "__reduce_ex__": __reduce_ex__,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -96,11 +97,19 @@ def widen(method: Guidance, negatives: list[str], others: set[str]) -> Guidance:
 
     Raises
     ------
+    ParameterError
+        A context was given both ways.
     UnsupportedError
         The method cannot use a negative prompt, or only one.
     MissingContextError
         The method wants a negative prompt that was not given.
     """
+    twice = [name for name in negatives if name in others]
+    if twice:
+        raise ParameterError(
+            f"{', '.join(twice)} was given both by negative_prompt= and by contexts=, and can be one of them only; "
+            "leave the other out"
+        )
     if len(negatives) > 1:
         method = _replace(method, tuple(negatives))
     wanted = {name for name in mentioned(method) if name == "neg" or (name[:3] == "neg" and name[3:].isdigit())}
@@ -177,13 +186,15 @@ def encode(
     batch = _number_of_prompts(arguments)
     answer: Any = None
     bundles: dict[str, Bundle] = {}
+    single = any(slot is None for _, slot in spec.conditioning.values())  # one prompt per call
+    texts = _negative_arguments(native, single)
     for name, given in wanted.items():
-        own = {"negative_prompt": given} if isinstance(given, str) else given
+        own = described(name, given, spec.conditioning, texts)
         if own and own.keys() <= spec.conditioning.keys():
-            bundles[name] = dict(own)
+            bundles[name] = own
             continue
         own = {k: like_prompt(v, prompt, batch) for k, v in own.items()}
-        if any(slot is None for _, slot in spec.conditioning.values()):  # one prompt per call
+        if single:
             blank = {k: None for k in arguments if "prompt" in k and "num" not in k}
             own = {k.replace("negative_", ""): v for k, v in own.items()}
             own = own or {"prompt": like_prompt(str(spec.null), prompt, batch)}
@@ -196,6 +207,29 @@ def encode(
             if answer is None:
                 answer = tuple(None if i in negative.values() else value for i, value in enumerate(both))
     return native(**arguments) if answer is None else answer, bundles
+
+
+def _negative_arguments(native: Any, single: bool) -> list[str]:
+    """What describes a negative to ``encode_prompt``, as the pipeline's own call names it."""
+    names = [name for name in inspect.signature(native).parameters if "prompt" in name and "num" not in name]
+    return [f"negative_{name}" for name in names] if single else [n for n in names if n.startswith("negative_")]
+
+
+def described(context: str, given: Any, *known: Collection[str]) -> dict[str, Any]:
+    """The arguments that a context was given by; a text is its ``negative_prompt``.
+
+    Raises
+    ------
+    ParameterError
+        They are not all among one of ``known``, the names that the pipeline understands.
+    """
+    own = {"negative_prompt": given} if isinstance(given, str) else given
+    if isinstance(own, Mapping) and any(own.keys() <= set(names) for names in known):
+        return dict(own)
+    how = f"was given by {', '.join(map(str, own))}" if isinstance(own, Mapping) else f"is {given!r}"
+    raise ParameterError(
+        f"context {context!r} {how}: this pipeline takes one by {'; or by '.join(map(', '.join, known))}"
+    )
 
 
 def like_prompt(text: Any, prompt: Any, batch: int) -> Any:

@@ -21,18 +21,20 @@ from diffusers.modular_pipelines.modular_pipeline import BlockState, PipelineSta
 from torch import Tensor, nn
 
 from diffsteer.adapters.contexts import Bundle, like_prompt, pop_negatives, widen
-from diffsteer.adapters.network import Invocation, PipelineNet, first, on_grid
+from diffsteer.adapters.network import Invocation, PipelineNet, bare, first, on_grid
 from diffsteer.adapters.specs import VERIFIED, Spec
-from diffsteer.adapters.steps import GuidedSteps, check_needs, entry, wide
+from diffsteer.adapters.steps import GuidedSteps, check_needs, drawing, entry, wide
 from diffsteer.core import Guidance, Sum
 from diffsteer.engine import every_kth
 from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.methods import entry as method_entry
 from diffsteer.methods import list_methods, parse_method
+from diffsteer.methods.compose import moves_samples
 from diffsteer.patching import patched
 from diffsteer.sampling import Result
 
 # By the denoiser's class: what the row of a classic pipeline says of its network.
+_EDITS = "this method edits samples, which a guider cannot do; use diffsteer.attach(), or diffsteer.sample()"
 _SPECS = {
     "UNet2DConditionModel": VERIFIED["StableDiffusionXLPipeline"],
     "SD3Transformer2DModel": VERIFIED["StableDiffusion3Pipeline"],
@@ -233,8 +235,11 @@ class _Run(GuidedSteps):
         prompts = {p.name: state.get(p.name) for p in self.encoder.inputs if "prompt" in p.name}
         negatives = pop_negatives(prompts)
         method = widen(guider.method, list(negatives), set(guider.contexts))
+        if moves_samples(method):  # told now: of the last step a guider hears nothing
+            raise UnsupportedError(_EDITS)
         eta = float(state.get("eta") or 0.0)
-        super().__init__(method, guider.models, state.get("generator"), eta, guider.config.trace)
+        generator = drawing(state.get("generator"), components._execution_device)
+        super().__init__(method, guider.models, generator, eta, guider.config.trace)
         others = {context: {"negative_prompt": text} for context, text in guider.contexts.items()}
         self.wanted: dict[str, dict[str, Any]] = {"null": {}, **negatives, **others}
         self.encoded: dict[str, dict[str, Any]] = {}
@@ -294,9 +299,7 @@ class _Run(GuidedSteps):
             for name, own in call.by_name(self.models).items()
         }
         if self.engine is not None and self.engine.after(x) is not x:  # the step before ended here
-            raise UnsupportedError(
-                "this method edits samples, which a guider cannot do; use diffsteer.attach(), or diffsteer.sample()"
-            )
+            raise UnsupportedError(_EDITS)
         prediction = self.guide(nets, x)
         self.index, self.x = self.index + 1, x
         return first(nets["main"].answer(prediction))
@@ -327,7 +330,7 @@ def _called_by_block() -> bool:
 
 
 def _spec(denoiser: nn.Module) -> Spec:
-    name = type(getattr(denoiser, "_orig_mod", denoiser)).__name__
+    name = type(bare(denoiser)).__name__
     if name not in _SPECS:
         raise UnsupportedError(f"{name} is not among the denoisers that diffsteer can guide: {', '.join(_SPECS)}")
     return _SPECS[name]

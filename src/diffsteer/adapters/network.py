@@ -41,7 +41,7 @@ class Invocation:
         shared: tuple[str, ...] = (),
     ) -> Invocation:
         """From what ``module`` was called with; ``forward`` is how to call it past our own patch."""
-        names = _parameters(type(getattr(module, "_orig_mod", module)))
+        names = _parameters(type(bare(module)))
         return cls(module, forward, {**dict(zip(names, args, strict=False)), **keywords}, names[0], shared)
 
     def by_name(self, twins: Mapping[str, nn.Module]) -> dict[str, Invocation]:
@@ -61,6 +61,12 @@ class Invocation:
         if rows is not None:
             arguments = select(arguments, rows, len(self.x), self.shared)
         return {**arguments, **more, self.sample: x}
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The network inside of what was compiled, or made a model of peft."""
+    module = module.get_base_model() if hasattr(module, "get_base_model") else module
+    return getattr(module, "_orig_mod", module)
 
 
 @functools.cache

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffsteer.adapters.contexts import Bundle, encode
+from diffsteer.adapters.contexts import Bundle, described, encode
 from diffsteer.adapters.network import Invocation, PipelineNet, on_grid, pack
 from diffsteer.adapters.specs import Spec
-from diffsteer.adapters.steps import GuidedSteps, entry, wide
+from diffsteer.adapters.steps import GuidedSteps, drawing, entry, wide
 from diffsteer.core import Guidance
 from diffsteer.engine import Batching
 from diffsteer.errors import StateError, UnsupportedError
@@ -52,7 +52,8 @@ class GuidedRun(GuidedSteps):
         batching: Batching,
     ) -> None:
         eta = float(arguments.get("eta") or 0.0)
-        super().__init__(method, models, arguments.get("generator"), eta, trace, batching)
+        generator = drawing(arguments.get("generator"), pipe._execution_device)
+        super().__init__(method, models, generator, eta, trace, batching)
         self.pipe, self.spec = pipe, spec
         self.wanted: Mapping[str, Any] = {"null": {}}  # contexts beside "pos", see contexts.encode
         self.bundles: dict[str, Bundle] = {"pos": {}}
@@ -111,7 +112,8 @@ class GuidedRun(GuidedSteps):
         call = Invocation.of(module, native, args, keywords, self.spec.shared)
         if len(self.bundles) == 1 and isinstance(self.spec.null, Mapping):  # labels, which nothing encodes
             null = {name: torch.tensor([value]) for name, value in self.spec.null.items()}
-            self.bundles |= {**self.wanted, "null": self.wanted["null"] or null}
+            labels = {name: described(name, given, self.spec.conditioning) for name, given in self.wanted.items()}
+            self.bundles |= {**labels, "null": labels["null"] or null}
         x = self._sample(call)
         if self.spec.grid:
             x = on_grid(x, self.spec.grid(call.arguments))
@@ -188,12 +190,13 @@ class GuidedRun(GuidedSteps):
                 )
 
     def result(self) -> Result | None:
-        """What the call has come to; None before its first step."""
+        """What the call has come to, its samples as methods see them; None before its first step."""
         if self.engine is None or self.x is None:
             return None
+        x = on_grid(self.x, self.engine.step.x.shape[2:]) if self.spec.grid else self.x
         record = {
             "pipeline": type(self.pipe).__name__,
             **self.record(self.index, list(self.bundles)),
             "seconds": time.perf_counter() - self.started,
         }
-        return self.outcome(self.x, record)
+        return self.outcome(x, record)

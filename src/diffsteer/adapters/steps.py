@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,8 +26,9 @@ class GuidedSteps:
     method : Guidance
     models : mapping of str to nn.Module
         Twin networks.
-    generator : torch.Generator, list of them, or None
-        The pipeline's.
+    generator : torch.Generator, or list of them
+        That the pipeline draws from, one for each image or one for all; as they stand now, they seed the method's own
+        randomness.
     eta : float
     trace : str
     batching : float or "auto"
@@ -44,7 +46,8 @@ class GuidedSteps:
         trace: str,
         batching: Batching = 0,
     ) -> None:
-        self.method, self.models, self.generator, self.eta = method, models, generator, eta
+        self.method, self.models, self.eta = method, models, eta
+        self.seeds = list(map(_seed, generator)) if isinstance(generator, (list, tuple)) else _seed(generator)
         self.every, self.batching = every_kth(trace), batching
         self.engine: Engine | None = None
         self.levels: list[Level] = []  # from the first step on
@@ -65,7 +68,7 @@ class GuidedSteps:
     def guide(self, nets: Mapping[str, PipelineNet], x: Tensor) -> Tensor:
         """The method's prediction at ``x``, (B, ...)."""
         if self.engine is None:
-            streams = _streams(self.generator, len(x))
+            streams = _streams(self.seeds, len(x))
             self.engine = Engine(nets, self.method, torch.arange(len(x)), streams, self.batching)
             reading = self.reading
             inner = reading.inner(len(self.levels) - 1)
@@ -96,12 +99,29 @@ class GuidedSteps:
         return Result(x.detach().cpu(), stack_trace(self.kept, len(nfe)), nfe, record)
 
 
-def _streams(generator: Any, batch: int) -> list[torch.Generator]:
-    """A method's own randomness, one stream per image: it follows the pipeline's generators without drawing."""
-    if isinstance(generator, (list, tuple)):
-        return [stream(g.initial_seed(), 0, 1) for g in generator]
-    seed = torch.initial_seed() if generator is None else generator.initial_seed()
-    return [stream(seed, i, 1) for i in range(batch)]
+def drawing(generator: Any, device: torch.device) -> Any:
+    """The generators that a pipeline draws from: without any of its own, torch's for its device."""
+    if generator is not None:
+        return generator
+    if device.type == "cuda":
+        torch.cuda.init()  # before, there are none
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.mps._get_default_mps_generator() if device.type == "mps" else torch.default_generator
+
+
+def _seed(generator: torch.Generator) -> int:
+    """To follow a generator without drawing: its seed while it has not drawn, then a hash of where it stands."""
+    state, seed = generator.get_state(), generator.initial_seed()
+    if torch.equal(state, torch.Generator(generator.device).manual_seed(seed).get_state()):
+        return seed
+    return int.from_bytes(hashlib.blake2b(state.numpy().tobytes(), digest_size=8).digest(), "little")
+
+
+def _streams(seeds: int | list[int], batch: int) -> list[torch.Generator]:
+    """A method's own randomness, one stream per image."""
+    if isinstance(seeds, list):
+        return [stream(seed, 0, 1) for seed in seeds]
+    return [stream(seeds, i, 1) for i in range(batch)]
 
 
 def wide(x: Tensor) -> Tensor:

@@ -64,15 +64,15 @@ def _beside(
     return (*done, plain)
 
 
-def _moves(method: Guidance) -> bool:
+def moves_samples(method: Guidance) -> bool:
     """Whether a method moves samples after the step."""
     match method:
         case Sum():
-            return any(map(_moves, method.methods))
+            return any(map(moves_samples, method.methods))
         case Switch():
-            return _moves(method.first) or _moves(method.second)
+            return moves_samples(method.first) or moves_samples(method.second)
         case _Around() | Relative():
-            return _moves(method.method)
+            return moves_samples(method.method)
     return type(method).after is not Guidance.after and bool(method.needs & {"first_order", "recurrence"})
 
 
@@ -200,7 +200,7 @@ class Schedule(_Around):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if _moves(self.method):
+        if moves_samples(self.method):
             raise ParameterError(
                 f"{type(self.method).__name__} moves samples after the step, where no weight of a prediction reaches: "
                 "take its mode 'score' where it has one, or a Window"

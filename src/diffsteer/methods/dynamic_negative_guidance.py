@@ -82,11 +82,11 @@ class DynamicNegativeGuidance(Guidance):
         ``calibration`` p_min has no say: what it reads are log-odds that nothing clamps below, as in its fit.
     estimator : {"auto", "odds", "kernel", "ito", "ode", "surrogate"} or callable
         How p follows the trajectory, see :mod:`diffsteer.posterior`. "auto": "odds" on samplers that step by
-        DDPM's kernel (DDPM, DDIM with eta=1, Euler ancestral), "ito" on other stochastic ones (DDPM of another
-        variance_type, SDE-DPM-Solver), with (1 - kappa) times the divergence on those that add a fraction kappa of the
-        noise, "ode" on deterministic ones, where it is second order; "ode" serves stochastic samplers too, at the price
-        of the divergence. "kernel" is the paper's. A callable maps (x, level) to p, (B,): an exact posterior or a
-        noise-aware classifier.
+        DDPM's kernel (DDPM, DDIM with eta=1, Euler ancestral), "ito" where the full noise is added in another way
+        (DDPM of another variance_type, SDE-DPM-Solver), "ode" where less is or none, which is second order; it serves
+        the others too, at the price of the divergence. "ito" where a fraction kappa of the noise is added has
+        (1 - kappa) times the divergence. "kernel" is the paper's. A callable maps (x, level) to p, (B,): an exact
+        posterior or a noise-aware classifier.
     divergence : {"probe", "exact", "difference"}
         One vector-Jacobian product a step along an orthogonal basis that the steps walk through; all D of them; or
         the one probe by a finite difference, which needs no gradient but single precision.

@@ -11,7 +11,7 @@ from diffsteer.core import After, Call, Plan, Run, State, Step, within
 from diffsteer.energy.steps import act, score_of
 from diffsteer.errors import ParameterError
 from diffsteer.methods._registry import register
-from diffsteer.methods.compose import _Around, _beside
+from diffsteer.methods.compose import _Around, _beside, moves_samples
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,14 @@ class EconomicalGuidance(_Around):
     on_skip: Literal["skip", "reuse"] = "skip"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.start_at < self.stop_at <= 1:
             raise ParameterError(f"needs 0 <= start_at < stop_at <= 1, got {self.start_at}, {self.stop_at}")
         if self.stride < 1 or self.on_skip not in ("skip", "reuse"):
             raise ParameterError(
                 f"needs stride >= 1 and on_skip 'skip' or 'reuse', got {self.stride}, {self.on_skip!r}"
             )
-        if self.on_skip == "reuse" and self.method.needs & {"first_order", "recurrence"}:
+        if self.on_skip == "reuse" and moves_samples(self.method):
             raise ParameterError(
                 f"{type(self.method).__name__} moves samples after the step, which cannot be taken again; use "
                 "on_skip='skip', or its mode 'score' where it has one"

@@ -75,9 +75,9 @@ class FeedbackGuidance(Guidance):
         tau >= 0 and delta, given together in place of the two times (which need pi > 1/3).
     estimator : {"auto", "kernel", "ito", "ode", "surrogate"} or callable
         How log r follows the trajectory, see :mod:`diffsteer.posterior`. "auto": the paper's "kernel" on samplers that
-        step by DDPM's kernel, "ito" on other stochastic ones, with (1 - kappa) times the divergence on those that add a
-        fraction kappa of the noise, "ode" on deterministic ones. "surrogate": the paper's formula on deterministic
-        samplers too, as in its own experiments. A callable maps (x, level) to r, (B,), without tau and delta.
+        step by DDPM's kernel, "ito" where the full noise is added in another way, "ode" where less is or none.
+        "surrogate": the paper's formula on deterministic samplers too, as in its own experiments. A callable maps
+        (x, level) to r, (B,), without tau and delta.
     divergence : {"probe", "exact", "difference"}
         How the divergence is computed where it is needed, see :class:`diffsteer.DynamicNegativeGuidance`.
     softening : float
