@@ -14,7 +14,7 @@ def test_every_method_has_a_page_without_leftovers_of_its_markup(tmp_path: Path)
     assert {path.stem for path in written} == {*ds.list_methods(), *ds.list_optimizers(), "README"}
     for path in written:
         text = path.read_text(encoding="utf-8")
-        for leftover in (".. math", ":class:", "\n----", "Parameters\n--"):
+        for leftover in (".. math", ":math:", ":data:", ":class:", "\n----", "Parameters\n--"):
             assert leftover not in text, (path.stem, leftover)
         assert text.count("```") % 2 == 0
         assert "\n    " not in text.split("## Paper")[0], path.stem  # an equation outside of its formula

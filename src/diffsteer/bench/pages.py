@@ -90,7 +90,8 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 def markdown(docstring: str) -> str:
     """A numpydoc docstring as Markdown that GitHub renders."""
-    text = re.sub(r":(?:class|meth|func|mod):`~?([^`]+)`", r"`\1`", docstring).replace("``", "`") + "\n\n"
+    text = re.sub(r":(?:class|meth|func|mod|data):`~?([^`]+)`", r"`\1`", docstring).replace("``", "`") + "\n\n"
+    text = re.sub(r":math:`([^`]+)`", r"$`\1`$", text)
     text = re.sub(r"^\.\. math::[ ]*(.*)\n((?:    .*\n|\n(?=    ))*)", _math, text, flags=re.M)
     text = re.sub(r"^(=+ =[= ]*)\n((?:.+\n)+)", r"```\n\1\n\2```\n", text, flags=re.M)  # a table stays as it is set
     text = re.sub(r"^(>>> (?:.+\n)+)", r"```python\n\1```\n", text, flags=re.M)
