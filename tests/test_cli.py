@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from diffsteer.cli import app
+
 
 def diffsteer(*words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -35,16 +37,18 @@ def test_help_teaches_and_imports_nothing_heavy() -> None:
 
 
 def test_remove_writes_a_whole_report(tmp_path: Path) -> None:
-    done = diffsteer("remove", "digits", "--concept", "3", "--samples", "16", "--steps", "6", "--out", str(tmp_path))
+    out = tmp_path / "not[" / "bold]"
+    done = diffsteer("remove", "digits", "--concept", "3", "--samples", "16", "--steps", "6", "--out", str(out))
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / "report.html").read_text()
+    assert f"Report: {out / 'report.html'}" in done.stdout
+    page = (out / "report.html").read_text()
     assert "Negative prompting" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
-    rows = json.loads((tmp_path / "results.json").read_text())
+    rows = json.loads((out / "results.json").read_text())
     assert [r["name"] for r in rows] == ["Unguided", "Rejection", "Negative prompting", "Safe latent diffusion", "DNG"]
     assert rows[1]["forbidden"] == 0
-    assert (tmp_path / "samples.png").stat().st_size > 10_000
-    assert (tmp_path / "results.csv").read_text().count("\n") == 6
+    assert (out / "samples.png").stat().st_size > 10_000
+    assert (out / "results.csv").read_text().count("\n") == 6
 
 
 def test_several_concepts_each_have_a_posterior(tmp_path: Path) -> None:
@@ -62,7 +66,7 @@ def test_several_concepts_each_have_a_posterior(tmp_path: Path) -> None:
         (("remove", "digits", "-c", "cat"), "unknown concept 'cat'; known: 0, 1"),
         (("remove", "digits", "-c", "3", "--samples", "2"), "use at least 16"),
         (("remove", "digits", "-c", "3", "--seed", "-1"), "seed must be at least 0"),
-        (("remove", "digits", "-c", "3", "--steps", "0"), "steps must be at least 1"),
+        (("remove", "digits", "-c", "3", "--steps", "0"), "at least 1, got 0"),
         (("cite", "nothing"), "unknown method 'nothing'; known: adaptive-guidance"),
     ],
 )
@@ -80,6 +84,14 @@ def test_an_unwritable_folder_is_refused_before_any_work(tmp_path: Path) -> None
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "%" not in done.stdout
+
+
+def test_a_method_that_is_named_twice_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiers = []
+    monkeypatch.setattr("diffsteer.bench.sweep.sweep", lambda name, tier, **_: tiers.append(tier))
+    words = ["bench", "removal", "--method", "np", "--method", "dng", "--method", "np"]
+    app(words, result_action="return_value")
+    assert [tier.methods for tier in tiers] == [("np", "dng")]
 
 
 def test_methods_and_cite() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from diffsteer import files
 from diffsteer.errors import OutputError
-from diffsteer.files import check_writable, whole, write_text
+from diffsteer.files import check_writable, together, whole, write_text
 
 
 def tear(path: Path) -> None:
@@ -28,6 +29,28 @@ def test_a_file_gets_its_name_when_it_is_whole_and_an_older_one_stays_until_then
         tear(path)
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def replaced(folder: Path, text: str, *, interrupted: bool = False) -> dict[str, str]:
+    with together(folder, [folder / "b"], last="a") as new:
+        (new / "a").write_text(text)
+        if interrupted:
+            raise KeyboardInterrupt
+        (new / "c").write_text(text)
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_files_that_belong_together_get_there_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        replaced(tmp_path, "new", interrupted=True)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
+    order: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(files.os, "replace", lambda part, path: (order.append(path.name), replace(part, path)))
+    assert replaced(tmp_path, "new") == {"a": "new", "c": "new"}
+    assert order == ["c", "a"]
 
 
 def test_text_is_utf8_with_plain_line_ends_and_its_folders_are_made(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diffsteer import generate as generating
+from diffsteer.adapters import attach
 from diffsteer.bench.energy import bench_energy
 from diffsteer.bench.prompt_runs import Plan
 from diffsteer.bench.prompts import bench_prompts
@@ -26,6 +27,7 @@ from diffsteer.cli import app
 from diffsteer.engine import stream
 from diffsteer.errors import OutputError, ParameterError, UnknownNameError, UnsupportedError, WeightsError
 from diffsteer.generate import _strict, generate, load_pipeline
+from diffsteer.methods import ClassifierFreeGuidance
 
 sys.path.insert(0, str(Path(__file__).parent / "adapters"))
 import tiny
@@ -149,6 +151,25 @@ def test_a_sheet_of_many_pictures_has_no_empty_panels(tmp_path: Path, figures: l
 def test_a_method_that_reports_nothing_has_no_trace(folder: str, tmp_path: Path) -> None:
     generate("a", pipeline=folder, method="cfg:3", num=1, steps=2, out=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000.png", "record.json", "sheet.png"]
+
+
+def test_an_interrupted_run_leaves_the_earlier_ones_files(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "not[" / "bold]"
+    options = {"pipeline": folder, "method": METHOD, "steps": 2, "num": 2, "out": out}
+    generate("a circle", negative="red", **options)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def stopped(pipe: Any, method: Any) -> Any:
+        if isinstance(method, ClassifierFreeGuidance):
+            raise KeyboardInterrupt
+        return attach(pipe, method)
+
+    monkeypatch.setattr(generating, "attach", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        generate("a square", negative="blue", **options)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_mistakes_come_before_any_work(folder: str, tmp_path: Path) -> None:

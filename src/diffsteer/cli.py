@@ -95,7 +95,7 @@ def removal(
     Parameters
     ----------
     model
-        A shipped model, or the folder of your own.
+        A shipped model, or the folder of your own, calibrated for the tier's kinds of samplers (`diffsteer calibrate`).
     tier
         1: the sweep at 50 steps; of mnist also 2: more steps and ODE samplers on two classes, and of cifar10
         too 3: 1000 steps at one operating point; of mnist 4: everything, for a GPU.
@@ -132,7 +132,7 @@ def removal(
         chosen = replace(chosen, samples=samples, final=final)
     if concepts is not None:
         chosen = replace(chosen, concepts=concepts)
-    chosen = replace(chosen, methods=tuple(method or chosen.methods))
+    chosen = replace(chosen, methods=tuple(dict.fromkeys(method or chosen.methods)))
     folder = out or Path("runs") / f"removal-{Path(model).name}-{tier}"
     sweep(model, chosen, out=folder, separate=separate, device=device)
 
@@ -206,7 +206,8 @@ def bench_methods(
     Parameters
     ----------
     model
-        A shipped model, or the folder of your own.
+        digits, or the folder of your own model of them (`diffsteer train digits`): it takes a weak network, which no
+        other recipe has.
     out
         Folder for runs, table and pictures.
     samples

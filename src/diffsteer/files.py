@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,25 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def together(folder: Path, older: Iterable[Path] = (), *, last: str) -> Iterator[Path]:
+    """Where to write files that belong together; they get into ``folder`` when all of them are written.
+
+    Parameters
+    ----------
+    older : iterable of Path
+        Files that go then, whether new ones take their place or not.
+    last : str
+        Name of the one that says what the others are.
+    """
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as parts:
+        yield Path(parts)
+        for path in older:
+            path.unlink(missing_ok=True)
+        for part in sorted(Path(parts).iterdir(), key=lambda part: part.name == last):
+            os.replace(part, folder / part.name)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
@@ -49,11 +68,16 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file completely or not at all."""
+    with whole(path) as part:
+        part.write_bytes(packed(tensors, metadata))
+
+
+def packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """What :func:`write_tensors` writes."""
     from safetensors.torch import save  # save_file makes files that only their owner may read
 
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with whole(path) as part:
-        part.write_bytes(save(ready, dict(metadata or {})))
+    return save(ready, dict(metadata or {}))
 
 
 def write_figure(path: Path, figure: Figure, **options: Any) -> None:

@@ -17,6 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
+from rich.markup import escape
 
 from diffsteer import zoo
 from diffsteer.adapters import attach, calibrate_pipeline
@@ -25,7 +26,7 @@ from diffsteer.core import Guidance, Sum
 from diffsteer.denoisers import usable
 from diffsteer.engine import stream
 from diffsteer.errors import OutputError, ParameterError, UnsupportedError
-from diffsteer.files import check_writable, write_figure, write_text
+from diffsteer.files import check_writable, together, write_figure, write_text
 from diffsteer.methods import ClassifierFreeGuidance, DynamicNegativeGuidance, NegativePrompting, parse_method
 from diffsteer.sampling import Result
 from diffsteer.shapes import share
@@ -54,7 +55,7 @@ def generate(
     device: str = "cpu",
     dtype: str = "float32",
 ) -> dict[str, Result]:
-    """Generate pictures; PNGs, a contact sheet, the trace and the run record go to ``out``.
+    """Generate pictures; PNGs, a contact sheet, the trace and the run record go to ``out``, when all are drawn.
 
     Parameters
     ----------
@@ -126,10 +127,10 @@ def generate(
             rows["negative prompt"] = (NegativePrompting.replacing_null(replacing), negative.replace("|", ", "))
         rows["no negative"] = (ClassifierFreeGuidance(w), "")
     pictures: dict[str, list[Any]] = {}
+    traces: dict[str, list[Mapping[str, Any]]] = {}
     results: dict[str, Result] = {}
     for label, (guide, unwanted) in rows.items():
-        pictures[label] = []
-        traces: list[Mapping[str, Any]] = []
+        pictures[label], traces[label] = [], []
         with attach(pipe, guide) as guided:
             for first in range(0, num, batch_size):
                 generators = [stream(seed, i) for i in range(first, min(first + batch_size, num))]
@@ -140,21 +141,20 @@ def generate(
                 )  # fmt: skip
                 pictures[label] += answer.images
                 assert guided.last is not None
-                traces.append({name: value.numpy() for name, value in guided.last.trace.items()})
+                traces[label].append({name: value.numpy() for name, value in guided.last.trace.items()})
                 results[label] = guided.last
-        if label == method:
-            for old in stale:
-                old.unlink(missing_ok=True)
-            for i, picture in enumerate(pictures[label]):
-                picture.save(out / f"{i:03d}.png")
-            _draw_trace(out / "trace.png", traces)
-    _draw_sheet(out / "sheet.png", pictures)
     record = {
         "prompt": prompt, "negative": negative, "pipeline": pipeline, "seed": seed, "num": num,
         "rows": {label: _strict(result.record) for label, result in results.items()},
     }  # fmt: skip
-    write_text(out / "record.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
-    Console().print(f"{num} pictures in [bold]{out}[/bold]; the sheet is {out / 'sheet.png'}", soft_wrap=True)
+    with together(out, stale, last="record.json") as folder:
+        for i, picture in enumerate(pictures[method]):
+            picture.save(folder / f"{i:03d}.png")
+        _draw_trace(folder / "trace.png", traces[method])
+        _draw_sheet(folder / "sheet.png", pictures)
+        write_text(folder / "record.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+    where, sheet = escape(str(out)), escape(str(out / "sheet.png"))
+    Console().print(f"{num} pictures in [bold]{where}[/bold]; the sheet is {sheet}", soft_wrap=True)
     return results
 
 

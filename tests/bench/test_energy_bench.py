@@ -180,5 +180,8 @@ def test_refuses(model, real) -> None:
     other = replace(model, config={**model.config, "classes": list("ABCDEFGHIJ")})
     with pytest.raises(ParameterError, match="the model's classes are"):
         real_images(other, "digits")
+    mine = replace(model, config={**model.config, "name": "mnist", "dataset": "photos/mnist"})
+    with pytest.raises(UnknownNameError, match="photos/mnist"):
+        real_images(mine)
     with pytest.raises(ParameterError, match="two of each class"):
         tasks_of(model, "labels", Plan(choosing=9), real)

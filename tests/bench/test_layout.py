@@ -103,4 +103,6 @@ def test_what_has_no_say_in_a_layout_is_refused(tmp_path: Path) -> None:
     for wrong in ({"plan": Plan(samples=50)}, {"data": "digits"}):
         with pytest.raises(ParameterError, match="leave data and samples out"):
             bench_energy("shapes", out=tmp_path, **wrong)
+    with pytest.raises(ParameterError, match="device 'gpu' cannot be used here"):
+        bench_energy("shapes", Plan.quick(), out=tmp_path, device="gpu")
     assert not list(tmp_path.iterdir())

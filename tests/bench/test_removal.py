@@ -8,12 +8,13 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import diffsteer as ds
-from diffsteer.bench import removal
+from diffsteer.bench import removal, sweep_report
 from diffsteer.bench import sweep as sweeping
 from diffsteer.bench.removal import (
     SCHEDULERS,
@@ -229,6 +230,64 @@ def test_what_a_model_lacks_is_refused_before_anything_runs(
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="Cannot write"):
         calibrate_model(replace(model, folder=tmp_path / "file" / "inside"), "ddpm")
+
+
+def test_dng_without_a_calibration_is_refused_before_anything_runs(model, tmp_path: Path) -> None:
+    """It would be reported as DNG, and is not what `diffsteer remove` calls so."""
+    mine = shutil.copytree(model.folder, tmp_path / "mine")
+    stored = json.loads((mine / "calibration.json").read_text())
+    tier = replace(sweeping.tier_of(model, 1), methods=("np", "dng"))
+    for kept, lacking in (("sde", ["ddim"]), ("ode", ["ddpm"]), ("", ["ddpm", "ddim"])):
+        (mine / "calibration.json").write_text(json.dumps({kind: stored[kind] for kind in stored if kind == kept}))
+        with pytest.raises(UnsupportedError, match="--method np") as said:
+            sweeping.sweep(str(mine), tier, out=tmp_path / "out")
+        for kind in ("ddpm", "ddim"):
+            command = f"`diffsteer calibrate {mine} --scheduler {kind} --steps 50`"
+            assert (command in str(said.value)) == (kind in lacking)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_concept_that_no_unguided_sample_shows_has_no_lead(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeping, "RESAMPLES", 3)
+    target = outcome([0, 1, 2, 3, 4, 6, 7, 8, 9] * 10)
+    bases = SimpleNamespace(separate=False, target=lambda setting: target)
+    runs = {("ddpm-4", concept, name): [outcome(list(range(10)) * 4)] for concept in (5, 6) for name in ("dng", "np")}
+    tier = sweeping.Tier((("ddpm", 4),), 40, methods=("np", "dng"))
+    leads = {(lead.concept, lead.axis): lead for lead in sweeping._leads(model, runs, bases, [5, 6], tier)}
+    for axis in ("KL", "distance"):
+        assert leads["5", axis].interval is None
+        assert leads["mean", axis].difference == leads["6", axis].difference
+    assert sweep_report._signed(leads["5", "KL"]) == "none: no unguided sample shows it"
+    leads = list(sweeping._leads(model, runs, bases, [5], tier))
+    assert [(lead.concept, lead.difference) for lead in leads] == [("5", None)] * 2
+
+
+def test_a_mean_is_over_the_rows_that_have_the_figure(model) -> None:
+    few, more = (measure(model, SETTING, outcome([0, 1] * 8), outcome([1] * n), "x", "1") for n in (4, 20))
+    assert few.recall is None
+    rows = [sweep_report.Entry("ddpm-4", "3", "np", 1.0, True, row) for row in (few, more)]
+    at = sweep_report._COLUMNS.index("recall")
+    assert sweep_report._means(model, rows)[0][at] == f"{more.recall:.2f}"
+    assert sweep_report._means(model, rows[:1])[0][at] == ""
+
+
+def test_a_users_data_of_a_built_in_name_have_the_benchmark_of_a_users_model(model) -> None:
+    shipped = replace(model, config={**model.config, "name": "mnist"})
+    mine = replace(model, config={**model.config, "name": "mnist", "dataset": "photos/mnist"})
+    assert sweeping.tier_of(shipped, 1) == sweeping.TIERS["mnist"][1]
+    assert sweeping.tier_of(mine, 1) == sweeping.TIERS["digits"][1]
+    assert (
+        sweeping.scales_of(mine, "dng", "ddpm") == sweeping.SCALES["dng"] != sweeping.scales_of(shipped, "dng", "ddpm")
+    )
+
+
+def test_a_damaged_run_is_named(model, tmp_path: Path) -> None:
+    method = method_for(model, "np", SETTING)
+    run(model, SETTING, method, store=tmp_path)
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(kept.read_bytes()[:99])
+    with pytest.raises(WeightsError, match=r"no whole run.*delete it"):
+        run(model, SETTING, method, store=tmp_path)
 
 
 def test_a_rejection_set_with_nothing_left_is_refused(model) -> None:

@@ -58,7 +58,9 @@ CASE = Case(
         ({}, {"seed": 6}),
     ],
     contract=[
-        (AG(threshold=0.9999), 1.0), (AG(scale=3.0, threshold=0.9, compare_in="eps"), 1.0), (AG(2.0, 0.8, "x0", 2), 0.0)
+        (AG(threshold=0.9999), 1.0),
+        (AG(scale=3.0, threshold=0.9, compare_in="eps"), 1.0),
+        (AG(2.0, 0.8, "x0", 2), 0.0),
     ],
     formulas=[("methods.adaptive_guidance", ("guide",))],
 )

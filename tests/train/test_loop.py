@@ -14,7 +14,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from diffsteer.errors import ParameterError
+from diffsteer.errors import ParameterError, WeightsError
 from diffsteer.train.data import digits
 from diffsteer.train.loop import fit, generator_of_step, learning_rate, read_checkpoint
 from diffsteer.train.recipes import RECIPES, SCHEDULE, Recipe
@@ -104,6 +104,15 @@ def test_another_seed_gives_other_weights_and_its_checkpoint_is_not_resumed(tmp_
         start(tmp_path / "seven", recipe=replace(RECIPE, lr=2e-2))
     start(tmp_path / "seven", seed=8, resume=False)
     assert_same(tmp_path / "seven", tmp_path / "eight")
+
+
+@pytest.mark.parametrize("keep", [0, 99])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, keep: int) -> None:
+    start(tmp_path / "run", recipe=replace(RECIPE, steps=1))
+    (tmp_path / "run").write_bytes((tmp_path / "run").read_bytes()[:keep])
+    with pytest.raises(WeightsError, match=r"run is no whole checkpoint.*--no-resume"):
+        start(tmp_path / "run", recipe=replace(RECIPE, steps=1))
+    start(tmp_path / "run", recipe=replace(RECIPE, steps=1), resume=False)
 
 
 def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:

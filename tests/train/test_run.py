@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import diffsteer as ds
@@ -71,8 +74,24 @@ def test_the_card_states_data_licence_and_figures(folder: Path) -> None:
     card = (folder / "README.md").read_text()
     for text in ("CC BY 4.0", "Alpaydin", "diffsteer train digits", "held-out", "DDIM share", "## Limits"):
         assert text in card
-    mine = {**json.loads((folder / "config.json").read_text()), "name": "photos"}
-    assert "`diffsteer train IMAGES --image-size 8 --out DIR`" in model_card(mine, 100, 10)
+
+
+def test_the_card_names_the_commands_that_repeat_the_model(folder: Path) -> None:
+    assert (
+        "`diffsteer train digits --steps 2 --batch-size 4 --out DIR` with seed 0 repeats it"
+        in (folder / "README.md").read_text()
+    )
+    mine = json.loads((ds.zoo.load("digits").folder / "config.json").read_text())
+    assert "`diffsteer train digits --out DIR` with seed 0 repeats it" in model_card(mine, 100, 10)
+    mine["recipe"]["weak"]["lr"] = 0.5
+    assert (
+        "`diffsteer train digits --part denoiser --part judge --part features --part noisy_classifier --out DIR`, "
+        "`diffsteer train digits --part weak --lr 0.5 --out DIR` with seed 0 repeat it"
+    ) in model_card(mine, 100, 10)
+    del mine["recipe"]["weak"]
+    mine |= {"name": "digits", "dataset": "my/digits"}
+    shown = model_card(mine, 100, 10)
+    assert "`diffsteer train IMAGES --image-size 8 --part denoiser --steps 5000 --lr 0.002 --out DIR`" in shown
 
 
 def test_a_finished_model_is_not_trained_again(folder: Path) -> None:
@@ -181,6 +200,64 @@ def test_a_network_on_patches_is_measured_like_any(tmp_path: Path, monkeypatch) 
     train("digits", tmp_path, parts=["denoiser", "judge"], steps=1, batch_size=4, num_samples=10)
     config = json.loads((tmp_path / "config.json").read_text())
     assert sum(config["metrics"]["samples"]["ddpm"]["class_shares"]) == pytest.approx(1)
+
+
+def test_a_calibration_goes_with_the_networks_that_it_was_fitted_on(tmp_path: Path, capsys) -> None:
+    small: dict[str, Any] = {"steps": 1, "batch_size": 4, "num_samples": 0}
+    train("digits", tmp_path, parts=["denoiser"], **small)
+    calibration = tmp_path / "calibration.json"
+    calibration.write_text("{}")
+    train("digits", tmp_path, parts=["denoiser", "judge"], **small)
+    assert calibration.is_file()
+    assert "calibrate" not in capsys.readouterr().out
+    train("digits", tmp_path, parts=["denoiser"], resume=False, lr=1e-2, **small)
+    assert not calibration.exists()
+    assert "calibrate the model again" in capsys.readouterr().out
+
+
+def test_a_folder_is_written_when_everything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small: dict[str, Any] = {"steps": 1, "batch_size": 4, "num_samples": 0}
+    train("digits", tmp_path, parts=["denoiser", "judge", "features"], **small)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("diffsteer.train.export"), "_in_parts", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train("digits", tmp_path, parts=["features"], resume=False, lr=1e-2, **small)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A user's own images, in a folder with the name of a built-in data set."""
+    pytest.importorskip("datasets")
+    for shade, name in enumerate(("cat", "dog")):
+        (tmp_path / "mnist" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (8, 8), 99 * shade + i).save(tmp_path / "mnist" / name / f"{i}.png")
+    return tmp_path / "mnist"
+
+
+def test_parts_of_other_images_are_not_joined(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    small: dict[str, Any] = {"image_size": 8, "steps": 1, "batch_size": 2, "num_samples": 0}
+    train(str(photos), out, parts=["denoiser"], **small)
+    config = json.loads((out / "config.json").read_text())
+    assert (config["name"], config["dataset"]) == ("mnist", str(photos))
+    train(str(photos), out, parts=["denoiser"], **small)
+    (photos / "cat").rename(photos / "zebra")
+    with pytest.raises(ParameterError, match=r"differs in classes.*resume=False"):
+        train(str(photos), out, parts=["denoiser", "judge"], **small)
+    with pytest.raises(ParameterError, match="no longer holds the images"):
+        export(out / "checkpoints", out)
+    with pytest.raises(ParameterError, match="differ in classes"):
+        train(str(photos), out, parts=["judge"], **small)
+    (photos / "zebra").rename(photos / "cat")
+    Image.new("L", (8, 8), 50).save(photos / "cat" / "9.png")
+    with pytest.raises(ParameterError, match="differs in images"):
+        train(str(photos), out, parts=["denoiser"], **small)
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ pytest.importorskip("accelerate", reason='needs pip install "diffsteer[train]"')
 import torch
 from diffusers import StableDiffusionPipeline
 
+from diffsteer.errors import OutputError, ParameterError
 from diffsteer.shapes import VOCABULARY
+from diffsteer.train.flow import train_flow
 from diffsteer.train.loop import read_checkpoint
 from diffsteer.train.shapes import RECIPES, Autoencoder, standardise, tokenizer, train_shapes
+from diffsteer.train.students import train_student
 
 
 def test_every_word_is_one_token() -> None:
@@ -57,3 +61,13 @@ def test_a_folder_that_diffusers_reads_and_a_run_that_resumes(tmp_path: Path, mo
     train_shapes(tmp_path, **small)
     after, _ = read_checkpoint(tmp_path / "checkpoints/denoiser.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("train", [train_shapes, train_student, train_flow])
+def test_what_cannot_begin_is_refused_before_any_work(train: Callable[..., None], tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match="seed must be at least 0"):
+        train(tmp_path / "out", seed=-1)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="Cannot write"):
+        train(tmp_path / "file" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

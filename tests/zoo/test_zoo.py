@@ -148,6 +148,10 @@ def test_damaged_configurations_are_refused(copy: Path, change: dict, says: str)
     (copy / "config.json").write_text("{")
     with pytest.raises(WeightsError, match="damaged"):
         ds.zoo.load(copy)
+    del config["class_shares"]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="lacks class_shares"):
+        ds.zoo.load(copy)
 
 
 def test_every_digit_is_calibrated_for_both_kinds_of_sampler(model, copy: Path) -> None:

@@ -37,7 +37,7 @@ def bench_methods(
     Parameters
     ----------
     name : str
-        A shipped model or a folder.
+        "digits", or the folder of a model of them: a weak network beside the denoiser is needed.
     samples, steps : int
         Of the classes' task; removal takes half as many samples and twice the steps.
     only : tuple of str
@@ -52,6 +52,8 @@ def bench_methods(
     ------
     UnknownNameError
         There is no such trial.
+    UnsupportedError
+        The model has no weak network.
     """
     known = {*TRIALS, *map(method_of, TRIALS)}
     for wanted in only:
@@ -61,7 +63,10 @@ def bench_methods(
         raise ParameterError(f"needs at least 20 samples and 1 step, got {samples} and {steps}")
     model = zoo.load_model(name)
     if not model.has("weak"):
-        raise UnsupportedError(f"{name} has no weak network beside it; train it (diffsteer train ... --part weak)")
+        raise UnsupportedError(
+            f"{name} has no weak network beside it, as only those of the digits have: take the shipped one, or a "
+            "folder that `diffsteer train digits` wrote with all of its parts"
+        )
     bench = Bench(model, samples, steps, out / "runs")
     check_writable(out / "methods.json")
     plan = [

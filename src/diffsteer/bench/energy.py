@@ -363,7 +363,7 @@ def real_images(model: Model, data: str | None = None) -> Dataset:
     from diffsteer.train.data import load
 
     shape = tuple(model.config["image_shape"])
-    real = load(data or model.name, image_size=shape[-1])
+    real = load(data or model.dataset, image_size=shape[-1])
     if tuple(real.images.shape[1:]) != shape:
         raise ParameterError(
             f"the model makes images {shape}, the data are {tuple(real.images.shape[1:])}: {real.name}"

@@ -26,6 +26,7 @@ from diffsteer.bench.prompt_runs import fingerprint
 from diffsteer.bench.removal import Outcome, read_outcome, write_outcome
 from diffsteer.bench.sweep import bars
 from diffsteer.core import Guidance
+from diffsteer.denoisers import usable
 from diffsteer.energy.losses import Residual
 from diffsteer.engine import describe, stream
 from diffsteer.errors import NonFiniteError, UnknownNameError
@@ -135,8 +136,9 @@ def run_layout(
     for key in methods:
         if key not in METHODS:
             raise UnknownNameError("trial", key, METHODS)
+    where = usable(device)
     check_writable(out / "layout.json")
-    pipe: Any = zoo.read_pipeline(name, torch.float32).to(device)
+    pipe: Any = zoo.read_pipeline(name, torch.float32).to(where)
     pipe.set_progress_bar_config(disable=True)
     chosen = {key: METHODS[key] for key in METHODS if key in methods}
     tallies, shown = list[Tally](), [Picture("painted", painted(_dealt(REPORTED, pictures)))]

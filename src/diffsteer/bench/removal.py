@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffsteer.bench import balance, intervals, metrics
@@ -24,7 +24,7 @@ from diffsteer.bench.report import MethodRow
 from diffsteer.calibration import calibrate
 from diffsteer.core import Guidance
 from diffsteer.engine import versions
-from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
+from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
 from diffsteer.files import check_writable, write_tensors, write_text
 from diffsteer.methods import DynamicNegativeGuidance, NegativePrompting, SafeLatentDiffusion
 from diffsteer.sampling import Result, Unguided, describe, sample
@@ -106,7 +106,7 @@ def method_for(model: Model, name: str, setting: Setting, scale: float | None = 
     method = _uncalibrated(model, name, setting, scale)
     if name != "dng":
         return method
-    stored = [model.calibration(c, _calibrated_as(setting)) for c in setting.concepts]
+    stored = [model.calibration(c, calibrated_as(setting)) for c in setting.concepts]
     return method if any(c is None for c in stored) else replace(method, calibration=tuple(stored))
 
 
@@ -174,12 +174,12 @@ def calibrate_model(
     except (FileNotFoundError, TypeError, ValueError):
         stored = {}
     named = zip(every, fitted.calibrations, strict=True)
-    stored[_calibrated_as(setting)] = {model.classes[label]: asdict(c) for label, c in named if c is not None}
+    stored[calibrated_as(setting)] = {model.classes[label]: asdict(c) for label, c in named if c is not None}
     write_text(path, json.dumps(stored) + "\n")
     return path
 
 
-def _calibrated_as(setting: Setting) -> str:
+def calibrated_as(setting: Setting) -> str:
     """Under which name a calibration is kept: of these networks, for this kind of sampler."""
     return kind_of(setting.scheduler) + ("/separate" if setting.separate else "")
 
@@ -367,10 +367,19 @@ def write_outcome(store: Path, context: dict[str, Any], outcome: Outcome) -> Non
 
 
 def read_outcome(store: Path, context: dict[str, Any]) -> Outcome | None:
-    """A run that was kept under the same ``context``, if there is one."""
+    """A run that was kept under the same ``context``, if there is one.
+
+    Raises
+    ------
+    WeightsError
+        Its file is damaged.
+    """
     path = _file(store, context)
     if not path.is_file():
         return None
-    with safe_open(path, "pt") as file:
-        facts = json.loads(file.metadata()["facts"])
-        return Outcome(**{name: file.get_tensor(name) for name in ("labels", "features", "images")}, **facts)
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+            return Outcome(**{name: file.get_tensor(name) for name in ("labels", "features", "images")}, **facts)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} is no whole run ({error}); delete it, and it is made again") from error

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from diffsteer import zoo
@@ -154,7 +155,7 @@ def remove(
     draw_samples(out / "samples.png", panels)
     console = Console()
     console.print(rich_table(report))
-    console.print(f"Report: [bold]{out / 'report.html'}[/bold]", soft_wrap=True)
+    console.print(f"Report: [bold]{escape(str(out / 'report.html'))}[/bold]", soft_wrap=True)
     return report
 
 

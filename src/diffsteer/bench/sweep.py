@@ -8,6 +8,7 @@ benchmark goes on where it stopped.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -26,6 +27,7 @@ from diffsteer.bench.removal import (
     Outcome,
     Setting,
     asked_otherwise,
+    calibrated_as,
     conditional,
     kind_of,
     measure,
@@ -113,7 +115,7 @@ TIERS: dict[str, dict[int, Tier]] = {
 
 def tier_of(model: Model, number: int) -> Tier:
     """A tier of a model's benchmark; a user's own model has those of the digits."""
-    tiers = TIERS.get(model.name, TIERS["digits"])
+    tiers = TIERS.get(model.dataset, TIERS["digits"])
     if number not in tiers:
         raise UnknownNameError("tier", number, map(str, tiers))
     return tiers[number]
@@ -133,14 +135,14 @@ def among(tier: Tier, samplers: Sequence[str]) -> Tier:
 def scales_of(model: Model, method: str, scheduler: str) -> tuple[float, ...]:
     """The scales that a method is swept over on a model under a scheduler, as many for every baseline."""
     own = ODE_SCALES if kind_of(scheduler) == "ode" else {}
-    return {**SCALES, **own, **MODEL_SCALES.get(model.name, {})}[method]
+    return {**SCALES, **own, **MODEL_SCALES.get(model.dataset, {})}[method]
 
 
 def halves(model: Model) -> tuple[list[int], list[int]]:
     """Labels for choosing and labels for reporting."""
     middle = len(model.classes) // 2
     first, second = list(range(middle)), list(range(middle, len(model.classes)))
-    return (second, first) if model.name == "cifar10" else (first, second)
+    return (second, first) if model.dataset == "cifar10" else (first, second)
 
 
 def sweep(name: str, tier: Tier, *, out: Path, separate: bool = False, device: str = "cpu") -> None:
@@ -154,6 +156,11 @@ def sweep(name: str, tier: Tier, *, out: Path, separate: bool = False, device: s
         A shipped model or a folder.
     separate : bool
         An unconditional network and one of each concept alone, where the model has them.
+
+    Raises
+    ------
+    UnknownNameError, ParameterError, UnsupportedError, OutputError
+        Before any work: of what the tier asks for, the model has no network, or for DNG no calibration.
     """
     for method in tier.methods:
         if method not in SCALES:
@@ -170,6 +177,8 @@ def sweep(name: str, tier: Tier, *, out: Path, separate: bool = False, device: s
     choose, report = halves(model)
     report = (list(model.alone) if separate else report)[: tier.concepts]
     choosing = choose if tier.choose and not separate else []
+    if "dng" in tier.methods:
+        _refuse_uncalibrated(model, name, tier, (*report, *choosing), separate)
     plan = [
         _Job(
             Setting((concept,), kind, steps, tier.samples // (1 + (concept in choosing)), separate=separate), method, w
@@ -219,6 +228,21 @@ def sweep(name: str, tier: Tier, *, out: Path, separate: bool = False, device: s
             tier=asdict(tier), separate=separate,
         )  # fmt: skip
         console.print((out / "summary.md").read_text(encoding="utf-8"), markup=False, highlight=False)
+
+
+def _refuse_uncalibrated(model: Model, name: str, tier: Tier, concepts: Sequence[int], separate: bool) -> None:
+    """Refuse DNG where it would run as the network leaves it, which nobody means by its name; once per kind."""
+    commands: dict[str, str] = {}
+    for kind, steps in [*tier.samplers, *([tier.final[:2]] if tier.final else [])]:
+        key = calibrated_as(Setting((), kind, steps, separate=separate))
+        if any(model.calibration(concept, key) is None for concept in concepts):
+            words = ["diffsteer", "calibrate", name, "--scheduler", kind, "--steps", str(steps)]
+            commands.setdefault(key, f"`{shlex.join([*words, *(['--separate'] if separate else [])])}`")
+    if commands:
+        raise UnsupportedError(
+            f"{model.name} has no calibration of DNG for these samplers: run {' and '.join(commands.values())}, or "
+            "name the other methods alone (--method np --method sld)"
+        )
 
 
 @dataclass(frozen=True)
@@ -368,7 +392,7 @@ def operating_points(
     Read off the classes for choosing alone. Where no scale is safe enough, the safest.
     """
     names = [model.classes[c] for c in choose]
-    margin = MARGINS.get(model.name, 0.01)
+    margin = MARGINS.get(model.dataset, 0.01)
     points: dict[str, float] = {}
     for method in methods:
         scored: list[tuple[bool, float, float]] = []
@@ -396,20 +420,28 @@ def _leads(
     report: Sequence[int],
     tier: Tier,
 ) -> Iterator[Lead]:
-    """DNG's front against each baseline's, per reported concept and on average (resampled jointly)."""
+    """DNG's front against each baseline's, per reported concept and on average (resampled jointly).
+
+    A concept that no unguided sample shows has none, and is no part of the average.
+    """
     for kind, steps in tier.samplers:
         setting = Setting((), kind, steps, tier.samples, separate=bases.separate)
         sampler, target = sampler_name(setting), bases.target(setting)
+        shown = [c for c in report if bool((target.labels == c).any())]
         for versus in (m for m in BASELINES if m in tier.methods and "dng" in tier.methods):
             for axis, compare in (("KL", _kl_lead), ("distance", _distance_lead)):
-                each = [
-                    compare(model, outcomes[sampler, c, "dng"], outcomes[sampler, c, versus], target, c) for c in report
-                ]
-                for concept, (difference, draws) in zip(report, each, strict=True):
-                    interval = intervals.interval_of(difference, draws)
-                    yield Lead(sampler, model.classes[concept], versus, axis, difference, interval)
-                mean = float(np.mean([difference for difference, _ in each]))
-                interval = intervals.interval_of(mean, np.mean([draws for _, draws in each], axis=0))
+                each = {
+                    c: compare(model, outcomes[sampler, c, "dng"], outcomes[sampler, c, versus], target, c)
+                    for c in shown
+                }
+                for concept in report:
+                    found = each.get(concept)
+                    lead = (None, None) if found is None else (found[0], intervals.interval_of(*found))
+                    yield Lead(sampler, model.classes[concept], versus, axis, *lead)
+                if not shown:
+                    continue
+                mean = float(np.mean([difference for difference, _ in each.values()]))
+                interval = intervals.interval_of(mean, np.mean([draws for _, draws in each.values()], axis=0))
                 yield Lead(sampler, "mean", versus, axis, mean, interval)
 
 

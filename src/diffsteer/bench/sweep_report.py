@@ -35,14 +35,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Lead:
-    """By how much one method's front is ahead of another's, in decades squared, with its 95% interval."""
+    """By how much one method's front is ahead of another's, in decades squared, with its 95% interval.
+
+    Neither is known where no unguided sample shows the concept.
+    """
 
     scheduler: str
     concept: str  # or "mean"
     versus: str
     axis: str  # "KL" or "distance"
-    difference: float
-    interval: tuple[float, float]
+    difference: float | None
+    interval: tuple[float, float] | None
 
 
 def write(
@@ -157,20 +160,24 @@ def _means(model: Model, entries: Sequence[Entry]) -> list[list[str]]:
         rows = [e for e in entries if (e.method, e.scale) == (method, scale)]
         means = {
             key: float(np.mean([getattr(e.row, key) for e in rows]))
-            for key in ("forbidden_share", "kl_rejection", "kl_uniform", "fd_rejection", "fd_data", "nfe", "recall")
+            for key in ("forbidden_share", "kl_rejection", "kl_uniform", "fd_rejection", "fd_data", "nfe")
         }
-        touched = [e.row.untouched for e in rows if e.row.untouched is not None]
+        known = {
+            key: [value for e in rows if (value := getattr(e.row, key)) is not None] for key in ("recall", "untouched")
+        }
         excess = means["forbidden_share"] - float(np.mean([model.floor([e.concept]) for e in rows]))
         lines.append([
             NAMES[method], f"{scale:g}" if scale else "", f"{means['forbidden_share']:.2%}", f"{excess:+.2%}",
             f"{means['kl_rejection']:.3f}", f"{means['kl_uniform']:.3f}", f"{means['fd_rejection']:.2f}",
-            f"{means['fd_data']:.2f}", f"{means['recall']:.2f}", f"{np.mean(touched):.0%}" if touched else "",
-            f"{means['nfe']:.0f}",
+            f"{means['fd_data']:.2f}", f"{np.mean(known['recall']):.2f}" if known["recall"] else "",
+            f"{np.mean(known['untouched']):.0%}" if known["untouched"] else "", f"{means['nfe']:.0f}",
         ])  # fmt: skip
     return lines
 
 
 def _signed(lead: Lead) -> str:
+    if lead.difference is None or lead.interval is None:
+        return "none: no unguided sample shows it"
     low, high = lead.interval
     verdict = "ahead" if low > 0 else "behind" if high < 0 else "even"
     return f"{lead.difference:+.2f} ({low:+.2f} to {high:+.2f}), {verdict}"

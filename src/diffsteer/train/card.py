@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffsteer.train.recipes import RECIPES
+from diffsteer.train.recipes import PARTS, RECIPES, for_images
 
 __all__ = ["card"]
 
@@ -22,7 +22,8 @@ def card(config: Mapping[str, Any], num_train: int, num_heldout: int) -> str:
     """
     data, metrics, recipes = config["data"], config["metrics"], config["recipe"]
     parts = [part for part in recipes if part != "seed"]
-    images = config["name"] if config["name"] in RECIPES else f"IMAGES --image-size {config['image_shape'][-1]}"
+    commands = _commands(config)
+    said, repeat = ("The commands", "repeat") if len(commands) > 1 else ("The command", "repeats")
     lines = [
         f"# diffsteer model: {config['name']}",
         "",
@@ -36,8 +37,9 @@ def card(config: Mapping[str, Any], num_train: int, num_heldout: int) -> str:
         f"the other {num_heldout} are held out. Classes: {', '.join(config['classes'])}.",
         "",
         "## Recipe",
-        "AdamW, gradient clipping, weight averaging; every setting is in `config.json`. The command `diffsteer train "
-        f"{images} --out DIR` with seed {recipes['seed']} repeats it, up to the machine's rounding.",
+        f"AdamW, gradient clipping, weight averaging; every setting is in `config.json`. {said} "
+        f"{', '.join(f'`{command}`' for command in commands)} with seed {recipes['seed']} {repeat} it, up to the "
+        "machine's rounding.",
         "",
         *_table(
             ("part", "steps", "batch", "peak lr", "wall seconds", "device"),
@@ -91,6 +93,34 @@ def card(config: Mapping[str, Any], num_train: int, num_heldout: int) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _commands(config: Mapping[str, Any]) -> list[str]:
+    """How the model is trained again: one command for all parts whose recipes were changed alike."""
+    dataset = config.get("dataset", config["name"])
+    if dataset in RECIPES:
+        images, usual = dataset, RECIPES[dataset]
+        default = set(usual)
+    else:
+        images = f"IMAGES --image-size {config['image_shape'][-1]}"
+        usual = for_images(tuple(config["image_shape"]), len(config["classes"]))
+        default = set(PARTS[:4])
+    alike: dict[str, list[str]] = {}
+    for part, recipe in config["recipe"].items():
+        if part != "seed":
+            changed = [
+                f" --{name.replace('_', '-')} {recipe[name]}"
+                for name in ("steps", "batch_size", "lr")
+                if recipe[name] != getattr(usual[part], name)
+            ]
+            alike.setdefault("".join(changed), []).append(part)
+    return [
+        "".join([
+            f"diffsteer train {images}", *([] if set(parts) == default else [f" --part {part}" for part in parts]),
+            changed, " --out DIR",
+        ])
+        for changed, parts in alike.items()
+    ]  # fmt: skip
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,14 @@ class Dataset:
     name: str
     licence: str
     note: str
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What is trained on, for a checkpoint's record: the names of the classes, and a hash of images and labels."""
+        digest = hashlib.sha256()
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.contiguous().numpy())
+        return {"classes": list(self.classes), "images": digest.hexdigest()[:16]}
 
 
 def _stratified_split(labels: Tensor, heldout: float, seed: int) -> tuple[Tensor, Tensor]:

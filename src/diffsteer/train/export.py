@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffsteer.denoisers import denoiser
 from diffsteer.errors import ParameterError
-from diffsteer.files import write_tensors, write_text
+from diffsteer.files import packed, write_tensors, write_text
 from diffsteer.sampling import Unguided, sample
 from diffsteer.train import data as datasets
 from diffsteer.train.card import card
@@ -41,7 +42,8 @@ def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str
         Holds ``<part>.safetensors`` checkpoints, at least that of the denoiser.
     out_dir : Path
         Receives ``config.json``, ``README.md``, one ``<part>.safetensors`` per part and, if both image classifiers
-        are there, ``reference.safetensors``. Each file is replaced atomically.
+        are there, ``reference.safetensors``. All are written at the end, each atomically. ``calibration.json`` is
+        removed when denoising networks are replaced by others, to which it does not belong.
     num_samples : int
         Images behind each of the card's figures, at most; 0 leaves out those that take time.
 
@@ -53,8 +55,8 @@ def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str
     Raises
     ------
     ParameterError
-        There is no denoiser checkpoint, or the parts are not of one data set, image size and seed, or the second stage
-        began from another denoiser.
+        There is no denoiser checkpoint, or the parts are not of the same images and seed, or these are not there any
+        more, or the second stage began from another denoiser.
     """
     named = [*PARTS, "marginal", *sorted(path.stem for path in run_dir.glob("only_*.safetensors"))]
     paths = {part: path for part in named if (path := run_dir / f"{part}.safetensors").exists()}
@@ -62,7 +64,7 @@ def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str
         raise ParameterError(f"{run_dir} holds no denoiser.safetensors: train the part 'denoiser' first")
     checkpoints = {part: read_checkpoint(path) for part, path in paths.items()}
     _check_alike(run_dir, checkpoints)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    files: dict[str, dict[str, Tensor]] = {}
     nets: dict[str, Any] = {}
     networks: dict[str, Any] = {}
     recipe: dict[str, Any] = {}
@@ -70,17 +72,23 @@ def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str
     for part, (tensors, record) in checkpoints.items():
         weights = {name: _half(value) for name, value in averaged(tensors).items()}
         role = "denoiser" if part == "marginal" else part  # the last one of its role is kept
-        write_tensors(out_dir / f"{role}.safetensors", weights)
+        files[role] = weights
         networks[role] = record["recipe"].pop("network")
         nets[role] = build(networks[role]).eval().requires_grad_(False)
         nets[role].load_state_dict(weights)
         progress = {"steps_done": record["step"], "seconds": round(record["seconds"]), "device": record["device"]}
         recipe[part] = record["recipe"] | progress
     data = datasets.load(record["dataset"], record.get("image_size", 32))
+    if "images" in record and any(record[name] != value for name, value in data.identity.items()):
+        raise ParameterError(
+            f"{record['dataset']} no longer holds the images that the parts in {run_dir} were trained on: bring those "
+            "back, or train all parts anew (--no-resume)"
+        )
     counts = torch.bincount(data.labels, minlength=len(data.classes))
     config = {
         "format": 1,
         "name": Path(record["dataset"]).name,
+        "dataset": record["dataset"],
         "classes": list(data.classes),
         "null_label": len(data.classes),
         "image_shape": list(data.images.shape[1:]),
@@ -100,11 +108,26 @@ def export(run_dir: Path, out_dir: Path, *, num_samples: int = 1000) -> dict[str
             "heldout_labels": data.heldout_labels,
             "heldout_judged": _in_parts(nets["judge"], data.heldout_images).argmax(1),
         }
-        small = {k: v.half() if v.is_floating_point() else v.short() for k, v in reference.items()}
-        write_tensors(out_dir / "reference.safetensors", small)
-    write_text(out_dir / "README.md", card(config, len(data.labels), len(data.heldout_labels)))
+        files["reference"] = {k: v.half() if v.is_floating_point() else v.short() for k, v in reference.items()}
+    readme = card(config, len(data.labels), len(data.heldout_labels))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    _drop_calibration(out_dir, files)
+    for name, tensors in files.items():
+        write_tensors(out_dir / f"{name}.safetensors", tensors)
+    write_text(out_dir / "README.md", readme)
     write_text(out_dir / "config.json", json.dumps(config, indent=1) + "\n")
     return config
+
+
+def _drop_calibration(out_dir: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Take away the calibration of denoising networks in a model's folder that are about to be replaced by others."""
+    path = out_dir / "calibration.json"
+    denoising = [name for name in files if name in ("denoiser", "unconditional") or name.startswith("only_")]
+    older = {name: out_dir / f"{name}.safetensors" for name in denoising}
+    if path.is_file() and any(o.is_file() and o.read_bytes() != packed(files[name]) for name, o in older.items()):
+        path.unlink()
+        Console().print(f"{path} belonged to other weights and is removed: calibrate the model again", markup=False,
+                        highlight=False, soft_wrap=True)  # fmt: skip
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
@@ -114,9 +137,9 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 def _check_alike(run_dir: Path, checkpoints: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> None:
     """Refuse parts that were not trained for one model."""
-    for name in ("dataset", "image_size", "seed"):
+    for name in ("dataset", "image_size", "classes", "images", "seed"):
         values = {part: record.get(name) for part, (_, record) in checkpoints.items()}
-        if len({*values.values()}) > 1:
+        if any(value != values["denoiser"] for value in values.values()):
             raise ParameterError(f"the parts in {run_dir} differ in {name}: {values}; train them alike")
     if "marginal" in checkpoints:
         begins = checkpoints["marginal"][1].get("begins")
@@ -207,7 +230,9 @@ def _samples(nets: Mapping[str, Any], data: datasets.Dataset, scheduler: Any, nu
     model = denoiser(nets["denoiser"], contexts=contexts, shape=data.images.shape[1:])
     judged = {}
     for context in contexts:
-        run = sample(model, Unguided(context), scheduler=scheduler, num_samples=number, steps=50, trace="off")
+        run = sample(
+            model, Unguided(context), scheduler=scheduler, num_samples=number, steps=50, trace="off", progress=True
+        )
         judged[context] = nets["judge"](run.samples).argmax(1)
     shares = torch.bincount(judged["null"], minlength=classes).double() / number
     asked = torch.arange(number) % classes  # row i of the run has the label i modulo the number of classes

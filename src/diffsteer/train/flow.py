@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from diffsteer import zoo
 from diffsteer.files import write_text
-from diffsteer.train.loop import accelerator, averaged, fit, read_checkpoint
+from diffsteer.train.loop import accelerator, averaged, check_run, fit, read_checkpoint
 from diffsteer.train.recipes import SCHEDULE, Recipe
 from diffsteer.train.shapes import POOL, Captions, encode, pictures_of, save_pipeline, scenes_of, training_table
 
@@ -148,10 +148,13 @@ def train_flow(
     DependencyError
         accelerate is not installed.
     ParameterError
-        The checkpoint belongs to another recipe or seed.
+        The checkpoint belongs to another recipe or seed, or the seed is below 0.
+    OutputError
+        ``out`` cannot be written.
     KeyboardInterrupt
         Stopped by a signal; the checkpoint has been written, and the same command resumes.
     """
+    check_run(out / "model_index.json", seed)
     recipe = RECIPE.but(steps=steps, batch_size=batch_size, lr=lr)
     checkpoint = out / "checkpoints" / f"{recipe.part}.safetensors"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)

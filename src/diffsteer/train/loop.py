@@ -21,20 +21,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from diffsteer.errors import DependencyError, ParameterError, UnsupportedError
-from diffsteer.files import write_tensors
+from diffsteer.errors import DependencyError, ParameterError, UnsupportedError, WeightsError
+from diffsteer.files import check_writable, write_tensors
 from diffsteer.train.recipes import Recipe
 from diffsteer.train.tasks import Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["accelerator", "averaged", "fit", "generator_of_step", "read_checkpoint"]
+__all__ = ["accelerator", "averaged", "check_run", "fit", "generator_of_step", "read_checkpoint"]
 
 _REPORT_EVERY = 20  # reading the loss waits for the device
+
+
+def check_run(path: Path, seed: int) -> None:
+    """Refuse a seed that is none, and a file of the trained model that could not be written, before any work."""
+    if seed < 0:
+        raise ParameterError(f"seed must be at least 0, got {seed}")
+    check_writable(path)
 
 
 def accelerator() -> Accelerator:
@@ -81,10 +88,21 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (``net.*``, ``ema.*``, ``optimizer.<index>.<name>``) and the JSON record of a checkpoint."""
-    with safe_open(path, framework="pt") as file:
-        record = json.loads(file.metadata()["record"])
-        return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118 (not a dict)
+    """Tensors (``net.*``, ``ema.*``, ``optimizer.<index>.<name>``) and the JSON record of a checkpoint.
+
+    Raises
+    ------
+    WeightsError
+        The file is damaged, or no checkpoint.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads(file.metadata()["record"])
+            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{path} is no whole checkpoint ({error}): delete it, or train that part anew (--no-resume)"
+        ) from error
 
 
 def averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,7 +136,7 @@ def fit(
     Raises
     ------
     ParameterError
-        The checkpoint belongs to another recipe or seed, or the batch cannot be shared equally by the processes.
+        The checkpoint has another record, or the batch cannot be shared equally by the processes.
     KeyboardInterrupt
         A signal arrived; the checkpoint has been written.
     """
@@ -138,8 +156,10 @@ def fit(
     if resume and checkpoint.exists():
         tensors, stored = read_checkpoint(checkpoint)
         step, seconds = stored["step"], stored["seconds"]
-        if any(stored.get(key) != value for key, value in record.items()):
-            raise ParameterError(f"{checkpoint} belongs to another recipe or seed: use resume=False or another folder")
+        if other := [key for key, value in record.items() if stored.get(key) != value]:
+            raise ParameterError(
+                f"{checkpoint} differs in {' and '.join(other)}: use resume=False (--no-resume) or another folder"
+            )
         net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
         for name, value in ema.items():
             value.copy_(tensors[f"ema.{name}"])

@@ -14,10 +14,9 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from diffsteer.errors import ParameterError, UnknownNameError
-from diffsteer.files import check_writable
 from diffsteer.train import data as datasets
 from diffsteer.train.export import export, fingerprint
-from diffsteer.train.loop import accelerator, averaged, fit, read_checkpoint
+from diffsteer.train.loop import accelerator, averaged, check_run, fit, read_checkpoint
 from diffsteer.train.recipes import PARTS, RECIPES, SCHEDULE, Recipe, for_images
 from diffsteer.train.tasks import AUGMENTATIONS, Classify, ClassifyNoisy, Denoise, Marginalise, Task
 from diffsteer.zoo.networks import build
@@ -69,13 +68,14 @@ def train(
     UnknownNameError
         There is no such data set or part.
     ParameterError
-        A checkpoint in ``out`` belongs to another recipe or seed, or "marginal" has no finished denoiser to begin with.
+        A checkpoint in ``out`` belongs to another recipe, seed or images, or "marginal" has no finished denoiser to
+        begin with.
+    WeightsError
+        A checkpoint in ``out`` is damaged.
     KeyboardInterrupt
         Stopped by a signal; the checkpoint has been written, and the same command resumes.
     """
-    if seed < 0:
-        raise ParameterError(f"seed must be at least 0, got {seed}")
-    check_writable(out / "config.json")
+    check_run(out / "config.json", seed)
     data = datasets.load(dataset, image_size)
     recipes = RECIPES.get(dataset) or for_images(tuple(data.images.shape[1:]), len(data.classes))
     if parts is None:
@@ -91,7 +91,7 @@ def train(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream)
             net = _denoiser(checkpoints, recipe) if part == "marginal" else build(recipe.network)
-        own: dict[str, Any] = {} if dataset in RECIPES else {"image_size": image_size}
+        own: dict[str, Any] = {} if dataset in RECIPES else {"image_size": image_size, **data.identity}
         if part == "marginal":
             own["begins"] = fingerprint(net.state_dict())
         record = {"dataset": dataset, **own, "seed": seed, "recipe": asdict(recipe)}

@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffsteer.files import write_text
 from diffsteer.shapes import VOCABULARY, caption, draw, scene
 from diffsteer.shapes.world import Scene
-from diffsteer.train.loop import accelerator, averaged, fit, read_checkpoint
+from diffsteer.train.loop import accelerator, averaged, check_run, fit, read_checkpoint
 from diffsteer.train.recipes import SCHEDULE, Recipe
 
 __all__ = [
@@ -198,10 +198,13 @@ def train_shapes(
     DependencyError
         accelerate is not installed.
     ParameterError
-        A checkpoint belongs to another recipe or seed.
+        A checkpoint belongs to another recipe or seed, or the seed is below 0.
+    OutputError
+        ``out`` cannot be written.
     KeyboardInterrupt
         Stopped by a signal; the checkpoint has been written, and the same command resumes.
     """
+    check_run(out / "model_index.json", seed)
     recipes = {part: r.but(steps=steps, batch_size=batch_size, lr=lr) for part, r in RECIPES.items()}
     checkpoints = out / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)

@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 _ROOT = Path(__file__).parent
+_KEYS = ("name", "classes", "null_label", "image_shape", "schedule", "prediction", "networks", "class_shares")
 _KINDS = ("sde", "ode", "sde/separate", "ode/separate")  # of calibrations
 _STUDENT, _FLOW = "shapes-lcm", "shapes-flow"
 PIPELINES = ("shapes", _STUDENT, _FLOW)
@@ -122,6 +123,8 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> Model
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config["format"] != 1:
             raise WeightsError(f"{folder}: format {config['format']} is unknown to this version; update diffsteer")
+        if lacking := [key for key in _KEYS if key not in config]:
+            raise WeightsError(f"{folder / 'config.json'} lacks {', '.join(lacking)}; train or copy the model again")
         return Model(folder, config, where)
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{folder / 'config.json'} is damaged ({error}); train or copy the model again") from error
@@ -225,6 +228,11 @@ class Model:
     @property
     def name(self) -> str:
         return str(self.config["name"])
+
+    @property
+    def dataset(self) -> str:
+        """What it was trained on, as ``diffsteer train`` was told: a built-in data set, or the path of a folder."""
+        return str(self.config.get("dataset", self.name))
 
     @cached_property
     def fingerprint(self) -> str:
