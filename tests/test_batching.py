@@ -291,7 +291,7 @@ def test_a_compiled_network_is_compiled_once(batching: float) -> None:
 
     torch.compiler.reset()
     method = ds.DynamicNegativeGuidance(prior=0.1)
-    ds.sample(denoiser(Outer()), method, scheduler=DDPM, num_samples=16, steps=10, batching=batching)
+    ds.sample(denoiser(Outer()), method, scheduler=DDPM, num_samples=16, steps=40, batching=batching)
     assert len(set(sizes)) > 2  # some samples wait, others were released
     assert len(graphs) == 1 + (1 in sizes)  # of one row PyTorch makes a graph of its own
 

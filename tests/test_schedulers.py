@@ -382,7 +382,7 @@ def test_refusals_name_the_remedy() -> None:
     flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     with pytest.raises(UnsupportedError, match=r"flow_shift=3\.0"):
         SchedulerView(d.UniPCMultistepScheduler(use_dynamic_shifting=True, **flow), 4)
-    with pytest.raises(UnsupportedError, match="pass estimator=callable"):
+    with pytest.raises(UnsupportedError, match="or a callable"):
         ds.sample(DEN, ds.DynamicNegativeGuidance(), scheduler=d.LCMScheduler(), num_samples=2, steps=4)
 
 

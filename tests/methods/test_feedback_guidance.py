@@ -369,7 +369,7 @@ def test_needs_its_contexts(missing):
 def test_each_step_adds_delta_from_pure_noise_on():
     """lambda is 3 at t_start, also where the first level says nothing of the sample."""
     method, steps = FBG(mixing=0.95, t_start=0.25, t_peak=0.2, max_scale=20.0), 20
-    same = torch.zeros(2, 3)
+    same = torch.zeros(2, 3, dtype=torch.float64)
     for levels in (
         [ds.Level(1 - t, t) for t in np.linspace(1, 0, steps + 1)],
         [ds.Level(float(np.cos(t)), float(np.sin(t))) for t in np.linspace(1.5, 0, steps + 1)],

@@ -178,5 +178,5 @@ def test_a_folder_that_diffusers_reads(tmp_path: Path, monkeypatch: pytest.Monke
     assert not any(str(root) in path.read_text() for path in tmp_path.rglob("*.json"))
     monkeypatch.setattr(flow.Follow, "draw", None)  # what is finished is not trained again
     train_flow(tmp_path, **small)
-    with pytest.raises(ParameterError, match="another recipe or seed"):
+    with pytest.raises(ParameterError, match="differs in seed"):
         train_flow(tmp_path, **small, seed=1)

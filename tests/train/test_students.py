@@ -235,5 +235,5 @@ def test_a_folder_that_diffusers_reads_and_samples_in_few_steps(
     assert not any(str(root) in path.read_text() for path in tmp_path.rglob("*.json"))
     monkeypatch.setattr(students.Distil, "draw", None)  # what is finished is not trained again
     train_student(tmp_path, **small)
-    with pytest.raises(ParameterError, match="another recipe or seed"):
+    with pytest.raises(ParameterError, match="differs in seed"):
         train_student(tmp_path, **small, seed=1)
