@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -457,3 +458,11 @@ def test_noisy_steps_of_third_order_are_tracked_by_the_rule_for_any_path_alone()
         ds.sample(den, ds.DynamicNegativeGuidance(prior=1 / 8), **run)
     samples = ds.sample(den, ds.DynamicNegativeGuidance(prior=1 / 8, estimator="ode"), **run).samples.double()
     assert float((ring.log_joint(samples, ds.Level(1.0, 0.0)).argmax(1) == 0).double().mean()) < 0.02
+
+
+def test_a_solver_that_needs_no_step_before_may_stand_still() -> None:
+    """As many steps as timesteps repeat a level, which divides solvers of higher order by 0."""
+    for order, refused in ((1, False), (2, True)):
+        scheduler = d.DPMSolverMultistepScheduler(solver_order=order)
+        with pytest.raises(ParameterError, match="lower noise level") if refused else contextlib.nullcontext():
+            SchedulerView(scheduler, 1000)

@@ -196,7 +196,7 @@ def test_needs_its_context():
         ds.sample(alone, ds.NegativePrompting(), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)
 
 
-@pytest.mark.parametrize(("context", "anchor"), [("null", 0.0), ("null", 0.5), ("pos", 1.0)])
+@pytest.mark.parametrize(("context", "anchor"), [("null", 0.0), ("pos", 1.0)])
 def test_refuses_to_compare_a_context_with_itself(context, anchor):
     with pytest.raises(ParameterError, match="do nothing"):
         ds.NegativePrompting(3.0, context=context, anchor=anchor)

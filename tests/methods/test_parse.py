@@ -19,6 +19,7 @@ def test_terms_values_and_names() -> None:
     assert both.methods == (ds.ClassifierFreeGuidance(3), dng)
     assert parse_method("apg:norm_threshold=inf") == ds.AdaptiveProjectedGuidance(norm_threshold=math.inf)
     assert parse_method("dng:2,lazy=false,calibration=none") == ds.DynamicNegativeGuidance(2, lazy=False)
+    assert parse_method("np:context=négatif,\nscale=2") == ds.NegativePrompting(2, context="négatif")
     assert parse_method("dcg:order=text-first") == ds.DecoupledGuidance(order="text-first")
 
 

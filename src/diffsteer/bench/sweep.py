@@ -241,7 +241,7 @@ def _refuse_uncalibrated(model: Model, name: str, tier: Tier, concepts: Sequence
     if commands:
         raise UnsupportedError(
             f"{model.name} has no calibration of DNG for these samplers: run {' and '.join(commands.values())}, or "
-            "name the other methods alone (--method np --method sld)"
+            "name the other methods (--method np --method sld) or samplers (--sampler) alone"
         )
 
 

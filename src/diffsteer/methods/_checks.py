@@ -11,4 +11,4 @@ from diffsteer.errors import ParameterError
 def check_scale(value: float, name: str = "scale") -> None:
     """Refuse a negative or non-finite guidance scale."""
     if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
-        raise ParameterError(f"{name} must be a finite number >= 0, got {value!r}")
+        raise ParameterError(f"{name} must be a finite number >= 0 (no tensor), got {value!r}")

@@ -10,7 +10,6 @@ from diffsteer.core import Guidance, Sum
 from diffsteer.errors import ParameterError
 from diffsteer.methods._registry import get_method
 
-_CALL = "f("  # what terms are parsed as
 _WORDS = {"inf": math.inf, "true": True, "false": False, "none": None}
 
 
@@ -46,19 +45,17 @@ def _term(text: str) -> Guidance:
     name, _, rest = text.partition(":")
     cls = get_method(name)
     try:
-        call = ast.parse(f"{_CALL}{rest})", mode="eval").body
+        call = ast.parse(f"f({rest})", mode="eval").body
         assert isinstance(call, ast.Call)
-        values = [_value(part, rest) for part in call.args]
-        return cls(*values, **{str(part.arg): _value(part.value, rest) for part in call.keywords})
+        return cls(*map(_value, call.args), **{str(part.arg): _value(part.value) for part in call.keywords})
     except (SyntaxError, TypeError, ValueError) as error:
         if isinstance(error, ParameterError):
             raise
         raise ParameterError(f"{text!r} does not fit {cls.__name__}: {error}") from error
 
 
-def _value(node: ast.expr, text: str) -> Any:
-    words = all(isinstance(part, ast.Name | ast.Load | ast.BinOp | ast.Sub) for part in ast.walk(node))
-    if not words:
+def _value(node: ast.expr) -> Any:
+    if not all(isinstance(part, ast.Name | ast.Load | ast.BinOp | ast.Sub) for part in ast.walk(node)):
         return ast.literal_eval(node)
-    word = text[node.col_offset - len(_CALL) : (node.end_col_offset or 0) - len(_CALL)]
+    word = ast.unparse(node).replace(" - ", "-")  # such as text-first
     return _WORDS.get(word.lower(), word)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -207,7 +208,7 @@ class Schedule(_Around):
             )
         if callable(self.weights):
             return
-        if not isinstance(self.weights, Sequence):
+        if isinstance(self.weights, Real):
             raise ParameterError(
                 f"a schedule is a function of sigma / alpha or pairs of it and a weight, got {self.weights!r}; a "
                 "constant weight is lambda rho: weight"

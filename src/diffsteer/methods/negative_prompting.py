@@ -64,7 +64,7 @@ class NegativePrompting(Guidance):
     def __post_init__(self) -> None:
         check_scale(self.scale)
         check_scale(self.anchor, "anchor")
-        if self.context == self.reference:
+        if self.context == self.reference and self.anchor in (0, 1):
             raise ParameterError(f"{self.context!r} is what the unwanted context is compared with; it would do nothing")
 
     @classmethod
