@@ -130,21 +130,25 @@ def guide_in(method: Guidance, step: Step, state: State) -> Plan:
     if method.space in ("any", step.space):
         return (yield from method.guide(step, state))
     given = step.x.dtype
-    step = replace(step, x=_wide(step.x))
+    step = replace(step, x=widened(step.x))
     plan = method.guide(replace(step, space=method.space), state)
     try:
         calls = next(plan)
         while True:
             predictions = yield [c if c.x is None else replace(c, x=c.x.to(given)) for c in calls]
             calls = plan.send(
-                [_between(_wide(p), c, step, step.space, method.space) for p, c in zip(predictions, calls, strict=True)]
+                [
+                    _between(widened(p), c, step, step.space, method.space)
+                    for p, c in zip(predictions, calls, strict=True)
+                ]
             )
     except StopIteration as done:
         prediction, state, info = done.value
         return _between(prediction, Call(), step, method.space, step.space).to(given), state, info
 
 
-def _wide(values: Tensor) -> Tensor:
+def widened(values: Tensor) -> Tensor:
+    """In single precision at least."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

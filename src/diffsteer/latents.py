@@ -17,7 +17,7 @@ from diffsteer.energy.forces import check
 from diffsteer.engine import Engine, describe, describe_scheduler, stream, versions
 from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.paths import convert
-from diffsteer.sampling import Result, Unguided, advancing, checked_shape, on_path
+from diffsteer.sampling import Result, Unguided, advancing, check_dtype, checked_shape, on_path
 from diffsteer.schedulers import SchedulerView
 
 
@@ -90,8 +90,7 @@ def optimize_latents(
     if not isinstance(method, LatentOptimizer):
         raise ParameterError(f"the noise is optimised by DOODL or DiGIN; {method!r} goes to sample()")
     device = usable(device)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ParameterError(f"dtype is a floating one of torch's, such as torch.float32; got {dtype!r}")
+    check_dtype(dtype)
     shape = checked_shape(denoiser, shape, num_samples, batch_size, seed, x_T)
     batch, started = batch_size or min(num_samples, 256), time.perf_counter()
     view = SchedulerView(scheduler, steps, device=device)

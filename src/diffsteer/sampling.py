@@ -134,8 +134,7 @@ def sample(
     method = method if method is not None else Unguided()
     check_method(method)
     device = usable(device)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ParameterError(f"dtype is a floating one of torch's, such as torch.float32; got {dtype!r}")
+    check_dtype(dtype)
     if first < 0:
         raise ParameterError(f"samples are numbered from 0: first at least 0, got {first}")
     shape = checked_shape(denoiser, shape, num_samples, batch_size, seed, x_T)
@@ -186,6 +185,12 @@ def check_method(method: Any) -> None:
             f"method must be a Guidance, got {method!r}; parse_method() makes one of a text, and what optimizes its "
             "start goes to optimize_latents()"
         )
+
+
+def check_dtype(dtype: Any) -> None:
+    """Refuse what samples cannot be drawn in."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ParameterError(f"dtype is a floating one of torch's, such as torch.float32; got {dtype!r}")
 
 
 def checked_shape(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsteer.adapters.network import PipelineNet
-from diffsteer.core import Guidance, Info
+from diffsteer.core import Guidance, Info, widened
 from diffsteer.engine import Batching, Engine, describe, describe_scheduler, every_kth, stack_trace, stream, versions
 from diffsteer.errors import UnsupportedError
 from diffsteer.paths import Level
@@ -126,7 +126,7 @@ def _streams(seeds: int | list[int], batch: int) -> list[torch.Generator]:
 
 def wide(x: Tensor) -> Tensor:
     """In single precision at least: posteriors are sums of small differences."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return widened(x.detach())
 
 
 def check_needs(method: Guidance) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Info, Step, guide_in, like, map_state
+from diffsteer.core import Call, Guidance, Info, Step, guide_in, like, map_state, widened
 from diffsteer.errors import NonFiniteError, ParameterError, UnsupportedError
 from diffsteer.paths import Level, convert
 
@@ -204,7 +204,7 @@ def estimate(
                 break
             answers = yield calls
     with torch.set_grad_enabled(grad):
-        x0 = convert(_wide(prediction), _wide(at), step.level, step.space, "x0")
+        x0 = convert(widened(prediction), widened(at), step.level, step.space, "x0")
     # what is kept from step to step must not keep the steps' graphs
     state, info = map_state(Tensor.detach, state), {name: value.detach() for name, value in info.items()}
     return Estimate(prediction.detach(), x0, at, unit(step.level), state, info)
@@ -230,15 +230,15 @@ def unit_norm(vector: Tensor) -> Tensor:
 
 def clipped_norm(vector: Tensor, limit: float) -> Tensor:
     """Every sample's vector shortened to a norm of at most ``limit``."""
-    wide = _wide(vector)
+    wide = widened(vector)
     norm = torch.linalg.vector_norm(wide.flatten(1), dim=1)
     return (like((limit / norm).clamp(max=1), wide) * wide).to(vector.dtype)
 
 
 def matched_rms(vector: Tensor, wanted: Tensor) -> Tensor:
     """Every sample's vector at the root mean square of another one, zero where it is."""
-    found, goal = (_wide(v).flatten(1).square().mean(1).sqrt() for v in (vector, wanted))
-    wide = _wide(vector)
+    found, goal = (widened(v).flatten(1).square().mean(1).sqrt() for v in (vector, wanted))
+    wide = widened(vector)
     return (like(torch.where(found > 0, goal / found, 0), wide) * wide).to(vector.dtype)
 
 
@@ -252,8 +252,4 @@ def _refuse_inside(step: Step) -> None:
 
 
 def _leaf(x: Tensor) -> Tensor:
-    return _wide(x).detach().requires_grad_()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return widened(x).detach().requires_grad_()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from diffsteer.core import Guidance, like
+from diffsteer.core import Guidance, like, widened
 from diffsteer.energy.chains import Chain, LatentOptimizer, Progress, Shifts, renormalized
 from diffsteer.energy.forces import CleanEnergy, finite
 from diffsteer.errors import ParameterError
@@ -95,7 +95,7 @@ class DiGIN(LatentOptimizer):
 
     def optimize(self, chain: Chain, noise: Tensor) -> Progress:
         shifts = [{name: ContextShift() for name in self.contexts} for _ in range(len(chain))]
-        start = noise.to(torch.promote_types(noise.dtype, torch.float32))  # in half precision small steps get lost
+        start = widened(noise)  # in half precision small steps get lost
         latents, adam = start.clone().requires_grad_(), None
         best = kept = noise
         lowest = torch.full((len(noise),), math.inf, device=noise.device)
@@ -126,8 +126,7 @@ class DiGIN(LatentOptimizer):
         for index, shift in enumerate(shifts):
             x, x0 = checkpoint(chain.step, x, index, shift, use_reentrant=False, preserve_rng_state=False)
             seen.append(x0)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        values = torch.stack([self.energy(x0.to(wide)) for x0 in seen[-self.num_loss_steps :]])
+        values = torch.stack([self.energy(widened(x0)) for x0 in seen[-self.num_loss_steps :]])
         weights = torch.arange(1, len(values) + 1).to(values)
         loss, energy = (weights / weights.sum()) @ values, values[-1].detach()
         finite("energy", energy)
