@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, Flow
 
 import diffsteer as ds
 from diffsteer.core import Call, Guidance, Repeat, like
+from diffsteer.energy.data import told
 from diffsteer.energy.forces import (
     Force,
     clean_force,
@@ -193,8 +194,8 @@ def test_every_way_of_the_gradient_is_exact(level: ds.Level, space: str) -> None
     ways: dict[str, Callable[[torch.Tensor], Force]] = {
         "through the network": lambda y: asked("null", step(y)).force(cubic),
         "through a whole method": lambda y: asked(ds.ClassifierFreeGuidance(3.0), step(y)).force(cubic),
-        "eps held": lambda y: held_force(cubic, convert(eps, unit(level) * y, level, "eps", "x0"), level),
-        "of x0 alone": lambda y: clean_force(cubic, y),
+        "eps held": lambda y: held_force(cubic, convert(eps, unit(level) * y, level, "eps", "x0"), step(y)),
+        "of x0 alone": lambda y: clean_force(cubic, y, None),
         "of x_t and its level": lambda y: noisy_force(lambda x, le: le.sigma * cubic(x), step(y)),
     }
     for name, way in ways.items():
@@ -423,14 +424,89 @@ def logits(x: torch.Tensor) -> torch.Tensor:
     ],
     ids=lambda energy: type(energy).__name__,
 )
-def test_data_of_each_sample_fit_the_batch_or_are_refused(energy: Any) -> None:
+def test_data_of_each_sample_go_by_its_number(energy: Any) -> None:
+    """Modulo their own, as the contexts of a denoiser do; without numbers, by the place."""
     x = torch.tensor([[0.3, -0.2], [1.0, 0.5], [-0.4, 0.8], [0.1, 0.2], [0.7, -0.9], [0.6, 0.6]])
-    whole = energy(x[:3])
-    first = replace(energy, **{name: value[:1] for name, value in vars(energy).items() if torch.is_tensor(value)})
-    torch.testing.assert_close(first(x[:3])[0], whole[0])
-    for size in (1, 2, 6):
-        with pytest.raises(ParameterError, match="batch_size"):
-            energy(x[:size])
+    data = {name: value for name, value in vars(energy).items() if torch.is_tensor(value)}
+    each = [replace(energy, **{name: value[i] for name, value in data.items()}) for i in range(3)]
+    for numbers in (None, torch.tensor([5, 0, 1, 4, 4, 2])):
+        places = range(6) if numbers is None else numbers.tolist()
+        wanted = torch.cat([each[i % 3](x[k : k + 1]) for k, i in enumerate(places)])
+        for asked in (energy, SumEnergy([energy])):
+            torch.testing.assert_close(told(asked, numbers)(x), wanted)
+
+
+def test_an_energy_that_takes_the_samples_is_told_them() -> None:
+    """And none other is."""
+    numbers = torch.tensor([3, 1])
+    assert told(lambda x, samples: samples, numbers)(torch.zeros(2)) is numbers
+    for other in (torch.sum, abs, torch.nn.Identity(), lambda x, **more: x):
+        assert told(other, numbers) is other
+
+
+RESIDUAL = Residual(torch.linspace(-1, 1, 48).reshape(3, 1, 4, 4))
+LABEL = ClassEnergy(lambda x, *_: x.flatten(1)[:, :3], torch.tensor([2, 0, 1]))
+OF_EACH = [
+    ds.DiffusionPosteriorSampling(RESIDUAL, 0.3),
+    ds.LossGuidedDiffusion(RESIDUAL, 0.3),
+    ds.ManifoldPreservingGuidance(RESIDUAL, 0.3),
+    ds.Dreamguider(RESIDUAL),
+    ds.FreeDoM(SumEnergy([RESIDUAL, LABEL], [1.0, 0.5]), 0.3),
+    ds.UniversalGuidance(RESIDUAL, 0.3, num_x0_iterations=2),
+    ds.TrainingFreeGuidance(RESIDUAL, 0.3, 0.3),
+    ds.TrainingFreeGuidance(RESIDUAL, 0.3, 0.3, x_t_path="held", smoothing_std=0.0),
+    ds.FrequencyAwareGuidance(RESIDUAL.measurement, scale=0.3),
+    ds.DiffusionDrivenAdaptation(RESIDUAL.measurement, 0.3, factor=2),
+    ds.DiffusionDrivenAdaptation(RESIDUAL.measurement, 0.3, factor=2, strength=1.0),
+    ds.ClassifierGuidance(LABEL, 0.3),
+    ds.CLIPGuidance(lambda x, level: x.flatten(1)[:, :3], torch.eye(3) + 0.1, 2.0),
+    ds.SemanticDiffusionGuidance(
+        lambda x, level: x.flatten(1), image=RESIDUAL.measurement, text=RESIDUAL.measurement.flatten(1), text_weight=2.0
+    ),
+    ds.SemanticGradientGuidance(
+        lambda x, level: torch.cat([x, 0.1 * x**2], 1), (RESIDUAL.measurement[:, 0] > 0.1).long(), 0.3
+    ),
+    ds.MotionGuidance(
+        RESIDUAL.measurement, torch.ones(2, 4, 4), lambda a, b: (b - a).expand(-1, 2, 4, 4), 0.3,
+        visible=(RESIDUAL.measurement > -0.5).float(), keep=RESIDUAL.measurement > 0.9,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", OF_EACH, ids=lambda method: type(method).__name__)
+def test_data_follow_their_samples_into_whatever_batch(method: Any) -> None:
+    """Those of sample i do not act on who stands at the same place of another batch; five samples, data of three."""
+    scene = script(steps=3, shape=(1, 4, 4), batch=5)
+    whole, alone = play(method, scene), [play(method, scene, rows=[i]) for i in range(5)]
+    for k, played in enumerate(whole):
+        for i in range(5):
+            torch.testing.assert_close(alone[i][k].x_next[0], played.x_next[i], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(alone[i][k].prediction[0], played.prediction[i], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_whole_runs_take_each_samples_own_data(batch_size: int) -> None:
+    """Also where the last batch is filled up, and where the noise is optimised."""
+    wanted = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0], [0.6, 0.8]])
+    run = {"num_samples": 5, "steps": 4, "dtype": torch.float64, "seed": 2}
+    ways = {
+        "sample": lambda **more: ds.sample(
+            RING, ds.DiffusionPosteriorSampling(Residual(wanted), 0.3),
+            scheduler=DDPMScheduler(**LINEAR, clip_sample=False), **run | more,
+        ),
+        "DOODL": lambda **more: ds.optimize_latents(
+            RING, ds.DOODL(Residual(wanted), num_optimization_steps=2, clip=0.1, base="null"),
+            scheduler=DDIMScheduler(**LINEAR, clip_sample=False), **run, **more,
+        ),
+        "DiG-IN": lambda **more: ds.optimize_latents(
+            RING, ds.DiGIN(Residual(wanted), num_optimization_steps=2, contexts=(), base="null"),
+            scheduler=DDIMScheduler(**LINEAR, clip_sample=False), **run, **more,
+        ),
+    }  # fmt: skip
+    for name, way in ways.items():
+        torch.testing.assert_close(way(batch_size=batch_size).samples, way().samples, msg=name)
+    part = ways["sample"](num_samples=2, first=3, batch_size=batch_size)
+    torch.testing.assert_close(part.samples, ways["sample"]().samples[3:])
 
 
 def test_what_is_wrong_with_the_data_of_an_energy() -> None:

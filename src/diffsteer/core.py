@@ -58,6 +58,7 @@ class Step:
     generators: Sequence[torch.Generator] = ()  # one random stream per sample, apart from the sampler's
     number: int = 0  # of the scheduler's step, to which its inner points belong; ``index`` where it has none
     ancestral: bool = True  # False: steps with kappa = 1 have another mean or variance than DDPM's kernel
+    samples: Tensor | None = None  # (B,), their numbers in the run; None: from 0 on
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Run:
     ancestral: bool = True  # as of a step
     precision: torch.dtype | None = None  # what the network computes in, where it tells
     inner: Collection[int] = ()  # evaluations that are inner points of a second-order scheduler's steps
+    samples: Tensor | None = None  # as of a step
 
     @property
     def num_steps(self) -> int:

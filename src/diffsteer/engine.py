@@ -81,7 +81,7 @@ class Engine:
         self.levels, self.stochastic, self.ancestral, self.inner = levels, stochastic, ancestral, inner
         net = self.nets["main"]
         precision = getattr(net, "precision", None)
-        setup = Run(x, levels, stochastic, tuple(net.contexts), self.streams, ancestral, precision, inner)
+        setup = Run(x, levels, stochastic, tuple(net.contexts), self.streams, ancestral, precision, inner, self.numbers)
         self.num_steps = setup.num_steps
         self.state = self.method.start(setup)
         return setup.x
@@ -100,6 +100,7 @@ class Engine:
             generators=self.streams,
             number=index - sum(i <= index for i in self.inner),
             ancestral=self.ancestral,
+            samples=self.numbers,
         )
         prediction, self.state, info = drive(
             self.method, self.step, self.state, partial(self._evaluate, answered={}, known={})

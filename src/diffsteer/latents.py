@@ -13,6 +13,7 @@ from torch import Tensor
 from diffsteer.core import Call, Guidance, Plan, Run, State, Step, guide_in
 from diffsteer.denoisers import Denoiser, usable
 from diffsteer.energy.chains import Chain, LatentOptimizer, Shifts
+from diffsteer.energy.data import told
 from diffsteer.energy.forces import check
 from diffsteer.engine import Engine, describe, describe_scheduler, stream, versions
 from diffsteer.errors import ParameterError, UnsupportedError
@@ -104,13 +105,13 @@ def optimize_latents(
     samples, noises, energies, nfe = [], [], [], []
     with advancing(progress, num_samples * (method.num_optimization_steps + 1)) as advance:
         for first in range(0, num_samples, batch):
-            numbers, keep = torch.arange(first, first + batch), min(batch, num_samples - first)
+            numbers, keep = torch.arange(first, first + batch) % num_samples, min(batch, num_samples - first)
             if x_T is None:
                 noise = torch.stack([torch.randn(shape, generator=stream(seed, int(i)), dtype=dtype) for i in numbers])
             else:
-                noise = x_T[numbers % num_samples].to(dtype)
+                noise = x_T[numbers].to(dtype)
             noise = noise.to(device)
-            check(method.energy, noise)
+            check(told(method.energy, numbers), noise)
             chain, engine = _chain(nets, method, view, numbers, noise, seed)
             run, seen = method.optimize(chain, noise), []
             try:
@@ -158,7 +159,7 @@ def _chain(
         return x0, eps
 
     initial = float(view.initial(torch.ones((), dtype=torch.float64)))
-    return Chain(view.levels, initial, estimate, [stream(seed, int(i), 2) for i in numbers]), engine
+    return Chain(view.levels, initial, estimate, [stream(seed, int(i), 2) for i in numbers], numbers), engine
 
 
 class _Traced(Guidance):

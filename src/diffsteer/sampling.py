@@ -147,11 +147,11 @@ def sample(
     traces: list[dict[str, Tensor]] = []
     with advancing(progress, num_samples * len(view.timesteps)) as advance:
         for start in range(0, num_samples, batch):
-            numbers = torch.arange(first + start, first + start + batch)
+            numbers = first + torch.arange(start, start + batch) % num_samples  # the last batch is filled up
             chunk = _Chunk(nets, method, numbers, seed, dtype, device, batching)
             noise = None
             if x_T is not None:
-                noise = x_T[(numbers - first) % num_samples].to(device, dtype)
+                noise = x_T[numbers - first].to(device, dtype)
             view = SchedulerView(scheduler, steps, eta, device) if start else view
             keep = min(batch, num_samples - start)
             kept: list[dict[str, Tensor]] = []

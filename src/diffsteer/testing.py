@@ -147,7 +147,10 @@ def play(
     present = chosen if leave is None else everyone
     streams = {i: torch.Generator().manual_seed(i) for i in everyone}
     first = torch.as_tensor(scene.points[0][present]).to(dtype)
-    setup = Run(first, scene.levels, scene.stochastic, tuple(scene.networks), [streams[i] for i in present])
+    setup = Run(
+        first, scene.levels, scene.stochastic, tuple(scene.networks), [streams[i] for i in present],
+        samples=torch.tensor(present),
+    )  # fmt: skip
     state = method.start(setup)
     played = []
     for index, points in enumerate(scene.points):
@@ -167,6 +170,7 @@ def play(
                 stochastic=scene.stochastic,
                 generators=[streams[i] for i in present],
                 number=index,
+                samples=torch.tensor(present),
             )
             asked: dict[Any, tuple[Call, Tensor]] = {}
             prediction, state, info = drive(method, step, state, partial(_answers, scene, step, asked))

@@ -244,10 +244,17 @@ def test_refuses(unet: UNet2DConditionModel) -> None:
         run(unet, ds.SelfGuidance((GROW,), attention_layers=("nowhere",)))
     with pytest.raises(ParameterError, match="holds 3 steps, this run has 4"):
         run(unet, ds.SelfGuidance((Edit("size", (1,)),), memory=other_run(3, 1, (1,))))
-    with pytest.raises(ParameterError, match="holds 2 samples"):
-        run(unet, ds.SelfGuidance((Edit("size", (1,)),), memory=other_run(4, 2, (1,))))
     with pytest.raises(ParameterError, match="with positions"):
         play(ds.SelfGuidance((GROW,)), script(shape=(3,)))
+
+
+def test_a_memory_is_read_by_the_number_of_the_sample() -> None:
+    """Whatever batch it is in, modulo the number of those that are remembered."""
+    method = ds.SelfGuidance((Edit("size", (1,)),), 900.0, memory=other_run(12, 2, (1,)))
+    whole = play(method, script())
+    for i in range(len(whole[0].x)):
+        for alone, played in zip(play(method, script(), rows=[i]), whole, strict=True):
+            torch.testing.assert_close(alone.x_next[0], played.x_next[i])
 
 
 def test_a_memory_is_written_once() -> None:

@@ -410,7 +410,7 @@ def _run(task: Labels | Inverse, key: str, scale: float, steps: int, store: Path
         return found
     result = sample(
         model.denoiser(pos=task.wanted), method, scheduler=scheduler(model, "ddpm"), num_samples=task.size,
-        batch_size=task.size, steps=steps, trace="off", device=model.device,
+        steps=steps, trace="off", device=model.device,
     )  # fmt: skip
     outcome = _judged(
         model, result.samples, nfe=float(result.nfe.double().mean()), seconds=result.record["seconds"],

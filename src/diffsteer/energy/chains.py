@@ -34,12 +34,15 @@ class Chain:
         are enabled.
     generators : sequence of torch.Generator
         One per sample, for the method.
+    samples : Tensor, (B,)
+        Their numbers in the run.
     """
 
     levels: Sequence[Level]
     initial: float
     estimate: Callable[[Tensor, int, Shifts], tuple[Tensor, Tensor]]
     generators: Sequence[torch.Generator]
+    samples: Tensor
 
     def __len__(self) -> int:
         return len(self.levels) - 1

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import Call, Guidance, Info, Step, guide_in, like, map_state, widened
+from diffsteer.energy.data import told
 from diffsteer.errors import NonFiniteError, ParameterError, UnsupportedError
 from diffsteer.paths import Level, convert
 
-CleanEnergy = Callable[[Tensor], Tensor]
-"""Clean images (B, ...) to one number per sample, (B,), to be lowered."""
+CleanEnergy = Callable[..., Tensor]
+"""Clean images (B, ...) to one number per sample, (B,), to be lowered; see :func:`~diffsteer.energy.data.told`."""
 
-NoisyEnergy = Callable[[Tensor, Level], Tensor]
-"""Noisy images (B, ...), in the sampler's coordinates, and their level to one number per sample, (B,)."""
+NoisyEnergy = Callable[..., Tensor]
+"""Noisy images (B, ...), in the sampler's coordinates, and their level to one number per sample, (B,); the same."""
 
 Force = tuple[Tensor, Tensor]  # (B, ...) minus the gradient, and (B,) the energy
 
@@ -105,21 +106,21 @@ def uncoupled(values: Tensor, seen: Sequence[Tensor]) -> None:
                 )
 
 
-def clean_force(energy: CleanEnergy, x0: Tensor) -> Force:
-    """The force on a clean image, no network in the graph; (B, ...) and the energy, (B,)."""
+def clean_force(energy: CleanEnergy, x0: Tensor, samples: Tensor | None) -> Force:
+    """The force on the clean images of these ``samples``, no network in the graph; (B, ...) and the energy, (B,)."""
     at = _leaf(x0)
     with torch.enable_grad():
-        values = energy(at)
+        values = told(energy, samples)(at)
     return descent(values, at), values.detach()
 
 
-def held_force(energy: CleanEnergy, x0: Tensor, level: Level) -> Force:
+def held_force(energy: CleanEnergy, x0: Tensor, step: Step) -> Force:
     """The force on x_t with eps held, in variance-preserving coordinates: no network in the graph.
 
     x0 = (x_t - sigma eps) / alpha moves by 1 / alpha of x_t, as if the network always saw the same noise.
     """
-    force, values = clean_force(energy, x0)
-    return force * (unit(level) / level.alpha), values
+    force, values = clean_force(energy, x0, step.samples)
+    return force * (unit(step.level) / step.level.alpha), values
 
 
 def noisy_force(energy: NoisyEnergy, step: Step) -> Force:
@@ -133,7 +134,7 @@ def noisy_force(energy: NoisyEnergy, step: Step) -> Force:
     _refuse_inside(step)
     at = _leaf(step.x)
     with torch.enable_grad():
-        values = energy(at, step.level)
+        values = told(energy, step.samples)(at, step.level)
     return unit(step.level) * descent(values, at), values.detach()
 
 
@@ -156,15 +157,15 @@ class Estimate:
     prediction: Tensor  # in the step's space, without a graph; (B, ...)
     x0: Tensor  # with a graph back to x_t, if asked for
     at: Tensor  # x_t, the leaf of that graph
-    unit: float
+    step: Step
     state: Any
     info: Info
 
     def force(self, energy: CleanEnergy) -> Force:
         """The force on x_t through the network, in variance-preserving coordinates."""
         with torch.enable_grad():
-            values = energy(self.x0)
-        return self.unit * descent(values, self.at), values.detach()
+            values = told(energy, self.step.samples)(self.x0)
+        return unit(self.step.level) * descent(values, self.at), values.detach()
 
 
 def estimate(
@@ -207,7 +208,7 @@ def estimate(
         x0 = convert(widened(prediction), widened(at), step.level, step.space, "x0")
     # what is kept from step to step must not keep the steps' graphs
     state, info = map_state(Tensor.detach, state), {name: value.detach() for name, value in info.items()}
-    return Estimate(prediction.detach(), x0, at, unit(step.level), state, info)
+    return Estimate(prediction.detach(), x0, at, step, state, info)
 
 
 def _from(at: Tensor, call: Call) -> Call:

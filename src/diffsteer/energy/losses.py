@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffsteer.energy.data import fitted, told
 from diffsteer.errors import ParameterError
 
 Network = Callable[..., Tensor]
@@ -27,18 +28,18 @@ class ClassEnergy:
     classifier : callable
         Images to logits, (B, K).
     label : int or Tensor
-        The wanted class; a tensor has one per sample of the batch, (B,).
+        The wanted class, or (N,): sample i of the run has entry i modulo N.
     """
 
     classifier: Network
     label: int | Tensor
 
-    def __call__(self, x: Tensor, *level: Any) -> Tensor:
+    def __call__(self, x: Tensor, *level: Any, samples: Tensor | None = None) -> Tensor:
         logits = self.classifier(x, *level)
         label = torch.as_tensor(self.label, device=logits.device)
         if label.is_floating_point():
             raise ParameterError(f"label is a whole number, or one for each sample; got {self.label}")
-        label = fitted("label", label.long(), logits[:, 0])
+        label = fitted("label", label.long(), logits[:, 0], samples)
         if int(label.min()) < 0 or int(label.max()) >= logits.shape[1]:
             raise ParameterError(f"label {self.label} is none of the classifier's 0..{logits.shape[1] - 1}")
         return -logits.log_softmax(1).gather(1, label[:, None])[:, 0]
@@ -51,7 +52,7 @@ class Residual:
     Parameters
     ----------
     measurement : Tensor
-        y; one for all samples, or one each (B, ...).
+        y; one for all samples, or (N, ...): sample i of the run has row i modulo N.
     operator : callable, optional
         A, differentiable; default: the image itself.
     squared : bool
@@ -62,33 +63,15 @@ class Residual:
     operator: Callable[[Tensor], Tensor] | None = None
     squared: bool = False
 
-    def __call__(self, x: Tensor) -> Tensor:
-        r = residual(self, x).flatten(1)
+    def __call__(self, x: Tensor, samples: Tensor | None = None) -> Tensor:
+        r = residual(self, x, samples).flatten(1)
         return r.square().sum(1) / 2 if self.squared else norm(r)
 
 
-def residual(of: Any, x: Tensor) -> Tensor:
+def residual(of: Any, x: Tensor, samples: Tensor | None) -> Tensor:
     """y - A(x) of an energy with ``measurement`` and ``operator``; (B, ...)."""
     measured = x if of.operator is None else of.operator(x)
-    return fitted("the measurement", of.measurement.to(measured), measured) - measured
-
-
-def fitted(name: str, data: Tensor, like: Tensor) -> Tensor:
-    """Data for all samples, or one each, of the shape of ``like``, (B, ...).
-
-    Raises
-    ------
-    ParameterError
-        Data of another size, or of another number of samples than the batch has.
-    """
-    try:
-        return data.expand_as(like)
-    except RuntimeError:
-        raise ParameterError(
-            f"{name} of shape {tuple(data.shape)} does not fit: {tuple(like.shape[1:])} is for all samples, "
-            f"{tuple(like.shape)} for each of the batch; what is for each sample goes by its place in the batch, so "
-            "make one batch of as many (batch_size=)"
-        ) from None
+    return fitted("the measurement", of.measurement.to(measured), measured, samples) - measured
 
 
 def norm(rows: Tensor) -> Tensor:
@@ -107,7 +90,7 @@ class CosineEnergy:
     encoder : callable
         f: images to embeddings, (B, K).
     target : Tensor
-        (K,), or one per sample (B, K).
+        (K,), or (N, K): sample i of the run has row i modulo N.
     scale : float
         Multiplies the cosine.
     """
@@ -116,18 +99,18 @@ class CosineEnergy:
     target: Tensor
     scale: float = 1.0
 
-    def __call__(self, x: Tensor, *level: Any) -> Tensor:
-        return -self.scale * cosine(self.encoder(x, *level), self.target)
+    def __call__(self, x: Tensor, *level: Any, samples: Tensor | None = None) -> Tensor:
+        return -self.scale * cosine(self.encoder(x, *level), self.target, samples)
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Of every row; (B, K) and (K,) or (B, K) to (B,)."""
-    return torch.nn.functional.cosine_similarity(a, _directed(b, a), dim=1, eps=1e-12)
+def cosine(found: Tensor, target: Tensor, samples: Tensor | None = None) -> Tensor:
+    """Of every row, (B, K), and its target; (K,) or (N, K) to (B,)."""
+    return torch.nn.functional.cosine_similarity(found, _directed(target, found, samples), dim=1, eps=1e-12)
 
 
-def _directed(target: Tensor, found: Tensor) -> Tensor:
-    """A target embedding for each that is found, none of them zero; (K,) or (B, K) to (B, K)."""
-    target = fitted("the target embedding", target.to(found), found)
+def _directed(target: Tensor, found: Tensor, samples: Tensor | None) -> Tensor:
+    """A target embedding for each that is found, none of them zero; (K,) or (N, K) to (B, K)."""
+    target = fitted("the target embedding", target.to(found), found, samples)
     if not bool(target.any(1).all()):
         raise ParameterError("a target embedding is zero; it has no direction to go")
     return target
@@ -140,7 +123,8 @@ class SphericalEnergy:
     Parameters
     ----------
     encoder : callable
-    target : Tensor, (K,) or (B, K)
+    target : Tensor, (K,) or (N, K)
+        As of :class:`CosineEnergy`.
     scale : float
     """
 
@@ -148,9 +132,9 @@ class SphericalEnergy:
     target: Tensor
     scale: float = 1.0
 
-    def __call__(self, x: Tensor, *level: Any) -> Tensor:
+    def __call__(self, x: Tensor, *level: Any, samples: Tensor | None = None) -> Tensor:
         found = torch.nn.functional.normalize(self.encoder(x, *level), dim=1)
-        target = torch.nn.functional.normalize(_directed(self.target, found), dim=1)
+        target = torch.nn.functional.normalize(_directed(self.target, found, samples), dim=1)
         farthest = 1 - torch.finfo(found.dtype).eps  # where an embedding is opposite, arcsin has no slope
         return self.scale * 2 * torch.arcsin((norm(found - target) / 2).clamp(max=farthest)).square()
 
@@ -173,6 +157,7 @@ class SumEnergy:
         if not self.energies or (self.weights is not None and len(self.weights) != len(self.energies)):
             raise ParameterError("a sum takes at least one energy, and as many weights")
 
-    def __call__(self, x: Tensor, *level: Any) -> Tensor:
+    def __call__(self, x: Tensor, *level: Any, samples: Tensor | None = None) -> Tensor:
         weights = self.weights if self.weights is not None else [1.0] * len(self.energies)
-        return torch.stack([w * e(x, *level) for w, e in zip(weights, self.energies, strict=True)]).sum(0)
+        energies = [told(energy, samples) for energy in self.energies]
+        return torch.stack([w * e(x, *level) for w, e in zip(weights, energies, strict=True)]).sum(0)

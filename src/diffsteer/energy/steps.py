@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import After, Guidance, Repeat, Run, Step, map_state, within
+from diffsteer.energy.data import told
 from diffsteer.energy.forces import check, unit
 from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.paths import convert, reverse_kernel
@@ -232,7 +233,7 @@ class EnergyGuidance(Guidance):
         start = run.levels[0]
         x = run.x / unit(start)
         level = next((level for level in run.levels if level.rho <= PURE_NOISE), start)  # where it is asked first
-        check(self.energy, *((x * unit(level), level) if self.noisy else (x,)))
+        check(told(self.energy, run.samples), *((x * unit(level), level) if self.noisy else (x,)))
         return Landing()
 
     def after(self, step: Step, x_next: Tensor, state: Any) -> After:

@@ -40,7 +40,7 @@ class CLIPGuidance(EnergyGuidance):
     encoder : callable
         f: (x_t, level) to embeddings, (B, K). One of clean images does not work well here.
     text : Tensor
-        g(c), (K,), or one caption per sample, (B, K).
+        g(c), (K,), or (N, K): sample i of the run has row i modulo N.
     scale : float
         s >= 0; 0 is unguided. 3 in the official notebook, with its tau.
     logit_scale : float

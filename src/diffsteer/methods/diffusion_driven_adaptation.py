@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import After, Plan, Run, Step
+from diffsteer.energy.data import fitted
 from diffsteer.energy.forces import estimate
-from diffsteer.energy.losses import fitted, norm
+from diffsteer.energy.losses import norm
 from diffsteer.energy.steps import EnergyGuidance, Landing, act, draw, is_noise, land
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
@@ -43,7 +44,8 @@ class DiffusionDrivenAdaptation(EnergyGuidance):
     Parameters
     ----------
     image : Tensor
-        x_in, in [-1, 1]: one for all samples (C, H, W), or one each (B, C, H, W).
+        x_in, in [-1, 1]: one for all samples (C, H, W), or (N, C, H, W): sample i of the run has row i
+        modulo N.
     scale : float
         w >= 0; 6 in the official script. 0 only noises and denoises.
     factor : int
@@ -76,14 +78,18 @@ class DiffusionDrivenAdaptation(EnergyGuidance):
             raise ParameterError(f"strength must be in (0, 1], got {self.strength}")
         if self.image.ndim < 3 or self.factor < 1 or any(side % self.factor for side in self.image.shape[-2:]):
             raise ParameterError(
-                f"the image must be (C, H, W) or (B, C, H, W) and factor divide its sides, got "
+                f"the image must be (C, H, W) or (N, C, H, W) and factor divide its sides, got "
                 f"{tuple(self.image.shape)} and {self.factor}"
             )
 
-    def energy(self, x0: Tensor) -> Tensor:
+    def energy(self, x0: Tensor, samples: Tensor | None = None) -> Tensor:
         """The distance of coarse structures; (B,)."""
-        image = fitted("the image", self.image.to(x0), x0)
+        image = self._image(x0, samples)
         return norm((coarse(image, self.factor) - coarse(x0, self.factor)).flatten(1))
+
+    def _image(self, x: Tensor, samples: Tensor | None) -> Tensor:
+        """x_in of each sample, (B, C, H, W)."""
+        return fitted("the image", self.image.to(x), x, samples)
 
     def _first(self, num_steps: int) -> int:
         """The first step that is run."""
@@ -92,7 +98,8 @@ class DiffusionDrivenAdaptation(EnergyGuidance):
     def start(self, run: Run) -> Landing:
         landing: Landing = super().start(run)
         if self._first(len(run.levels) - 1) == 0:
-            run.x = run.levels[0].alpha * self.image.to(run.x) + run.levels[0].sigma * draw(run, run.x).to(run.x)
+            level, noise = run.levels[0], draw(run, run.x).to(run.x)
+            run.x = level.alpha * self._image(run.x, run.samples) + level.sigma * noise
         return landing
 
     def guide(self, step: Step, state: Landing | None) -> Plan:
@@ -111,7 +118,7 @@ class DiffusionDrivenAdaptation(EnergyGuidance):
             return land(step, x_next, state)
         level = step.level_next  # of a step that was not run
         noise = draw(step, x_next).to(x_next) if step.index == self._first(step.num_steps) - 1 else 0.0
-        return (level.alpha * self.image.to(x_next) + level.sigma * noise).expand_as(x_next), Landing()
+        return level.alpha * self._image(x_next, step.samples) + level.sigma * noise, Landing()
 
 
 def coarse(x: Tensor, factor: int) -> Tensor:

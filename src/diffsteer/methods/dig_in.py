@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from diffsteer.core import Guidance, like, widened
 from diffsteer.energy.chains import Chain, LatentOptimizer, Progress, Shifts, renormalized
+from diffsteer.energy.data import told
 from diffsteer.energy.forces import CleanEnergy, finite
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
@@ -126,11 +127,12 @@ class DiGIN(LatentOptimizer):
         for index, shift in enumerate(shifts):
             x, x0 = checkpoint(chain.step, x, index, shift, use_reentrant=False, preserve_rng_state=False)
             seen.append(x0)
-        values = torch.stack([self.energy(widened(x0)) for x0 in seen[-self.num_loss_steps :]])
+        energy = told(self.energy, chain.samples)
+        values = torch.stack([energy(widened(x0)) for x0 in seen[-self.num_loss_steps :]])
         weights = torch.arange(1, len(values) + 1).to(values)
-        loss, energy = (weights / weights.sum()) @ values, values[-1].detach()
-        finite("energy", energy)
+        loss, last = (weights / weights.sum()) @ values, values[-1].detach()
+        finite("energy", last)
         for name in self.contexts:
             if not shifts[0][name].offsets:
                 raise ParameterError(f"the base never asks for the context {name!r}: take it out of contexts=")
-        return x.detach(), loss, energy
+        return x.detach(), loss, last

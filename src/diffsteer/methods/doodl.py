@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffsteer.core import Guidance
 from diffsteer.energy.chains import Chain, Edict, LatentOptimizer, Progress, renormalized
+from diffsteer.energy.data import told
 from diffsteer.energy.forces import CleanEnergy, clean_force
 from diffsteer.energy.steps import draw
 from diffsteer.errors import ParameterError
@@ -112,7 +113,7 @@ class DOODL(LatentOptimizer):
         for _ in range(self.num_optimization_steps):
             x_T = chain.initial * latents
             x, y = edict.run(x_T, x_T)
-            (down_x, energy), (down_y, _) = clean_force(self.energy, x), clean_force(self.energy, y)
+            (down_x, energy), (down_y, _) = (clean_force(self.energy, z, chain.samples) for z in (x, y))
             *_, down_x, down_y = edict.back(x, y, down_x, down_y)
             down = self.scale / 4 * chain.initial * (down_x + down_y)
             velocity = self.momentum * velocity + down.clamp(-self.clip, self.clip)
@@ -122,5 +123,5 @@ class DOODL(LatentOptimizer):
             yield energy
         x_T = chain.initial * latents
         x, _ = edict.run(x_T, x_T)
-        yield self.energy(x)
+        yield told(self.energy, chain.samples)(x)
         return x, latents

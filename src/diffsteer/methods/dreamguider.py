@@ -91,7 +91,7 @@ class Dreamguider(EnergyGuidance):
         here = yield from estimate(step, self.base, grad=False)
         if is_noise(step) or not (self.x0_scale or self.noise_scale):
             return here.prediction, state, {}
-        force, energy = clean_force(self.energy, here.x0)
+        force, energy = clean_force(self.energy, here.x0, step.samples)
         first = here.x0 if state.first is None else state.first
         way, past = dot(here.x0 - first, here.x0 - first).sqrt(), dot(force, force)
         start = _FIRST * (1 + dot(first, first).sqrt())

@@ -326,7 +326,8 @@ class DynamicNegativeGuidance(Guidance):
             return step.x[rows], step.x[rows], f
         tracker, reading, whole = self._trackers[i], self.calibrations[i], len(rows) == len(step.x)
         streams = [step.generators[k] for k in rows.tolist()] if step.generators else ()
-        inner = step if whole else replace(step, x=step.x[rows], generators=streams)
+        numbers = None if step.samples is None else step.samples[rows.cpu()]
+        inner = step if whole else replace(step, x=step.x[rows], generators=streams, samples=numbers)
         plan = tracker.visit(inner, f.tracked, alt=self.contexts[i])
         neg, ref, tracked = yield from (plan if whole else on_rows(plan, rows))
         odds = tracked.log_odds if reading is None else reading.read(f.odds, f.tracked, tracked, step.level, push)

@@ -40,7 +40,7 @@ class FrequencyAwareGuidance(EnergyGuidance):
     Parameters
     ----------
     measurement : Tensor
-        y, one for all samples or one each (B, C, H, W).
+        y, one for all samples, or (N, C, H, W): sample i of the run has row i modulo N.
     operator : callable, optional
         A, differentiable, to images (B, C, H, W); default: the image itself.
     scale : float
@@ -83,9 +83,9 @@ class FrequencyAwareGuidance(EnergyGuidance):
         if self.num_levels < 1 or self.band_norm not in ("l1", "l2"):
             raise ParameterError("needs num_levels >= 1 and a band_norm of 'l1' or 'l2'")
 
-    def energy(self, x0: Tensor) -> Tensor:
+    def energy(self, x0: Tensor, samples: Tensor | None = None) -> Tensor:
         """The residual's norm, and those of its bands; (B,)."""
-        r = residual(self, x0)
+        r = residual(self, x0, samples)
         total = norm(r.flatten(1))
         for bands in haar(r, self.num_levels):
             for weight, band in zip(self.band_weights[4 - len(bands) :], bands, strict=True):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from diffsteer.core import Plan, Step
+from diffsteer.energy.data import told
 from diffsteer.energy.forces import CleanEnergy, estimate, smoothed, unit
 from diffsteer.energy.steps import EnergyGuidance, Landing, act, draw, is_noise
 from diffsteer.errors import ParameterError
@@ -75,6 +76,6 @@ class LossGuidedDiffusion(EnergyGuidance):
             return here.prediction, Landing(), {}
         std = self.smoothing_std * step.level.sigma / unit(step.level)
         draws = [(std * draw(step, here.x0)).to(here.x0) for _ in range(self.num_mc_samples if std else 0)]
-        force, energy = here.force(smoothed(self.energy, draws))
+        force, energy = here.force(smoothed(told(self.energy, step.samples), draws))
         prediction, jump = act("jump", step, here.prediction, self.scale * force)
         return prediction, Landing(jump), {"energy": energy}

@@ -63,6 +63,6 @@ class ManifoldPreservingGuidance(EnergyGuidance):
         here = yield from estimate(step, self.base, grad=False)
         if self.scale == 0 or is_noise(step):
             return here.prediction, Landing(), {}
-        force, energy = clean_force(self.energy, here.x0)
+        force, energy = clean_force(self.energy, here.x0, step.samples)
         prediction, jump = act("x0_keep_eps", step, here.prediction, self.scale * force)
         return prediction, Landing(jump), {"energy": energy}

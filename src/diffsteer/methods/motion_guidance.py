@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import After, Guidance, Plan, Repeat, Run, Step
+from diffsteer.energy.data import fitted
 from diffsteer.energy.forces import clipped_norm, estimate, unit
-from diffsteer.energy.losses import fitted
 from diffsteer.energy.steps import EnergyGuidance, Inside, act, check_recurrences, draw, is_noise, land_around
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
@@ -109,10 +109,10 @@ class MotionGuidance(EnergyGuidance):
         again = frozenset({"recurrence"} if self.num_recurrences > 1 else ())
         return again | (self.base.needs if isinstance(self.base, Guidance) else frozenset())
 
-    def energy(self, x0: Tensor) -> Tensor:
+    def energy(self, x0: Tensor, samples: Tensor | None = None) -> Tensor:
         """L of a clean sample; (B,)."""
         decode = self.decode if self.decode is not None else lambda z: z
-        image, source = ((decode(z) + 1) / 2 for z in (x0, fitted("the source", self.source.to(x0), x0)))
+        image, source = ((decode(z) + 1) / 2 for z in (x0, fitted("the source", self.source.to(x0), x0, samples)))
         if image.shape[2:] != self.flow.shape[1:]:
             raise ParameterError(f"flow is {tuple(self.flow.shape)}, images are {tuple(image.shape[1:])}")
         found = self.estimator(source, image)
@@ -121,7 +121,7 @@ class MotionGuidance(EnergyGuidance):
                 f"the estimator returned {tuple(found.shape)}, not the flow from the first to the second image, "
                 f"{(len(image), *self.flow.shape)}"
             )
-        visible = 1.0 if self.visible is None else fitted("visible", self.visible.to(x0), image)
+        visible = 1.0 if self.visible is None else fitted("visible", self.visible.to(x0), image, samples)
         moved = (self.flow.to(x0) - found).abs().flatten(1).mean(1)
         looks = (visible * (source - warp(image, found))).abs().flatten(1).mean(1)
         return self.flow_weight * moved + self.color_weight * looks
@@ -154,8 +154,9 @@ class MotionGuidance(EnergyGuidance):
         """The sample with the noised source where it is to be kept."""
         if self.keep is None:
             return x
-        noised = level.alpha * self.source.to(x) + level.sigma * draw(at, x).to(x)
-        return torch.where(fitted("keep", self.keep.to(x.device), x), noised, x)
+        source = fitted("the source", self.source.to(x), x, at.samples)
+        noised = level.alpha * source + level.sigma * draw(at, x).to(x)
+        return torch.where(fitted("keep", self.keep.to(x.device), x, at.samples), noised, x)
 
 
 def warp(image: Tensor, flow: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import After, Call, Guidance, Info, Plan, Run, State, Step, guide_in
+from diffsteer.energy.data import told
 from diffsteer.energy.forces import descent, reference, uncoupled, unit
 from diffsteer.energy.steps import Inside, Landing, alphas, is_noise, land_around
 from diffsteer.errors import ParameterError
@@ -128,7 +129,8 @@ class ReadoutGuidance(Guidance):
             records = [FeatureRecord(self.layers) for _ in self.contexts]
             yield [Call(c, x=at, grad=True, perturb=r) for c, r in zip(self.contexts, records, strict=True)]
             with torch.enable_grad():
-                values = torch.stack([self.energy(r.maps, step.level) for r in records]).sum(0)
+                energy = told(self.energy, step.samples)
+                values = torch.stack([energy(r.maps, step.level) for r in records]).sum(0)
             if before is None:
                 uncoupled(values, [features for r in records for features in r.maps.values()])
                 before = values.detach()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from diffsteer.core import Call, Guidance, Plan, Run, State, Step
+from diffsteer.core import Call, Guidance, Plan, Run, State, Step, map_state
 from diffsteer.energy.forces import descent, unit
 from diffsteer.energy.steps import act, is_noise
 from diffsteer.errors import ParameterError
@@ -28,7 +28,7 @@ _RESCALED = 1000.0  # in half precision the gradients of means would vanish
 class PropertyMemory:
     """The properties of another run, step by step: written by a run with ``scale=0``, read by any other.
 
-    The other run has as many samples, in one batch, or one for all; and the same steps. It is written once.
+    It is written once, by N samples in one batch, in the same steps; sample i of another run reads row i modulo N.
     """
 
     def __init__(self) -> None:
@@ -167,7 +167,9 @@ class SelfGuidance(Guidance):
                 f"the memory holds {len(self.memory.steps)} steps, this run has {len(run.levels) - 1}: fill it by a "
                 "run of the same steps with scale=0"
             )
-        return tuple(_for_batch(values, len(run.x)) for _, values in sorted(self.memory.steps.items()))
+        numbers = torch.arange(len(run.x)) if run.samples is None else run.samples
+        values = tuple(values for _, values in sorted(self.memory.steps.items()))
+        return map_state(lambda kept: kept[numbers.to(kept.device) % len(kept)], values)
 
     def guide(self, step: Step, state: State) -> Plan:
         writes = self.memory is not None and not self.scale
@@ -244,15 +246,6 @@ def _target(edit: Edit, value: Tensor) -> Tensor:
         raise ParameterError(
             f"the target of {edit.property!r}, {tuple(target.shape)}, does not fit {tuple(value.shape[1:])}"
         ) from None
-
-
-def _for_batch(values: Values, size: int) -> Values:
-    if any(len(v) not in (1, size) for layers in values for v in layers):
-        raise ParameterError(
-            f"the memory holds {len(values[0][0])} samples, which must be 1 or this batch's {size}; each goes by its "
-            "place in the batch, so make one batch of as many (batch_size=)"
-        )
-    return tuple(tuple(v.expand(size, *v.shape[1:]) for v in layers) for layers in values)
 
 
 def normalized(maps: Tensor) -> Tensor:

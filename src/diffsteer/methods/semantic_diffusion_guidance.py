@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from diffsteer.core import Call, Plan, Step
+from diffsteer.energy.data import fitted
 from diffsteer.energy.forces import noisy_force
-from diffsteer.energy.losses import Network, cosine, fitted
+from diffsteer.energy.losses import Network, cosine
 from diffsteer.energy.steps import EnergyGuidance, Landing, Mode, act, check_mode, draw, is_noise, needs_of
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
@@ -53,9 +55,9 @@ class SemanticDiffusionGuidance(EnergyGuidance):
         f: (x_t, level) to embeddings, (B, K). For "structure" and "style" of an image, to a sequence of feature maps,
         (B, C, H, W) each, is ``features``.
     text : Tensor, optional
-        g(l), (K,) or (B, K).
+        g(l), (K,), or (N, K): sample i of the run has row i modulo N.
     image : Tensor, optional
-        x', one for all samples or one each (B, ...); noised anew at each step to the level of x_t.
+        x', one for all samples, or (N, ...), the same; noised anew at each step to the level of x_t.
     text_weight, image_weight : float
         w_l, w_i >= 0; 160 and 100 in the official recipes.
     image_loss : {"semantic", "structure", "style"}
@@ -100,15 +102,15 @@ class SemanticDiffusionGuidance(EnergyGuidance):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return needs_of(self.mode)
 
-    def energy(self, x: Tensor, level: Level, noise: Tensor | float = 0.0) -> Tensor:
+    def energy(self, x: Tensor, level: Level, noise: Tensor | float = 0.0, samples: Tensor | None = None) -> Tensor:
         """-F of a noisy image, the reference with the given noise; (B,)."""
         total = torch.zeros(len(x)).to(x)
         found = self.encoder(x, level) if self.text is not None or self.image_loss == "semantic" else None
         if self.text is not None and found is not None:
-            total = total - self.text_weight * cosine(found, self.text)
+            total = total - self.text_weight * cosine(found, self.text, samples)
         if self.image is None:
             return total
-        other = level.alpha * fitted("the reference image", self.image.to(x), x) + level.sigma * noise
+        other = level.alpha * fitted("the reference image", self.image.to(x), x, samples) + level.sigma * noise
         if found is not None and self.image_loss == "semantic":
             return total - self.image_weight * cosine(found, self.encoder(other, level).detach())
         assert self.features is not None
@@ -123,7 +125,7 @@ class SemanticDiffusionGuidance(EnergyGuidance):
         if is_noise(step):
             return prediction, Landing(), {}
         noise = draw(step, step.x).to(step.x) if self.image is not None else 0.0
-        force, energy = noisy_force(lambda x, level: self.energy(x, level, noise), step)
+        force, energy = noisy_force(partial(self.energy, noise=noise), step)
         prediction, jump = act(self.mode, step, prediction, force)
         return prediction, Landing(jump), {"energy": energy}
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import Call, Plan, Step
+from diffsteer.energy.data import fitted
 from diffsteer.energy.forces import noisy_force
-from diffsteer.energy.losses import fitted
 from diffsteer.energy.steps import EnergyGuidance, Landing, Mode, act, check_mode, is_noise, needs_of
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
@@ -48,7 +48,8 @@ class SemanticGradientGuidance(EnergyGuidance):
     segmenter : callable
         g: (x_t, level) to logits, (B, K, H, W); trained on noisy images.
     labels : Tensor
-        y, whole numbers (H, W), or one map per sample (B, H, W). Negative ones and 255 are unlabelled.
+        y, whole numbers (H, W), or (N, H, W): sample i of the run has map i modulo N. Negative ones and 255 are
+        unlabelled.
     scale : float
         lambda >= 0; 0 is unguided. About 80 in the paper (second-hand), whose convention for L is not known.
     pattern : {"alternate", "local", "global"}
@@ -81,35 +82,36 @@ class SemanticGradientGuidance(EnergyGuidance):
         if self.pattern not in ("alternate", "local", "global"):
             raise ParameterError(f"pattern must be 'alternate', 'local' or 'global', got {self.pattern!r}")
         maps = self.labels.ndim in (2, 3) and not self.labels.is_floating_point()
-        if not maps or not bool(self._labelled().flatten(-2).any(-1).all()):
+        if not maps or not bool(_labelled(self.labels.long()).flatten(-2).any(-1).all()):
             raise ParameterError(
-                "labels are whole numbers, (H, W) or (B, H, W), and label at least one pixel of each map"
+                "labels are whole numbers, (H, W) or (N, H, W), and label at least one pixel of each map"
             )
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return needs_of(self.mode)
 
-    def _labelled(self) -> Tensor:
-        labels = self.labels.long()  # 255 is beyond some kinds of whole numbers
-        return (labels >= 0) & (labels != 255)
+    def _maps(self, like: Tensor, samples: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The label map of each sample, and where it says something; of the shape of ``like``, (B, H, W)."""
+        labels = self.labels.to(like.device).long()  # 255 is beyond some kinds of whole numbers
+        maps = fitted("the label map", labels, like, samples)
+        return maps, _labelled(maps)
 
-    def energy(self, x: Tensor, level: Level, region: Tensor | None = None) -> Tensor:
-        """The cross-entropy of a noisy image's pixels, of one region alone if given; (B,)."""
-        labelled = self._labelled().to(x.device)
-        counted = labelled if region is None else region
+    def energy(self, x: Tensor, level: Level, label: int | None = None, samples: Tensor | None = None) -> Tensor:
+        """The cross-entropy of a noisy image's pixels, of those with one label alone if given; (B,)."""
         logits = self.segmenter(x, level)
-        if logits.shape[2:] != self.labels.shape[-2:] or int(self.labels[self._labelled()].max()) >= logits.shape[1]:
+        maps, labelled = self._maps(logits[:, 0], samples)
+        if int(maps[labelled].max()) >= logits.shape[1]:
             raise ParameterError(
-                f"labels of {tuple(self.labels.shape)} up to {int(self.labels[self._labelled()].max())} do not fit a "
-                f"segmenter's answer of {tuple(logits.shape)}"
+                f"labels up to {int(maps[labelled].max())} do not fit a segmenter's answer of {tuple(logits.shape)}"
             )
-        target = fitted("the label map", torch.where(labelled, self.labels.to(x.device).long(), 0), logits[:, 0])
-        losses = -logits.log_softmax(1).gather(1, target[:, None])[:, 0]
-        return (losses * counted).flatten(1).sum(1) / labelled.flatten(-2).sum(-1)
+        losses = -logits.log_softmax(1).gather(1, torch.where(labelled, maps, 0)[:, None])[:, 0]
+        counted = labelled if label is None else maps == label
+        return (losses * counted).flatten(1).sum(1) / labelled.flatten(1).sum(1)
 
-    def _of_region(self, mask: Tensor, region: Tensor, x: Tensor, level: Level) -> Tensor:
-        return self.energy(x * mask, level, region)
+    def _of_region(self, label: int, x: Tensor, level: Level, samples: Tensor | None = None) -> Tensor:
+        mask = self._maps(x[:, 0], samples)[0] == label
+        return self.energy(x * mask[:, None], level, label, samples)
 
     def guide(self, step: Step, state: Landing) -> Plan:
         (prediction,) = yield [Call(self.base)]
@@ -120,9 +122,14 @@ class SemanticGradientGuidance(EnergyGuidance):
         in_whole = in_turn if self.pattern == "alternate" else self.pattern == "global"
         if not in_whole:
             force = torch.zeros_like(force)
-            for label in sorted(set(self.labels[self._labelled()].tolist())):
-                region = (self.labels == label).to(step.x.device)
-                mask = region[:, None] if region.ndim == 3 else region
-                force = force + mask * noisy_force(partial(self._of_region, mask, region), step)[0]
+            maps, labelled = self._maps(step.x[:, 0], step.samples)
+            for label in torch.unique(maps[labelled]).tolist():
+                inside = (maps == label)[:, None]
+                force = force + inside * noisy_force(partial(self._of_region, label), step)[0]
         prediction, jump = act(self.mode, step, prediction, self.scale * force)
         return prediction, Landing(jump), {"energy": energy}
+
+
+def _labelled(maps: Tensor) -> Tensor:
+    """Where label maps say something."""
+    return (maps >= 0) & (maps != 255)

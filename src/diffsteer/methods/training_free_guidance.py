@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import After, Guidance, Plan, Run, State, Step
+from diffsteer.energy.data import told
 from diffsteer.energy.forces import CleanEnergy, clean_force, estimate, held_force, smoothed, unit
 from diffsteer.energy.steps import (
     EnergyGuidance,
@@ -160,14 +161,14 @@ class TrainingFreeGuidance(EnergyGuidance):
             return prediction, replace(state, landing=self._landing(state)), info
         x0, energy, jump = here.x0.detach(), self._smoothed(step, here.x0), None
         if rho:
-            force, values = here.force(energy) if through else held_force(energy, x0, step.level)
+            force, values = here.force(energy) if through else held_force(energy, x0, step)
             if self.x_t_mode == "jump":
                 alpha, alpha_next = alphas(step)
                 force = force * alpha_next / alpha
             prediction, jump = act(self.x_t_mode, step, prediction, rho * force)
         shift = torch.zeros_like(x0)
         for iteration in range(self.num_x0_iterations if mu else 0):
-            force, found = clean_force(energy, x0 + shift)
+            force, found = clean_force(energy, x0 + shift, step.samples)
             values = found if iteration == 0 else values
             shift = shift + mu * force
         prediction, second = act(self.x0_mode, step, prediction, shift)
@@ -183,7 +184,7 @@ class TrainingFreeGuidance(EnergyGuidance):
         if self.smoothing_schedule == "decrease":
             std = std * step.level.sigma / unit(step.level)
         draws = [(std * draw(step, x0)).to(x0) for _ in range(self.num_mc_samples if std else 0)]
-        return smoothed(self.energy, draws)
+        return smoothed(told(self.energy, step.samples), draws)
 
     def after(self, step: Step, x_next: Tensor, state: Rates) -> After:
         return land_around(self.base, step, x_next, state)

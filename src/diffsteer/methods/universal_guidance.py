@@ -108,7 +108,7 @@ class UniversalGuidance(EnergyGuidance):
             x0 = here.x0.detach()
             shift = torch.zeros_like(x0)
             for iteration in range(self.num_x0_iterations):
-                force, energy = clean_force(self.energy, x0 + shift)
+                force, energy = clean_force(self.energy, x0 + shift, step.samples)
                 if iteration == 0:
                     info = info | {"energy": energy}
                 moving = like(energy >= self.loss_cutoff, shift)
