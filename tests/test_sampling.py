@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -101,8 +102,27 @@ def test_x_T_is_used() -> None:
     x = torch.zeros(3, 2)
     out = run(None, scheduler=DDIMScheduler(clip_sample=False), num_samples=3, x_T=x)
     assert (out.samples - out.samples[0]).abs().max() < 1e-6
-    with pytest.raises(ParameterError, match="x_T must be"):
-        run(num_samples=4, x_T=x)
+    for wrong in (x, x.numpy(), 0.0):
+        with pytest.raises(ParameterError, match="x_T must be a tensor"):
+            run(num_samples=4, x_T=wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_samples": 2.0}, {"num_samples": 0}, {"batch_size": 0}, {"batch_size": "4"}, {"seed": -1}]
+)
+def test_numbers_of_samples_are_whole(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ParameterError, match=f"{next(iter(wrong))} must be a whole number of at least"):
+        run(**wrong)
+
+
+def test_what_goes_by_name_is_a_mapping() -> None:
+    net = torch.nn.Identity()
+    with pytest.raises(ParameterError, match="contexts goes by name"):
+        ds.denoiser(net, contexts=["null"])  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="context 'neg' is 3; give the network's keyword arguments"):
+        ds.denoiser(net, contexts={"neg": 3})  # type: ignore[dict-item]
+    with pytest.raises(ParameterError, match="models goes by name"):
+        run(models=[DEN])
 
 
 def test_progress_counts_samples_times_evaluations() -> None:

@@ -101,7 +101,14 @@ def denoiser(
         if size is not None and channels is not None:
             shape = (channels, *([size, size] if isinstance(size, int) else size))
     space = prediction_space(prediction)
-    return NetDenoiser(net, space, dict(contexts or {"null": {}}), shape, path, space)
+    return NetDenoiser(net, space, by_name("contexts", contexts) or {"null": {}}, shape, path, space)
+
+
+def by_name(argument: str, given: Any) -> dict[str, Any]:
+    """What an argument gives by name, if anything; refuses what is no mapping."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ParameterError(f"{argument} goes by name, as in {argument}={{'name': ...}}; got {given!r}")
+    return dict(given or {})
 
 
 class NetDenoiser:
@@ -119,6 +126,11 @@ class NetDenoiser:
         self.net, self.prediction, self.space, self.contexts, self.path = net, prediction, space, contexts, path
         self.shape = None if shape is None else tuple(shape)
         for name, context in contexts.items():
+            if not isinstance(context, Mapping) and not hasattr(context, "contexts"):
+                raise ParameterError(
+                    f"context {name!r} is {context!r}; give the network's keyword arguments in it, such as "
+                    "{'class_labels': 3}, or another denoiser"
+                )
             if not isinstance(context, Mapping) and len(context.contexts) != 1:
                 raise ParameterError(
                     f"context {name!r} is a denoiser with contexts {list(context.contexts)}; give it exactly one"

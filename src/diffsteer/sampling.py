@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffsteer.core import Call, Guidance, Info, Plan, Repeat, State, Step
-from diffsteer.denoisers import Denoiser, usable
+from diffsteer.denoisers import Denoiser, by_name, usable
 from diffsteer.engine import (
     Batching,
     Engine,
@@ -206,10 +207,14 @@ def checked_shape(
     shape = tuple(shape if shape is not None else denoiser.shape or ())
     if not shape:
         raise ParameterError("the denoiser does not know the shape of a sample; pass shape=")
-    if num_samples < 1 or (batch_size is not None and batch_size < 1) or seed < 0:
-        raise ParameterError("num_samples and batch_size must be at least 1, seed at least 0")
-    if x_T is not None and tuple(x_T.shape) != (num_samples, *shape):
-        raise ParameterError(f"x_T must be {(num_samples, *shape)}, got {tuple(x_T.shape)}")
+    counts = {"num_samples": num_samples, "batch_size": num_samples if batch_size is None else batch_size, "seed": seed}
+    for name, count in counts.items():
+        least = 0 if name == "seed" else 1
+        if not isinstance(count, Integral) or count < least:
+            raise ParameterError(f"{name} must be a whole number of at least {least}, got {count!r}")
+    if x_T is not None and (not isinstance(x_T, Tensor) or tuple(x_T.shape) != (num_samples, *shape)):
+        found = tuple(x_T.shape) if isinstance(x_T, Tensor) else type(x_T).__name__
+        raise ParameterError(f"x_T must be a tensor, {(num_samples, *shape)}, got {found}")
     return shape
 
 
@@ -223,13 +228,14 @@ def _check_denoiser(value: Any, name: str) -> None:
 
 def on_path(denoiser: Denoiser, models: Mapping[str, Denoiser] | None, view: SchedulerView) -> dict[str, Denoiser]:
     """The networks by name, as they answer on a scheduler's path; the denoiser is "main"."""
-    for name, net in (models or {}).items():
+    models = by_name("models", models)
+    for name, net in models.items():
         _check_denoiser(net, f"models[{name!r}]")
     # eps says nothing of x0 at pure noise, where flow schedulers start: there a network converts on its own path
     noise_only = view.levels[0].alpha == 0
     return {
         name: net.with_path(view.path, "x0" if noise_only and net.space == "eps" else None)
-        for name, net in {"main": denoiser, **(models or {})}.items()
+        for name, net in {"main": denoiser, **models}.items()
     }
 
 

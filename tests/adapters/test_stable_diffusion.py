@@ -455,6 +455,9 @@ def test_refusals_say_what_to_do(pipe) -> None:
             latents(pipe, ["a", "b"], negative_prompt=["meat", "fish|meat"])
         with pytest.raises(ParameterError, match="give one each"):
             latents(pipe, ["a", "b"], negative_prompt=["meat", "fish", "egg"])
+        for wrong in (3, [1], [None, "meat"], {"meat": 1}):
+            with pytest.raises(ParameterError, match="a text, a list of texts"):
+                latents(pipe, negative_prompt=wrong)
         with_scheduler(pipe, "lcm")
         with pytest.raises(UnsupportedError, match="noise is unknown"):
             latents(pipe, negative_prompt="meat")
@@ -465,6 +468,8 @@ def test_refusals_say_what_to_do(pipe) -> None:
         latents(pipe)
     with pytest.raises(ParameterError, match="must be a Guidance"):
         ds.attach(pipe, 7.5)
+    with pytest.raises(ParameterError, match="contexts goes by name"):
+        ds.attach(pipe, CFG, contexts=["a"])
     with pytest.raises(ParameterError, match='"pos" is the prompt'):
         ds.attach(pipe, CFG, contexts={"pos": "a"})
     with pytest.raises(UnsupportedError, match="use sample"):

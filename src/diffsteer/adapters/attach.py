@@ -22,6 +22,7 @@ from diffsteer.adapters.run import GuidedRun
 from diffsteer.adapters.specs import Spec, spec_of
 from diffsteer.adapters.steps import check_needs
 from diffsteer.core import Guidance
+from diffsteer.denoisers import by_name
 from diffsteer.engine import Batching, check_batching, every_kth
 from diffsteer.errors import IgnoredPromptWarning, ParameterError, StateError, UnsupportedError, UnverifiedWarning
 from diffsteer.methods import Renorm
@@ -82,7 +83,7 @@ def attach(
     ...     image = pipe("a medieval feast", negative_prompt="meat", num_inference_steps=30).images[0]
     >>> guided.last.trace["posterior"]  # doctest: +SKIP
     """
-    return Attached(pipe, method, dict(contexts or {}), dict(models or {}), trace, batching)
+    return Attached(pipe, method, by_name("contexts", contexts), by_name("models", models), trace, batching)
 
 
 class Attached:

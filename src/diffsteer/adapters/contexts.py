@@ -65,7 +65,9 @@ def _split(name: str, value: Any, prompts: int, single: bool) -> list[Any]:
         return [value]
     if isinstance(value, str):
         value = [value] * prompts
-    elif value and isinstance(value[0], Tensor):
+    elif not _all(value, str):
+        if not _all(value, Tensor):
+            raise ParameterError(f"{name} is a text, a list of texts, or tensors of embeddings; got {value!r}")
         return list(value)
     elif prompts == 1:  # a list for one prompt is a list of negatives
         value = ["|".join(value)]
@@ -82,6 +84,10 @@ def _split(name: str, value: Any, prompts: int, single: bool) -> list[Any]:
         )
     each = [list(negative) for negative in zip(*parts, strict=True)]
     return [negative[0] for negative in each] if single else each
+
+
+def _all(value: Any, kind: type) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(part, kind) for part in value)
 
 
 def widen(method: Guidance, negatives: list[str], others: set[str]) -> Guidance:

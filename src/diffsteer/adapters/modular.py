@@ -25,6 +25,7 @@ from diffsteer.adapters.network import Invocation, PipelineNet, bare, first, on_
 from diffsteer.adapters.specs import VERIFIED, Spec
 from diffsteer.adapters.steps import GuidedSteps, check_needs, drawing, entry, wide
 from diffsteer.core import Guidance, Sum
+from diffsteer.denoisers import by_name
 from diffsteer.engine import every_kth
 from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.methods import entry as method_entry
@@ -87,8 +88,8 @@ def as_guider(
     if isinstance(method, str):
         method = parse_method(method)
     spelling = None if models else _spell(method)
-    guider = MethodGuider(method=spelling, contexts=dict(contexts or {}), trace=trace)
-    guider.method, guider.models = method, dict(models or {})
+    guider = MethodGuider(method=spelling, contexts=by_name("contexts", contexts), trace=trace)
+    guider.method, guider.models = method, by_name("models", models)
     return guider
 
 
