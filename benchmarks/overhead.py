@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from measuring import Rows, paired
 
 import diffsteer as ds
-from diffsteer.sampling import stream
+from diffsteer.engine import stream
 
 
 def by_hand(

@@ -12,8 +12,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteSchedu
 
 import diffsteer as ds
 from diffsteer.core import Call, Guidance
+from diffsteer.engine import describe, stream
 from diffsteer.errors import MissingContextError, NonFiniteError, ParameterError, StateError, UnsupportedError
-from diffsteer.sampling import describe, stream
 
 MIX = ds.toy.ring()
 DEN = MIX.denoiser({"null": None, "neg": [0]})

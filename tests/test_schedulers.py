@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import diffsteer as ds
+from diffsteer.engine import stream
 from diffsteer.errors import ClippingWarning, ParameterError, UnsupportedError
 from diffsteer.paths import convert
-from diffsteer.sampling import stream
 from diffsteer.schedulers import ScheduleReading, SchedulerView
 
 MIX = ds.toy.ring()

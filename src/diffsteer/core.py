@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -84,6 +84,7 @@ class Run:
 _NO_SIGNAL = 1e-3  # signal-to-noise ratio below which it counts as this
 
 Plan = Generator[list[Call], Sequence[Tensor], tuple[Tensor, State, Info]]
+Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Guidance:
         """``a + b`` is a plus b's correction from b's reference."""
         if not isinstance(other, Guidance):
             return NotImplemented
-        return Sum((*_terms(self), *_terms(other)))
+        return Sum((*terms(self), *terms(other)))
 
 
 def guide_in(method: Guidance, step: Step, state: State) -> Plan:
@@ -163,8 +164,14 @@ def _between(prediction: Tensor, call: Call, step: Step, source: str, target: st
     return convert(prediction, x, level, source, target)
 
 
-def _terms(method: Guidance) -> tuple[Guidance, ...]:
+def terms(method: Guidance) -> tuple[Guidance, ...]:
+    """What a method is the sum of."""
     return method.methods if isinstance(method, Sum) else (method,)
+
+
+def added(methods: Sequence[Guidance]) -> Guidance:
+    """The sum of methods; one alone as it is."""
+    return sum(methods[1:], start=methods[0])
 
 
 @dataclass(frozen=True)
@@ -215,7 +222,8 @@ def check_methods(*methods: Any) -> None:
     for method in methods:
         if not isinstance(method, Guidance):
             raise ParameterError(
-                f"{method!r} is no guidance method; diffsteer.methods.parse_method() makes one of a text"
+                f"method must be a Guidance, got {method!r}; parse_method() makes one of a text, and what optimizes "
+                "its start goes to optimize_latents()"
             )
 
 
@@ -266,14 +274,17 @@ def together(plans: Sequence[Generator[list[Call], Sequence[Tensor], Any]]) -> A
     return [results[i] for i in range(len(plans))]
 
 
-def on_rows(plan: Generator[list[Call], Sequence[Tensor], Any], rows: Tensor) -> Any:
-    """A plan that was made for some samples of the batch, as calls for these ``rows``; a generator."""
+def altered(
+    plan: Generator[list[Call], Sequence[Tensor], Returned], change: Callable[[Call], Call]
+) -> Generator[list[Call], Sequence[Tensor], Returned]:
+    """A plan with every call changed on its way to the engine, the answers as they come."""
     try:
         calls = next(plan)
         while True:
-            calls = plan.send((yield [replace(c, rows=rows if c.rows is None else rows[c.rows]) for c in calls]))
+            calls = plan.send((yield [change(call) for call in calls]))
     except StopIteration as done:
-        return done.value
+        result: Returned = done.value
+        return result
 
 
 def map_state(change: Callable[[Tensor], Tensor], state: State) -> State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsteer.errors import MissingContextError, ParameterError, UnsupportedError
-from diffsteer.paths import SPACES, Level, Path, convert
+from diffsteer.paths import SPACES, Level, Path, convert, rescaling
 from diffsteer.perturb import perturbed
 
 _ALIASES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
@@ -101,7 +102,8 @@ def denoiser(
         if size is not None and channels is not None:
             shape = (channels, *([size, size] if isinstance(size, int) else size))
     space = prediction_space(prediction)
-    return NetDenoiser(net, space, by_name("contexts", contexts) or {"null": {}}, shape, path, space)
+    sized = None if shape is None else tuple(shape)
+    return NetDenoiser(net, space, space, by_name("contexts", contexts) or {"null": {}}, path, sized)
 
 
 def by_name(argument: str, given: Any) -> dict[str, Any]:
@@ -111,21 +113,19 @@ def by_name(argument: str, given: Any) -> dict[str, Any]:
     return dict(given or {})
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class NetDenoiser:
     """See :func:`denoiser`."""
 
-    def __init__(
-        self,
-        net: nn.Module,
-        prediction: str,
-        contexts: dict[str, Mapping[str, Any] | Denoiser],
-        shape: Sequence[int] | None,
-        path: Path | None,
-        space: str,
-    ) -> None:
-        self.net, self.prediction, self.space, self.contexts, self.path = net, prediction, space, contexts, path
-        self.shape = None if shape is None else tuple(shape)
-        for name, context in contexts.items():
+    net: nn.Module
+    prediction: str
+    space: str  # what predict() returns
+    contexts: Mapping[str, Mapping[str, Any] | Denoiser]
+    path: Path | None
+    shape: tuple[int, ...] | None
+
+    def __post_init__(self) -> None:
+        for name, context in self.contexts.items():
             if not isinstance(context, Mapping) and not hasattr(context, "contexts"):
                 raise ParameterError(
                     f"context {name!r} is {context!r}; give the network's keyword arguments in it, such as "
@@ -172,7 +172,7 @@ class NetDenoiser:
         if self.path is None:
             raise UnsupportedError("this denoiser has no path of its own yet; call with_path(...) or use sample()")
         own, timestep = self.path.locate(level)
-        scale = own.alpha / level.alpha if level.alpha > 0 else own.sigma / level.sigma
+        scale = rescaling(level, own)
         inside = x if scale == 1 else x * scale
         edm = self.path.preconditioning(own, self.prediction)
         if edm is None:
@@ -217,7 +217,7 @@ class NetDenoiser:
     def with_path(self, path: Path, space: str | None = None) -> NetDenoiser:
         """The same denoiser (and its nested ones) on ``path``, where none was given, answering in ``space``."""
         contexts = {k: c if isinstance(c, Mapping) else c.with_path(path, space) for k, c in self.contexts.items()}
-        return NetDenoiser(self.net, self.prediction, contexts, self.shape, self.path or path, space or self.space)
+        return replace(self, contexts=contexts, path=self.path or path, space=space or self.space)
 
 
 def join(calls: Sequence[Mapping[str, Any]], rows: Sequence[int], shared: Sequence[str] = ()) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from rich.markup import escape
 from diffsteer import zoo
 from diffsteer.adapters import attach, calibrate_pipeline
 from diffsteer.adapters.contexts import numbered, separate
-from diffsteer.core import Guidance, Sum
+from diffsteer.core import Guidance, added, terms
 from diffsteer.denoisers import usable
 from diffsteer.engine import stream
 from diffsteer.errors import OutputError, ParameterError, UnsupportedError
@@ -145,7 +145,7 @@ def generate(
                 results[label] = guided.last
     record = {
         "prompt": prompt, "negative": negative, "pipeline": pipeline, "seed": seed, "num": num,
-        "rows": {label: _strict(result.record) for label, result in results.items()},
+        "rows": {label: _finite(result.record) for label, result in results.items()},
     }  # fmt: skip
     with together(out, stale, last="record.json") as folder:
         for i, picture in enumerate(pictures[method]):
@@ -171,11 +171,7 @@ def _stale(out: Path) -> list[Path]:
 
 
 def _tracks(method: Guidance) -> bool:
-    return any(isinstance(term, DynamicNegativeGuidance) for term in _terms(method))
-
-
-def _terms(method: Guidance) -> Sequence[Guidance]:
-    return method.methods if isinstance(method, Sum) else (method,)
+    return any(isinstance(term, DynamicNegativeGuidance) for term in terms(method))
 
 
 def _calibrated(
@@ -185,9 +181,9 @@ def _calibrated(
     """The method with its DNG calibrated for the prompt and the negatives, from other noise than the pictures'."""
     if not negatives or not _tracks(method):
         raise ParameterError("calibration wants DNG in the method and a negative; give both, or leave calibrate out")
-    others = tuple(term for term in _terms(method) if not isinstance(term, DynamicNegativeGuidance))
-    beside = _sum(others) if others and prompt else None  # without either nothing acts beside
-    terms = [
+    others = tuple(term for term in terms(method) if not isinstance(term, DynamicNegativeGuidance))
+    beside = added(others) if others and prompt else None  # without either nothing acts beside
+    calibrated = [
         calibrate_pipeline(
             pipe, replace(term, contexts=numbered(len(negatives))), negative_prompt="|".join(negatives),
             prompt=prompt if beside else "", beside=beside, num_inference_steps=steps, num_rollouts=rollouts,
@@ -195,13 +191,9 @@ def _calibrated(
         )
         if isinstance(term, DynamicNegativeGuidance)
         else term
-        for term in _terms(method)
+        for term in terms(method)
     ]  # fmt: skip
-    return _sum(terms)
-
-
-def _sum(terms: Sequence[Guidance]) -> Guidance:
-    return terms[0] if len(terms) == 1 else Sum(tuple(terms))
+    return added(calibrated)
 
 
 def load_pipeline(pipeline: str, device: str, dtype: str) -> Any:
@@ -225,12 +217,8 @@ def load_pipeline(pipeline: str, device: str, dtype: str) -> Any:
     return loaded.to(where)
 
 
-def _strict(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A run record in strict JSON, which knows no infinity: null, where there is no noise or nothing else."""
-    return {name: _finite(value) for name, value in record.items()}
-
-
 def _finite(value: Any) -> Any:
+    """What a run record says in strict JSON, which knows no infinity: null, where there is no noise or nothing else."""
     if isinstance(value, dict):
         return {name: _finite(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -240,7 +228,7 @@ def _finite(value: Any) -> Any:
 
 def _positive_scale(method: Guidance) -> float:
     """The scale of the classifier-free guidance in a method, for the rows beside it."""
-    scales = [term.scale for term in _terms(method) if isinstance(term, ClassifierFreeGuidance)]
+    scales = [term.scale for term in terms(method) if isinstance(term, ClassifierFreeGuidance)]
     return scales[0] if scales else 7.5
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Plan, Run, State, Step, guide_in
+from diffsteer.core import Call, Guidance, Plan, Run, State, Step, altered, guide_in
 from diffsteer.denoisers import Denoiser, usable
 from diffsteer.energy.chains import Chain, LatentOptimizer, Shifts
 from diffsteer.energy.data import told
@@ -172,13 +172,7 @@ class _Traced(Guidance):
         return self.method.start(run)
 
     def guide(self, step: Step, state: State) -> Plan:
-        plan = guide_in(self.method, step, state)
-        try:
-            calls = next(plan)
-            while True:
-                calls = plan.send((yield [self._traced(call) for call in calls]))
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]
+        return (yield from altered(guide_in(self.method, step, state), self._traced))
 
     def _traced(self, call: Call) -> Call:
         shift = self.shifts.get(call.context)

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Space = Literal["x0", "eps", "v", "flow"]
 SPACES: tuple[str, ...] = ("x0", "eps", "v", "flow")
 
 
@@ -43,6 +41,11 @@ class Level:
         if self.sigma == 0:
             return math.inf
         return 2 * math.log(self.alpha / self.sigma) if self.alpha > 0 else -math.inf
+
+
+def rescaling(level: Level, other: Level) -> float:
+    """What x at ``level`` is multiplied by to be x at ``other``, the same noise level in other coordinates."""
+    return other.alpha / level.alpha if level.alpha > 0 else other.sigma / level.sigma
 
 
 def convert(prediction: Tensor, x: Tensor, level: Level, source: str, target: str) -> Tensor:
@@ -169,17 +172,17 @@ class VPPath(Path):
         upper = min(max(int(torch.searchsorted(rhos, level.rho)), 1), last)
         low, high, here = float(rhos[upper - 1]), float(rhos[upper]), level.rho
         if math.isinf(high):  # a schedule that ends in pure noise
-            low, high, here = (_noise_share(rho) for rho in (low, high, here))
+            low, high, here = (preserving(rho).sigma for rho in (low, high, here))
         time = min(max(upper - 1 + (here - low) / (high - low), 0.0), float(last))
         if abs(time - round(time)) < 2e-3:  # schedulers keep sigmas in single precision
             time = float(round(time))
         rho = level.rho if math.isfinite(level.rho) else float(rhos[-1])  # pure noise: the noisiest that it knows
-        return Level(1 / math.hypot(1.0, rho), _noise_share(rho)), time
+        return preserving(rho), time
 
 
-def _noise_share(rho: float) -> float:
-    """sigma of variance-preserving coordinates; 1 in pure noise."""
-    return rho / math.hypot(1.0, rho) if math.isfinite(rho) else 1.0
+def preserving(rho: float) -> Level:
+    """The level of a noise-to-signal ratio in variance-preserving coordinates; pure noise where it is infinite."""
+    return Level(1 / math.hypot(1.0, rho), rho / math.hypot(1.0, rho) if math.isfinite(rho) else 1.0)
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,7 @@ class LogPath(Path):
     """Variance-preserving coordinates at EDM's time, log(rho) / 4: Stable Video Diffusion."""
 
     def locate(self, level: Level) -> tuple[Level, float]:
-        return Level(1 / math.hypot(1.0, level.rho), _noise_share(level.rho)), math.log(level.rho) / 4
+        return preserving(level.rho), math.log(level.rho) / 4
 
 
 def reverse_kernel(level: Level, level_next: Level) -> tuple[float, float, float]:

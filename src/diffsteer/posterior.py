@@ -94,8 +94,7 @@ class Point:
 
     def gain(self, dx: Tensor, dv: float) -> Tensor:
         """log r gained by a move, to first order around this point: <g, dx> - dv/2 b; (B,)."""
-        g = self.alt - self.ref
-        return dot(g, dx - dv / 2 * (self.alt + self.ref)) - dv / 2 * self.divergence
+        return ito_increment(dx, self.alt, self.ref, dv) - dv / 2 * self.divergence
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Info, Plan, Repeat, State, Step
+from diffsteer.core import Call, Guidance, Info, Plan, Repeat, State, Step, check_methods
 from diffsteer.denoisers import Denoiser, by_name, usable
 from diffsteer.engine import (
     Batching,
@@ -133,7 +134,7 @@ def sample(
     MissingContextError, ParameterError, UnsupportedError, NonFiniteError
     """
     method = method if method is not None else Unguided()
-    check_method(method)
+    check_methods(method)
     device = usable(device)
     check_dtype(dtype)
     if first < 0:
@@ -177,15 +178,6 @@ def sample(
         "versions": versions(),
     }  # fmt: skip
     return Result(torch.cat(samples), join_traces(traces), torch.cat(nfe), record)
-
-
-def check_method(method: Any) -> None:
-    """Refuse what is no guidance method."""
-    if not isinstance(method, Guidance):
-        raise ParameterError(
-            f"method must be a Guidance, got {method!r}; parse_method() makes one of a text, and what optimizes its "
-            "start goes to optimize_latents()"
-        )
 
 
 def check_dtype(dtype: Any) -> None:
@@ -292,27 +284,19 @@ class Unguided(Guidance):
         return prediction, state, {}
 
 
-class advancing:
+@contextmanager
+def advancing(progress: bool | Callable[[int], None], total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar, a user's callback, or nothing, behind one call."""
-
-    def __init__(self, progress: bool | Callable[[int], None], total: int) -> None:
-        self.progress, self.total, self.bar = progress, total, None
-
-    def __enter__(self) -> Callable[[int], None]:
-        if callable(self.progress):
-            return self.progress
-        if not self.progress:
-            return lambda done: None
+    if callable(progress):
+        yield progress
+    elif not progress:
+        yield lambda done: None
+    else:
         from rich.progress import Progress
 
-        self.bar = Progress(transient=True)
-        self.bar.start()
-        task = self.bar.add_task("sampling", total=self.total)
-        return lambda done: self.bar.advance(task, done)  # type: ignore[union-attr]
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        with Progress(transient=True) as bar:
+            task = bar.add_task("sampling", total=total)
+            yield lambda done: bar.advance(task, done)
 
 
-__all__ = ["Result", "Unguided", "describe", "sample", "stream"]
+__all__ = ["Result", "Unguided", "sample"]

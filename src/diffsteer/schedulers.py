@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffsteer.denoisers import prediction_space
 from diffsteer.errors import ClippingWarning, ParameterError, UnsupportedError
-from diffsteer.paths import FlowPath, Level, LogPath, Path, Preconditioning, VEPath, VPPath, convert
+from diffsteer.paths import FlowPath, Level, LogPath, Path, Preconditioning, VEPath, VPPath, convert, preserving
 
 # The coordinates that a scheduler's samples live in, by class name (bases count).
 # x = alpha x0 + sigma eps, levels by timestep
@@ -156,7 +156,7 @@ class ScheduleReading:
             return Level(1.0, sigma)
         if self.kind == "flow" or self.scheduler.config.get("use_flow_sigmas", False):
             return Level(1 - sigma, sigma)
-        return Level(1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma))
+        return preserving(sigma)
 
     def _from_alpha_bar(self, alpha_bar: float) -> Level:
         return Level(math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))

@@ -24,12 +24,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from diffsteer.core import Guidance
+from diffsteer.core import Guidance, check_methods
 from diffsteer.denoisers import Denoiser
 from diffsteer.engine import check_batching, describe, describe_scheduler, every_kth, plain
 from diffsteer.errors import ParameterError, StateError
 from diffsteer.files import write_tensors, write_text
-from diffsteer.sampling import Result, Unguided, advancing, check_method, checked_shape, sample
+from diffsteer.sampling import Result, Unguided, advancing, checked_shape, sample
 from diffsteer.schedulers import SchedulerView
 
 
@@ -209,7 +209,7 @@ def _readable(path: Path) -> bool:
 
 def _check(asked: Mapping[str, Any]) -> None:
     """Refuse what sampling will refuse, before anything is written."""
-    check_method(asked["method"])
+    check_methods(asked["method"])
     shape, numbers = asked["shape"], (asked["num_samples"], asked["batch_size"], asked["seed"])
     checked_shape(asked["denoiser"], shape, *numbers, None)
     every_kth(asked["trace"])

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import Call, Guidance, Info, Repeat, Run, Step, drive, gather
+from diffsteer.methods import Window
 from diffsteer.paths import Level, convert
 from diffsteer.perturb import AttentionRecord, ContextNoise, FeatureRecord, Record, Records
+from diffsteer.sampling import Unguided
 
 
 @dataclass(frozen=True)
@@ -327,14 +329,14 @@ def _precisions_agree(method: Guidance, scene: Script) -> None:
 
 def _agreeing_contexts_change_nothing(method: Guidance, scene: Script) -> None:
     same = replace(scene, networks=dict.fromkeys(scene.networks, scene.networks["null"]))
-    plain = play(_Reference("null"), same)
+    plain = play(Unguided("null"), same)
     for a, b in zip(play(method, same), plain, strict=True):
         assert torch.allclose(a.prediction, b.prediction, rtol=1e-12, atol=1e-12), "acts where all contexts agree"
         assert torch.equal(a.x_next, b.x_next), "moves samples where all contexts agree"
 
 
 def _differing_contexts_change_something(method: Guidance, scene: Script) -> None:
-    plain = play(_Reference(method.reference), scene)
+    plain = play(Unguided(method.reference), scene)
     pairs = [
         (a.prediction - b.prediction, a.x_next - b.x_next) for a, b in zip(play(method, scene), plain, strict=True)
     ]
@@ -343,9 +345,7 @@ def _differing_contexts_change_something(method: Guidance, scene: Script) -> Non
 
 
 def _closed_window_is_unguided(method: Guidance, scene: Script) -> None:
-    from diffsteer.methods import Window
-
-    for a, b in zip(play(Window(method, high=0.0), scene), play(_Reference(method.reference), scene), strict=True):
+    for a, b in zip(play(Window(method, high=0.0), scene), play(Unguided(method.reference), scene), strict=True):
         same = torch.equal(a.prediction, b.prediction) and torch.equal(a.x_next, b.x_next)
         assert same, "a closed window is not bit-identical to its reference"
 
@@ -360,15 +360,6 @@ _CLAUSES = (
     _differing_contexts_change_something,
     _closed_window_is_unguided,
 )
-
-
-@dataclass(frozen=True)
-class _Reference(Guidance):
-    context: str
-
-    def guide(self, step: Step, state: Any) -> Any:
-        (prediction,) = yield [Call(self.context)]
-        return prediction, state, {}
 
 
 def mutants(source: str, functions: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, HeunDiscreteScheduler
 from gaussians import LINEAR, Gaussians
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError, StateError
+from diffsteer.errors import ParameterError, StateError
 from diffsteer.testing import Script, play, script
 
 AG = ds.AdaptiveGuidance
@@ -214,13 +214,6 @@ def test_state_belongs_to_its_batch():
     step = ds.Step(torch.as_tensor(scene.points[0]), scene.levels[0], scene.levels[1], 0, 12, "eps", stochastic=1.0)
     with pytest.raises(StateError, match="batch"):
         ds.core.drive(AG(), step, AG().start(run), lambda calls: [step.x] * len(calls))
-
-
-@pytest.mark.parametrize("missing", ["null", "pos"])
-def test_needs_its_contexts(missing):
-    laws = {c: (0.0, 1.0) for c in ("null", "pos") if c != missing}
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(Gaussians(laws), AG(), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)
 
 
 def test_nobody_stops_because_eps_is_x_in_pure_noise():

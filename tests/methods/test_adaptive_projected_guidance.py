@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from case import Case, Row, branch, compare, square, total, wide
-from diffusers import DDIMScheduler, HeunDiscreteScheduler
+from diffusers import HeunDiscreteScheduler
 from gaussians import LINEAR, Gaussians
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError, StateError
+from diffsteer.errors import ParameterError, StateError
 from diffsteer.testing import Script, play, script
 
 # Differences of the script's clean samples have norms of about 0.5 to 10
@@ -182,19 +182,6 @@ def test_the_unconditional_base_of_other_implementations_drops_the_parallel_part
         np.testing.assert_allclose(x0_of(point, scene, i) - 0.75 * along, other, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("space", ["x0", "v", "flow"])
-def test_defined_on_x0_whatever_the_network_predicts(space):
-    scene = script()
-    back = {
-        "x0": lambda y, x, a, s: (x - a * y) / s,
-        "v": lambda y, x, a, s: s * x + a * y,
-        "flow": lambda y, x, a, s: (x + a * y) / (a + s),
-    }[space]
-    for i, (point, row) in enumerate(zip(play(ACTIVE, scene, space), oracle(ACTIVE, scene), strict=True)):
-        eps = back(point.prediction.numpy(), scene.points[i], scene.levels[i].alpha, scene.levels[i].sigma)
-        np.testing.assert_allclose(eps, row["prediction"], rtol=1e-9, atol=1e-9)
-
-
 def test_not_invariant_so_the_conversion_matters():
     class Direct(ds.AdaptiveProjectedGuidance):
         space = "eps"
@@ -269,10 +256,3 @@ def test_state_belongs_to_its_batch():
     run, step = first_step(batch=3)
     with pytest.raises(StateError, match="batch"):
         advance(ACTIVE, step, ACTIVE.start(run), pos=step.x, null=step.x)
-
-
-@pytest.mark.parametrize("missing", ["null", "pos"])
-def test_needs_its_contexts(missing):
-    laws = {c: (0.0, 1.0) for c in ("null", "pos") if c != missing}
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(Gaussians(laws), ACTIVE, scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)

@@ -13,7 +13,7 @@ from gaussians import LINEAR
 from torch import Tensor, nn
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError, UnsupportedError
+from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.testing import Script, play, script
 
 CADS = ds.ConditionAnnealedSampling
@@ -162,10 +162,3 @@ def test_refuses_class_labels():
     labels = {"pos": {"y": 3}, "null": {"y": 10}}
     with pytest.raises(UnsupportedError, match="embedding of a class label"):
         sampled(CADS(), labels, DDIMScheduler(**LINEAR), num_samples=1)
-
-
-@pytest.mark.parametrize("missing", ["null", "pos"])
-def test_needs_its_contexts(missing):
-    contexts = {name: bundle for name, bundle in EMBEDDED.items() if name != missing}
-    with pytest.raises(MissingContextError, match=missing):
-        sampled(CADS(), contexts, DDIMScheduler(**LINEAR), num_samples=1)

@@ -18,8 +18,8 @@ from diffusers import (
 from gaussians import LINEAR, Gaussians
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError, UnsupportedError
-from diffsteer.sampling import stream
+from diffsteer.engine import stream
+from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.schedulers import SchedulerView
 from diffsteer.testing import Script, play, script
 
@@ -161,13 +161,6 @@ def test_refuses_other_schedulers(scheduler):
 def test_refuses_scale(scale):
     with pytest.raises(ParameterError, match="scale"):
         ds.CFGPlusPlus(scale)
-
-
-@pytest.mark.parametrize("missing", ["null", "pos"])
-def test_needs_its_contexts(missing):
-    laws = {c: law for c, law in NETS.items() if c != missing}
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(Gaussians(laws), ds.CFGPlusPlus(), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)
 
 
 @pytest.mark.parametrize(

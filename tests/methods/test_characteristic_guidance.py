@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 from gaussians import LINEAR, Gaussians
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError
+from diffsteer.errors import ParameterError
 from diffsteer.testing import Script, contract, play, script
 
 EXACT = ds.CharacteristicGuidance(3.0, projection=None, tolerance=1e-11)
@@ -318,12 +318,3 @@ def test_refuses_parameters(wrong):
 def test_refuses_channels_that_are_not_there():
     with pytest.raises(ParameterError, match="sample"):
         play(ds.CharacteristicGuidance(projection="channel"), script(shape=(4,)))
-
-
-@pytest.mark.parametrize("missing", ["null", "pos"])
-def test_needs_its_contexts(missing):
-    laws = {c: (0.0, 1.0) for c in ("null", "pos") if c != missing}
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(
-            Gaussians(laws), ds.CharacteristicGuidance(), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1
-        )

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 from gaussians import LINEAR, Gaussians
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError
+from diffsteer.errors import ParameterError
 from diffsteer.testing import Script, play, script
 
 
@@ -109,10 +109,3 @@ def test_each_condition_moves_its_own_mean():
 def test_refuses_weights(wrong):
     with pytest.raises(ParameterError, match="weight"):
         ds.ComposableDiffusion(wrong)
-
-
-@pytest.mark.parametrize("missing", ["null", "pos", "neg"])
-def test_needs_its_contexts(missing):
-    laws = {c: (0.0, 1.0) for c in ("null", "pos", "neg") if c != missing}
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(Gaussians(laws), ds.ComposableDiffusion(), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)

@@ -149,7 +149,7 @@ def test_oracle(name):
     check(TRIALS[name])
 
 
-FORMULAS = ("guide", "weight", "_ratio", "_beside")
+FORMULAS = ("guide", "weight", "_beside")
 SOURCE = Path(inspect.getfile(compose)).read_text(encoding="utf-8")
 MUTANTS = list(mutants(SOURCE, FORMULAS))
 

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 from gaussians import LINEAR, Gaussians
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError
+from diffsteer.errors import ParameterError
 from diffsteer.testing import Script, play, script
 
 DCG = ds.DecoupledGuidance
@@ -201,14 +201,3 @@ def test_refuses_parameters(wrong):
 def test_refuses_a_schedule_of_another_length(name):
     with pytest.raises(ParameterError, match=f"4 values of {name} for 12 steps"):
         play(DCG(**{"first_scale": 1.0, "second_scale": 2.0} | {name: FIRST}, **NAMES), script(steps=12))
-
-
-@pytest.mark.parametrize(
-    ("order", "missing"), [("image-first", "image"), ("text-first", "text"), ("independent", "text")]
-)
-def test_needs_its_contexts(order, missing):
-    laws = {c: (0.0, 1.0) for c in ("null", "pos", "image", "text") if c != missing}
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(
-            Gaussians(laws), DCG(2.0, 2.0, order=order), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1
-        )

@@ -14,7 +14,7 @@ from gaussians import LINEAR, Gaussians
 from torch import Tensor
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, NonFiniteError, ParameterError, StateError, UnsupportedError
+from diffsteer.errors import NonFiniteError, ParameterError, StateError, UnsupportedError
 from diffsteer.posterior import kernel_increment, walsh
 from diffsteer.testing import Script, play, script
 
@@ -842,13 +842,6 @@ def test_refuses_logits_for_probabilities(outside):
     with pytest.raises(ParameterError, match="take the sigmoid"):
         play(DNG(estimator=lambda x, level: torch.full((len(x),), outside, dtype=x.dtype)), script())
     play(DNG(estimator=lambda x, level: torch.full((len(x),), 1 + 1e-6, dtype=x.dtype)), script())  # rounding
-
-
-@pytest.mark.parametrize("missing", ["null", "neg"])
-def test_needs_its_contexts(missing):
-    laws = {c: (0.0, 1.0) for c in ("null", "neg") if c != missing}
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(Gaussians(laws), DNG(), scheduler=DDPMScheduler(**LINEAR), steps=2, num_samples=1)
 
 
 @pytest.mark.parametrize("broken", ["null", "neg"])

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from case import Case, Row, branch, contrast, square, wide
-from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler
+from diffusers import DDPMScheduler, HeunDiscreteScheduler
 from gaussians import LINEAR, Gaussians
 from torch import Tensor, nn
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError, StateError, UnsupportedError
+from diffsteer.errors import ParameterError, StateError, UnsupportedError
 from diffsteer.testing import Script, play, script
 
 FBG = ds.FeedbackGuidance
@@ -357,13 +357,6 @@ def test_state_belongs_to_its_batch():
     step = ds.Step(torch.as_tensor(scene.points[0]), scene.levels[0], scene.levels[1], 0, 12, "eps", stochastic=1.0)
     with pytest.raises(StateError, match="batch"):
         ds.core.drive(FBG(), step, FBG().start(run), lambda calls: [step.x] * len(calls))
-
-
-@pytest.mark.parametrize("missing", ["null", "pos"])
-def test_needs_its_contexts(missing):
-    laws = {c: (0.0, 1.0) for c in ("null", "pos") if c != missing}
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(Gaussians(laws), FBG(), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)
 
 
 def test_each_step_adds_delta_from_pure_noise_on():

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import torch
 from case import Case, Row, branch, square, total, wide
-from diffusers import DDIMScheduler
-from gaussians import LINEAR, Gaussians
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError
+from diffsteer.errors import ParameterError
 from diffsteer.methods.frequency_decoupled_guidance import collapse, pyramid
 from diffsteer.testing import Script, play, script
 
@@ -206,11 +204,3 @@ def test_refuses_parameters(wrong):
 def test_refuses_samples_that_are_too_small(shape, bands):
     with pytest.raises(ParameterError, match="fewer scales"):
         play(ds.FrequencyDecoupledGuidance((2.0,) * bands), script(shape=shape))
-
-
-@pytest.mark.parametrize("missing", ["null", "pos"])
-def test_needs_its_contexts(missing):
-    laws = Gaussians({c: (0.0, 1.0) for c in ("null", "pos") if c != missing})
-    laws.shape = (1, 4, 4)
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(laws, ds.FrequencyDecoupledGuidance(), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)

@@ -13,7 +13,7 @@ from gaussians import LINEAR, Gaussians
 from torch import Tensor
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, NonFiniteError, ParameterError
+from diffsteer.errors import NonFiniteError, ParameterError
 from diffsteer.testing import Script, play, script
 
 GFCG = ds.GradientFreeClassifierGuidance
@@ -227,10 +227,3 @@ def test_refuses_a_classifier_of_other_classes():
 def test_reports_logits_that_are_not_finite():
     with pytest.raises(NonFiniteError, match="step 0"):
         play(GFCG(lambda x0, level: torch.full((len(x0), 2), torch.nan), ("pos", "neg")), script())
-
-
-@pytest.mark.parametrize("missing", ["pos", "neg"])
-def test_needs_its_contexts(missing):
-    laws = {c: (0.0, 1.0) for c in ("pos", "neg") if c != missing}
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(Gaussians(laws), GFCG(**TWO), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)

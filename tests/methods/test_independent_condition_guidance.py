@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, HeunDiscreteScheduler
 from gaussians import LINEAR, Gaussians
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError, UnsupportedError
+from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.testing import Script, contract, play, script
 
 ICG = ds.IndependentConditionGuidance
@@ -237,9 +237,3 @@ def test_refuses_scale(scale):
 def test_refuses_contexts(contexts):
     with pytest.raises(ParameterError, match="contexts"):
         ICG(contexts=contexts)
-
-
-def test_needs_its_contexts():
-    run = {"scheduler": DDIMScheduler(**LINEAR), "steps": 2, "num_samples": 1}
-    with pytest.raises(MissingContextError, match="class 0"):
-        ds.sample(Gaussians({"pos": (0.0, 1.0)}), ICG(contexts=("class 0",)), **run)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from case import Case, Row, branch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 from gaussians import LINEAR, Gaussians
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError
+from diffsteer.errors import ParameterError
 from diffsteer.schedulers import SchedulerView
 from diffsteer.testing import Script, play, script
 
@@ -168,12 +168,3 @@ def test_refuses_parameters(wrong, name):
 def test_refuses_an_interval_without_a_step_and_lists_the_levels():
     with pytest.raises(ParameterError, match=r"5\.8.*0\.1"):
         play(ds.LimitedIntervalGuidance(3.0, 10.0, 20.0), script())
-
-
-@pytest.mark.parametrize("missing", ["null", "pos"])
-def test_needs_its_contexts(missing):
-    laws = {c: (0.0, 1.0) for c in ("null", "pos") if c != missing}
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(
-            Gaussians(laws), ds.LimitedIntervalGuidance(), scheduler=DDIMScheduler(**LINEAR), steps=20, num_samples=1
-        )

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, HeunDiscreteScheduler
 from gaussians import LINEAR, Gaussians
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError, StateError, UnsupportedError
+from diffsteer.errors import ParameterError, StateError, UnsupportedError
 from diffsteer.testing import Script, play, script
 
 LAG = ds.LinearAdaptiveGuidance
@@ -194,13 +194,6 @@ def test_refuses_inner_points():
 def test_refuses_to_begin_in_the_middle():
     with pytest.raises(StateError, match="from the first"):
         play(ds.Window(LAG(weights(), stop=1.0), high=1.0), script())
-
-
-@pytest.mark.parametrize("missing", ["null", "pos"])
-def test_needs_its_contexts(missing):
-    laws = {c: (0.0, 1.0) for c in ("null", "pos") if c != missing}
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(Gaussians(laws), LAG(weights(4)), scheduler=DDIMScheduler(**LINEAR), steps=4, num_samples=1)
 
 
 @pytest.mark.parametrize(("steps", "stop", "wanted"), [(25, 0.28, 7), (50, 0.14, 7), (50, 0.56, 28), (50, 0.5, 25)])

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import torch
 from case import Case, Row, branch, total
-from diffusers import DDIMScheduler
-from gaussians import LINEAR, Gaussians
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError
+from diffsteer.errors import ParameterError
 from diffsteer.testing import Script, play, script
 
 
@@ -157,10 +155,3 @@ def test_refuses_scale(wrong):
 def test_refuses_weights(wrong):
     with pytest.raises(ParameterError, match="weight"):
         ds.PerpNeg(weights=wrong)
-
-
-@pytest.mark.parametrize("missing", ["null", "pos", "neg"])
-def test_needs_its_contexts(missing):
-    laws = {c: (0.0, 1.0) for c in ("null", "pos", "neg") if c != missing}
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(Gaussians(laws), ds.PerpNeg(), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from case import Case, Row, branch, compare
-from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler
-from gaussians import LINEAR, Gaussians
+from diffusers import HeunDiscreteScheduler, PNDMScheduler
+from gaussians import Gaussians
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError, StateError, UnknownNameError
+from diffsteer.errors import ParameterError, StateError, UnknownNameError
 from diffsteer.testing import Script, play, script
 
 # A configuration in which gate, threshold and momentum all act on branches that differ by about 1
@@ -252,13 +252,6 @@ def test_state_belongs_to_its_batch():
     answers = [step.x] * 3
     with pytest.raises(StateError, match="batch"):
         ds.core.drive(ACTIVE, step, ACTIVE.start(run), lambda calls: answers[: len(calls)])
-
-
-@pytest.mark.parametrize("missing", ["null", "pos", "neg"])
-def test_needs_its_contexts(missing):
-    laws = {c: (0.0, 1.0) for c in ("null", "pos", "neg") if c != missing}
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(Gaussians(laws), ACTIVE, scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)
 
 
 def test_inner_points_are_no_steps():

@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from gaussians import LINEAR, Gaussians
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError, UnsupportedError
+from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.testing import Script, play, script
 
 SCFG = ds.SemanticAwareCFG
@@ -356,11 +356,3 @@ def test_refuses_what_is_no_image():
 def test_refuses_labels_that_do_not_fit():
     with pytest.raises(ParameterError, match="does not fit"):
         play(SCFG(lambda step: (step.x[:, 0, 0].long(), step.x[:, 0] > 0)), script(shape=(2, 4, 4)))
-
-
-@pytest.mark.parametrize("missing", ["null", "pos"])
-def test_needs_its_contexts(missing):
-    law = Gaussians({c: (0.0, 1.0) for c in ("null", "pos") if c != missing})
-    law.shape = (2, 4, 4)
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(law, SCFG(by_sign), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)

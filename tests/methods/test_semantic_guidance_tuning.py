@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 from gaussians import LINEAR, Gaussians
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError
+from diffsteer.errors import ParameterError
 from diffsteer.testing import Script, play, script
 
 SGT = ds.SemanticGuidanceTuning
@@ -232,10 +232,3 @@ class Axes(Gaussians):
 def test_refuses_parameters(wrong):
     with pytest.raises(ParameterError, match=next(iter(wrong))):
         SGT(**{"concepts": ("neg",), **wrong})
-
-
-@pytest.mark.parametrize("missing", ["null", "pos", "neg"])
-def test_needs_its_contexts(missing):
-    laws = {c: (0.0, 1.0) for c in ("null", "pos", "neg") if c != missing}
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(Gaussians(laws), SGT(("neg",)), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import torch
 from case import Case, Row, branch
-from diffusers import DDIMScheduler
-from gaussians import LINEAR, Gaussians
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError
+from diffsteer.errors import ParameterError
 from diffsteer.testing import Script, play, script
 
 
@@ -159,10 +157,3 @@ def test_equal_branches_are_unchanged():
 def test_refuses_scale(scale):
     with pytest.raises(ParameterError, match="scale"):
         ds.TangentialDampingCFG(scale)
-
-
-@pytest.mark.parametrize("missing", ["null", "pos"])
-def test_needs_its_contexts(missing):
-    laws = {c: (0.0, 1.0) for c in ("null", "pos") if c != missing}
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(Gaussians(laws), ds.TangentialDampingCFG(), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)

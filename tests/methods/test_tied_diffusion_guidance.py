@@ -19,9 +19,9 @@ from diffusers import (
 from gaussians import LINEAR, Gaussians
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, ParameterError, UnsupportedError
+from diffsteer.engine import stream
+from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.methods.tied_diffusion_guidance import tie_most_similar
-from diffsteer.sampling import stream
 from diffsteer.testing import Script, play, script
 
 TDG = ds.TiedDiffusionGuidance
@@ -229,10 +229,3 @@ def test_refuses_an_unknown_sampler():
 def test_refuses_parameters(wrong):
     with pytest.raises(ParameterError, match=next(iter(wrong))):
         TDG(**wrong)
-
-
-@pytest.mark.parametrize("missing", ["pos", "donor"])
-def test_needs_its_contexts(missing):
-    laws = {c: (0.0, 1.0) for c in ("pos", "donor") if c != missing}
-    with pytest.raises(MissingContextError, match=missing):
-        ds.sample(Gaussians(laws), TDG(), scheduler=DDIMScheduler(**LINEAR), steps=2, num_samples=1)

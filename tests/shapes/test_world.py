@@ -10,16 +10,13 @@ import pytest
 import torch
 
 from diffsteer.errors import ParameterError
-from diffsteer.shapes import BACKGROUNDS, COLOURS, KINDS, Scene, Shape, caption, draw, holds, read, scene, share
+from diffsteer.shapes import BACKGROUNDS, COLOURS, KINDS, Scene, Shape, caption, draw, holds, read, scene, scenes, share
 
 PAIR = Scene((Shape("circle", "red", 32, 17, 10), Shape("square", "blue", 32, 47, 10)), "white")
 ALONE = Scene((Shape("triangle", "green", 30, 30, 12),), "black")
 
 
-@functools.cache
-def drawn(number: int, seed: int = 0) -> list[Scene]:
-    rng = np.random.default_rng(seed)
-    return [scene(rng) for _ in range(number)]
+drawn = functools.cache(scenes)
 
 
 def facts(what: Scene | None) -> object:

@@ -16,11 +16,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from torch import Tensor, nn
 
 from diffsteer import zoo
+from diffsteer.engine import stream
 from diffsteer.errors import ParameterError
+from diffsteer.shapes import scenes
 from diffsteer.train import flow
 from diffsteer.train.flow import RECIPE, TAUGHT, Follow, Twin, embed, train_flow
-from diffsteer.train.loop import fit, generator_of_step, read_checkpoint
-from diffsteer.train.shapes import Captions, scenes_of, tokenizer
+from diffsteer.train.loop import fit, read_checkpoint
+from diffsteer.train.shapes import Captions, tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers and transformers, about each other
 
@@ -112,13 +114,13 @@ def test_text_is_read_as_the_pipeline_reads_it(parts: dict, blanks: int) -> None
 
 
 def test_the_teacher_is_told_what_it_was_trained_with_and_some_batches_have_blanks(parts: dict) -> None:
-    task = Follow(Captions(scenes_of(8, 0), tokenizer(), 0.5), torch.randn(8, 4, 8, 8), parts["text_encoder"])
-    lengths = [task.draw(1, generator_of_step(0, step))[3].shape[1] for step in range(160)]
+    task = Follow(Captions(scenes(8), tokenizer(), 0.5), torch.randn(8, 4, 8, 8), parts["text_encoder"])
+    lengths = [task.draw(1, stream(0, step))[3].shape[1] for step in range(160)]
     assert set(lengths) == {16, 272}
     assert 2 <= lengths.count(272) <= 25  # one in sixteen
-    generator = generator_of_step(0, 1)
+    generator = stream(0, 1)
     rows, tokens = task.captions.draw(4, generator)
-    latents, *_, told = task.draw(4, generator_of_step(0, 1))
+    latents, *_, told = task.draw(4, stream(0, 1))
     assert torch.equal(latents, task.latents[rows])
     assert torch.equal(told, zoo.load("shapes").text_encoder(tokens)[0])
 
@@ -143,7 +145,7 @@ def test_a_killed_run_resumes_to_the_same_bits(parts: dict, tmp_path: Path) -> N
         with torch.random.fork_rng():
             torch.manual_seed(0)
             net = Twin(SD3Transformer2DModel(**RECIPE.network | {"num_layers": 1}), unet)
-        task = kind(Captions(scenes_of(8, 0), tokenizer(), 0.5), latents, parts["text_encoder"])
+        task = kind(Captions(scenes(8), tokenizer(), 0.5), latents, parts["text_encoder"])
         fit(net, task, recipe, tmp_path / name, seed=1, record={"recipe": asdict(recipe)}, resume=True)
         return read_checkpoint(tmp_path / name)[0]
 

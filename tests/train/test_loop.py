@@ -14,9 +14,10 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from diffsteer.engine import stream
 from diffsteer.errors import ParameterError, WeightsError
 from diffsteer.train.data import digits
-from diffsteer.train.loop import fit, generator_of_step, learning_rate, read_checkpoint
+from diffsteer.train.loop import fit, learning_rate, read_checkpoint
 from diffsteer.train.recipes import RECIPES, SCHEDULE, Recipe
 from diffsteer.train.tasks import Classify, Denoise, Task
 from diffsteer.zoo.networks import build
@@ -153,7 +154,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
 
 
 def test_steps_have_streams_of_their_own() -> None:
-    first = {torch.randn(1, generator=generator_of_step(s, k)).item() for s in range(20) for k in range(20)}
+    first = {torch.randn(1, generator=stream(s, k)).item() for s in range(20) for k in range(20)}
     assert len(first) == 400  # a seed plus a step would collide
 
 

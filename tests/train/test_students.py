@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from diffsteer import zoo
 from diffsteer.errors import ParameterError
+from diffsteer.shapes import scenes
 from diffsteer.train import students
 from diffsteer.train.loop import fit, read_checkpoint
 from diffsteer.train.recipes import SCHEDULE
-from diffsteer.train.shapes import Captions, scenes_of, tokenizer
+from diffsteer.train.shapes import Captions, tokenizer
 from diffsteer.train.students import RECIPE, Distil, Levels, Student, boundary, train_student
 
 LEVELS = Levels(4)
@@ -203,7 +204,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     recipe = replace(RECIPE, steps=3, batch_size=2, checkpoint_every=1)
 
     def start(name: str, kind: type[Distil] = Distil) -> dict[str, Tensor]:
-        task = kind(Captions(scenes_of(8, 0), tokenizer(), 0.5), pipe.text_encoder, (4, 8, 8))
+        task = kind(Captions(scenes(8), tokenizer(), 0.5), pipe.text_encoder, (4, 8, 8))
         net = Student(tiny(), copy.deepcopy(tiny()), LEVELS)
         fit(net, task, recipe, tmp_path / name, seed=1, record={"recipe": asdict(recipe)}, resume=True)
         return read_checkpoint(tmp_path / name)[0]

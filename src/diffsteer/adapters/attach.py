@@ -21,12 +21,12 @@ from diffsteer.adapters.contexts import pop_negatives, widen
 from diffsteer.adapters.run import GuidedRun
 from diffsteer.adapters.specs import Spec, spec_of
 from diffsteer.adapters.steps import check_needs
-from diffsteer.core import Guidance
+from diffsteer.core import Guidance, check_methods
 from diffsteer.denoisers import by_name
 from diffsteer.engine import Batching, check_batching, every_kth
 from diffsteer.errors import IgnoredPromptWarning, ParameterError, StateError, UnsupportedError, UnverifiedWarning
 from diffsteer.methods import Renorm
-from diffsteer.sampling import Result, check_method
+from diffsteer.sampling import Result
 
 
 def attach(
@@ -108,7 +108,7 @@ class Attached:
     ) -> None:
         if hasattr(type(pipe), "_diffsteer"):
             raise StateError(f"a method is attached to this {type(pipe).__name__} already; detach it first")
-        check_method(method)
+        check_methods(method)
         if "pos" in contexts:
             raise ParameterError('"pos" is the prompt of the call; contexts= is for others')
         check_needs(method)
@@ -156,8 +156,8 @@ class Attached:
         if self.spec.renormalised and arguments.get(self.spec.renormalised, True):
             method = Renorm(method, 1 if self.spec.grid else -1)  # of tokens, or as Lumina 2 has it, of rows
         method = widen(method, list(negatives), set(self.contexts))
-        self.run = GuidedRun(self.pipe, self.spec, method, arguments, self.models, self.trace, self.batching)
-        self.run.wanted = {"null": {}, **negatives, **self.contexts}
+        wanted = {"null": {}, **negatives, **self.contexts}
+        self.run = GuidedRun(self.pipe, self.spec, method, wanted, arguments, self.models, self.trace, self.batching)
         try:
             with self.run.installed():
                 answer = native(**arguments)

@@ -34,8 +34,8 @@ from diffsteer.methods.compose import moves_samples
 from diffsteer.patching import patched
 from diffsteer.sampling import Result
 
-# By the denoiser's class: what the row of a classic pipeline says of its network.
 _EDITS = "this method edits samples, which a guider cannot do; use diffsteer.attach(), or diffsteer.sample()"
+# By the denoiser's class: what the row of a classic pipeline says of its network.
 _SPECS = {
     "UNet2DConditionModel": VERIFIED["StableDiffusionXLPipeline"],
     "SD3Transformer2DModel": VERIFIED["StableDiffusion3Pipeline"],

@@ -16,7 +16,7 @@ from diffsteer.adapters.contexts import Bundle, place, select
 from diffsteer.adapters.specs import Spec
 from diffsteer.denoisers import join
 from diffsteer.errors import MissingContextError, UnsupportedError
-from diffsteer.paths import Level, Path
+from diffsteer.paths import Level, Path, rescaling
 from diffsteer.perturb import ContextNoise, perturbed
 from diffsteer.schedulers import ScheduleReading
 
@@ -252,10 +252,9 @@ class PipelineNet:
             )
         own, t = self.reading.path.locate(level)
         offset, factor = self.time
-        scale = own.alpha / level.alpha if level.alpha > 0 else own.sigma / level.sigma
         kind = given.dtype if t.is_integer() or given.is_floating_point() else torch.float32
         given = given if rows is None else select(given, rows, len(self.x))
-        return self._shown(x * scale, rows), torch.full_like(given, offset + factor * t, dtype=kind)
+        return self._shown(x * rescaling(level, own), rows), torch.full_like(given, offset + factor * t, dtype=kind)
 
     def _residuals(
         self, control: Invocation, context: str, inside: Tensor, rows: Tensor | None, **more: Any

@@ -32,6 +32,8 @@ class GuidedRun(GuidedSteps):
     pipe : DiffusionPipeline
     spec : Spec
     method : Guidance
+    wanted : mapping of str to str or mapping
+        Contexts beside "pos", see :func:`~diffsteer.adapters.contexts.encode`.
     arguments : dict
         Of the pipeline's ``__call__``.
     models : mapping of str to nn.Module
@@ -46,6 +48,7 @@ class GuidedRun(GuidedSteps):
         pipe: Any,
         spec: Spec,
         method: Guidance,
+        wanted: Mapping[str, Any],
         arguments: Mapping[str, Any],
         models: Mapping[str, nn.Module],
         trace: str,
@@ -54,8 +57,7 @@ class GuidedRun(GuidedSteps):
         eta = float(arguments.get("eta") or 0.0)
         generator = drawing(arguments.get("generator"), pipe._execution_device)
         super().__init__(method, models, generator, eta, trace, batching)
-        self.pipe, self.spec = pipe, spec
-        self.wanted: Mapping[str, Any] = {"null": {}}  # contexts beside "pos", see contexts.encode
+        self.pipe, self.spec, self.wanted = pipe, spec, wanted
         self.bundles: dict[str, Bundle] = {"pos": {}}
         self.prompts: int | None = None  # rows of the encoded prompt, if one was encoded
         self.scheduler = pipe.scheduler

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
@@ -27,14 +26,15 @@ from diffsteer import zoo
 from diffsteer.bench import intervals, metrics
 from diffsteer.bench.energy_report import Line, Picture, write
 from diffsteer.bench.layout import METHODS, Tally, run_layout
-from diffsteer.bench.removal import Outcome, read_outcome, scheduler, write_outcome
+from diffsteer.bench.removal import Outcome, eight_bits, read_outcome, scheduler, write_outcome
 from diffsteer.bench.sweep import bars, halves
 from diffsteer.core import Guidance
 from diffsteer.energy.losses import ClassEnergy, Residual
+from diffsteer.engine import describe, stream
 from diffsteer.errors import NonFiniteError, ParameterError, UnknownNameError, UnsupportedError
 from diffsteer.files import check_writable
 from diffsteer.perturb.attention import blur
-from diffsteer.sampling import describe, sample, stream
+from diffsteer.sampling import sample
 from diffsteer.zoo import Model
 
 if TYPE_CHECKING:
@@ -228,11 +228,7 @@ def psnr(images: Tensor, truth: Tensor) -> Tensor:
 
 
 def _interval(values: Tensor) -> intervals.Interval:
-    return intervals.bootstrap(_mean, [values], RESAMPLES)
-
-
-def _mean(values: NDArray[Any]) -> float:
-    return float(values.mean())
+    return intervals.bootstrap(np.mean, [values], RESAMPLES)
 
 
 @dataclass(frozen=True)
@@ -425,7 +421,7 @@ def _judged(model: Model, images: Tensor, **facts: Any) -> Outcome:
     return Outcome(
         labels=model.judge(images).argmax(1),
         features=model.features(images, "judge"),
-        images=((images.clamp(-1, 1) + 1) * 127.5).round().byte(),
+        images=eight_bits(images),
         **facts,
     )
 

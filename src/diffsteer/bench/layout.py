@@ -23,7 +23,7 @@ from diffsteer.adapters import attach
 from diffsteer.bench import intervals
 from diffsteer.bench.energy_report import Picture, draw, lost
 from diffsteer.bench.prompt_runs import fingerprint
-from diffsteer.bench.removal import Outcome, read_outcome, write_outcome
+from diffsteer.bench.removal import Outcome, eight_bits, read_outcome, write_outcome
 from diffsteer.bench.sweep import bars
 from diffsteer.core import Guidance
 from diffsteer.denoisers import usable
@@ -246,7 +246,7 @@ def _run(pipe: Any, key: str, scale: float, patches: Sequence[Patch], steps: int
     outcome = Outcome(
         labels=torch.tensor(scores), features=away[:, None], nfe=float(guided.last.nfe.double().mean()),
         seconds=time.perf_counter() - started, record=context,
-        images=((images.clamp(-1, 1) + 1) * 127.5).round().byte(),
+        images=eight_bits(images),
     )  # fmt: skip
     write_outcome(store, context, outcome)
     return outcome

@@ -12,30 +12,30 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from diffsteer.bench.removal import NAMES
 from diffsteer.files import write_figure
 
 if TYPE_CHECKING:
     from diffsteer.bench.report import MethodPanel
     from diffsteer.bench.sweep_report import Entry
 
+_DOWN = 4  # samples in a column of a panel
 _ACROSS = 5  # panels of samples beside each other: more would be too small to see
 
 STYLES = {
-    "unguided": ("Unguided", "0.45", "x"),
-    "rejection": ("Rejection", "black", "*"),
-    "conditional": ("The other classes asked for", "0.3", "+"),
-    "np": ("Negative prompting", "#c0504d", "o"),
-    "sld": ("Safe latent diffusion", "#d99a2b", "s"),
-    "sld-medium": ("Safe latent diffusion, medium", "#8c6d1f", "v"),
-    "dng-paper": ("DNG, the paper's settings", "#7b3294", "P"),
-    "dng": ("DNG", "#2166ac", "D"),
-    "ceiling": ("DNG, classifier-driven", "#74add1", "^"),
+    "unguided": ("0.45", "x"),
+    "rejection": ("black", "*"),
+    "conditional": ("0.3", "+"),
+    "np": ("#c0504d", "o"),
+    "sld": ("#d99a2b", "s"),
+    "sld-medium": ("#8c6d1f", "v"),
+    "dng-paper": ("#7b3294", "P"),
+    "dng": ("#2166ac", "D"),
+    "ceiling": ("#74add1", "^"),
 }
 
 
-def draw_samples(
-    path: Path, panels: Sequence[MethodPanel], rows: int = 4, columns: int = 9, framed: str = "left"
-) -> None:
+def draw_samples(path: Path, panels: Sequence[MethodPanel], columns: int = 9, framed: str = "left") -> None:
     """The first samples of every method side by side, forbidden ones framed in red, and their share in the titles."""
     across, down = min(len(panels), _ACROSS), math.ceil(len(panels) / _ACROSS)
     with mpl.rc_context({"font.size": 8}):
@@ -44,12 +44,12 @@ def draw_samples(
         for axis in axes[len(panels) :]:
             axis.remove()
         for axis, panel in zip(axes, panels, strict=False):
-            images = np.asarray(panel.images)[: rows * columns].transpose(0, 2, 3, 1)
+            images = np.asarray(panel.images)[: _DOWN * columns].transpose(0, 2, 3, 1)
             forbidden = np.asarray(panel.forbidden)
             images = (images.clip(-1, 1) + 1) / 2
             height, width = images.shape[1] + 2, images.shape[2] + 2
             between = 1.0 if images.shape[-1] == 1 else 0.85  # grey where pictures may be white themselves
-            sheet = np.full((rows * height, columns * width, 3), between)
+            sheet = np.full((_DOWN * height, columns * width, 3), between)
             for i, image in enumerate(images):
                 top, left = i // columns * height, i % columns * width
                 if forbidden[i]:
@@ -70,7 +70,7 @@ def draw_fronts(out: Path, entries: Sequence[Entry]) -> None:
             figure = Figure(figsize=(2.3 * len(concepts) + 0.6, 4.8), layout="constrained")
             axes = figure.subplots(2, len(concepts), squeeze=False, sharex=True, sharey="row")
             for column, concept in enumerate(concepts):
-                for method, (label, color, marker) in STYLES.items():
+                for method, (color, marker) in STYLES.items():
                     rows = sorted(
                         (e for e in shown if e.concept == concept and e.method == method), key=lambda e: e.scale
                     )
@@ -79,7 +79,7 @@ def draw_fronts(out: Path, entries: Sequence[Entry]) -> None:
                     share = [max(e.row.forbidden_share, 0.5 / e.row.n) * 100 for e in rows]
                     kl = [max(e.row.kl_rejection or 0, 0.5 / e.row.n) for e in rows]
                     distance = [e.row.fd_rejection for e in rows]
-                    style = {"color": color, "marker": marker, "ms": 4, "lw": 1, "label": label}
+                    style = {"color": color, "marker": marker, "ms": 4, "lw": 1, "label": NAMES[method]}
                     axes[0, column].plot(share, kl, **style)
                     axes[1, column].plot(share, distance, **style)
                 axes[0, column].set_title(f"without {concept}")

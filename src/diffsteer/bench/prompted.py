@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from diffsteer.bench.removal import Outcome, read_outcome, write_outcome
 from diffsteer.bench.tasks import Bench, Column, Methods
 from diffsteer.core import Guidance
 from diffsteer.engine import describe, stream
-from diffsteer.shapes import Scene, holds, scene
+from diffsteer.shapes import holds, scenes
 from diffsteer.zoo import Model
 
 _FAITHFUL, _UNDECIDED, _FORBIDDEN = 1, 2, 4  # what is said of a picture, added up in its label
@@ -163,10 +164,7 @@ def _to_world(wish: Wish) -> Callable[[NDArray[np.float64]], float]:
     return kl_to(said_of(true, wish.prompt, wish.negative))
 
 
-@functools.cache
-def _world() -> list[Scene]:
-    rng = np.random.default_rng(0)
-    return [scene(rng) for _ in range(_SCENES)]
+_world = functools.cache(partial(scenes, _SCENES))
 
 
 PROMPTS = Prompted(

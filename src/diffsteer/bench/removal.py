@@ -22,12 +22,12 @@ from torch import Tensor
 from diffsteer.bench import balance, intervals, metrics
 from diffsteer.bench.report import MethodRow
 from diffsteer.calibration import calibrate
-from diffsteer.core import Guidance
-from diffsteer.engine import versions
+from diffsteer.core import Guidance, added
+from diffsteer.engine import describe, versions
 from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
 from diffsteer.files import check_writable, write_tensors, write_text
 from diffsteer.methods import DynamicNegativeGuidance, NegativePrompting, SafeLatentDiffusion
-from diffsteer.sampling import Result, Unguided, describe, sample
+from diffsteer.sampling import Result, Unguided, sample
 from diffsteer.zoo import Model
 
 SCHEDULERS = ("ddpm", "ddim", "dpm++", "euler", "unipc", "heun")
@@ -86,6 +86,11 @@ class Outcome:
         return self.images.float() / 127.5 - 1
 
 
+def eight_bits(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as an :class:`Outcome` keeps them; :attr:`Outcome.pixels` undone."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
 def kind_of(name: str) -> str:
     """ "sde" for stochastic samplers, "ode" for deterministic ones."""
     return "sde" if name in ("ddpm", "euler-a") else "ode"
@@ -122,10 +127,10 @@ def _uncalibrated(model: Model, name: str, setting: Setting, scale: float | None
     if name == "unguided":
         return Unguided()
     if name == "np":
-        return _sum([NegativePrompting(context=c, **values) for c in negatives])
+        return added([NegativePrompting(context=c, **values) for c in negatives])
     if name in ("sld", "sld-medium"):
         preset = {"sld": "removal", "sld-medium": "medium"}[name]
-        return _sum([SafeLatentDiffusion.preset(preset, positive="null", context=c, **values) for c in negatives])
+        return added([SafeLatentDiffusion.preset(preset, positive="null", context=c, **values) for c in negatives])
     if name == "dng-paper":
         return DynamicNegativeGuidance.preset("cifar10", contexts=negatives, **values)
     if name == "ceiling":
@@ -189,13 +194,20 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "sld": {"scale": 0.3},
     "sld-medium": {"scale": 1.0},
 }
+NAMES = {
+    "unguided": "Unguided",
+    "rejection": "Rejection",
+    "conditional": "The other classes asked for",
+    "np": "Negative prompting",
+    "sld": "Safe latent diffusion",
+    "sld-medium": "Safe latent diffusion, medium",
+    "dng": "DNG",
+    "dng-paper": "DNG, the paper's settings",
+    "ceiling": "DNG, classifier-driven",
+}
 METHODS = ("unguided", "np", "sld", "sld-medium", "dng", "dng-paper", "ceiling")
 _NEIGHBOURS = 5  # of precision, recall, density and coverage, which fewer samples have not
 UNTOUCHED = 0.1  # root mean square difference of pixels in [-1, 1] below which nobody sees one
-
-
-def _sum(methods: list[Guidance]) -> Guidance:
-    return sum(methods[1:], start=methods[0])
 
 
 def run(
@@ -227,7 +239,7 @@ def run(
     labels = model.judge(result.samples).argmax(1)
     features = model.features(result.samples)
     record = {**context, **result.record}
-    images = ((result.samples.clamp(-1, 1) + 1) * 127.5).round().byte()
+    images = eight_bits(result.samples)
     nfe = float(result.nfe.double().mean())
     outcome = Outcome(labels, features, nfe, result.record["seconds"], record, images, result)
     if store is not None:

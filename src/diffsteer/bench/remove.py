@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffsteer import zoo
 from diffsteer.bench import balance
 from diffsteer.bench.plots import draw_samples
-from diffsteer.bench.removal import Outcome, Setting, measure, method_for, refuse_empty, reject, run, unguided
+from diffsteer.bench.removal import NAMES, Outcome, Setting, measure, method_for, refuse_empty, reject, run, unguided
 from diffsteer.bench.removal import scheduler as build
 from diffsteer.bench.report import MethodPanel, RemovalReport
 from diffsteer.bench.report_html import write_report
@@ -26,17 +26,6 @@ from diffsteer.files import check_writable, write_text
 from diffsteer.methods import DynamicNegativeGuidance
 from diffsteer.schedulers import SchedulerView
 
-NAMES = {
-    "unguided": "Unguided",
-    "rejection": "Rejection",
-    "conditional": "The other classes asked for",
-    "np": "Negative prompting",
-    "sld": "Safe latent diffusion",
-    "sld-medium": "Safe latent diffusion, medium",
-    "dng": "DNG",
-    "dng-paper": "DNG, the paper's settings",
-    "ceiling": "DNG, classifier-driven",
-}
 _GUIDED = ("np", "sld", "dng")
 
 

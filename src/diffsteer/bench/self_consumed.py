@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffsteer.bench.removal import digest, scheduler
 from diffsteer.bench.tasks import Bench, labelled
-from diffsteer.denoisers import Denoiser, denoiser
+from diffsteer.denoisers import Denoiser
 from diffsteer.sampling import Unguided, sample
 from diffsteer.train.data import Dataset
 from diffsteer.train.loop import averaged, fit, read_checkpoint
@@ -24,8 +24,7 @@ RECIPE = replace(RECIPES["digits"]["denoiser"], steps=300, lr=2e-4, warmup=20, e
 def self_consumed(bench: Bench, labels: Tensor) -> dict[str, Denoiser]:
     """The model's network, and its self-consumed copy as the weak one."""
     main = labelled(bench, labels)["main"]
-    weak = denoiser(_copy(bench), prediction=main.prediction, contexts=main.contexts, shape=main.shape, path=main.path)
-    return {"main": main, "weak": weak}
+    return {"main": main, "weak": replace(main, net=_copy(bench))}
 
 
 def _copy(bench: Bench) -> nn.Module:

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffsteer import zoo
 from diffsteer.bench import balance, fronts, intervals, metrics, sweep_report
 from diffsteer.bench.removal import (
+    NAMES,
     Outcome,
     Setting,
     asked_otherwise,
@@ -37,7 +38,6 @@ from diffsteer.bench.removal import (
     run,
     unguided,
 )
-from diffsteer.bench.remove import NAMES
 from diffsteer.bench.report import MethodPanel
 from diffsteer.bench.sweep_report import Entry, Lead
 from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
@@ -257,9 +257,9 @@ class _Job:
     def sampler(self) -> str:
         return sampler_name(self.setting)
 
-    def run(self, model: Model, store: Path, progress: Callable[[int], None] | bool = False) -> Outcome:
+    def run(self, model: Model, store: Path) -> Outcome:
         method = method_for(model, self.method, self.setting, self.scale)
-        return run(model, self.setting, method, store=store, progress=progress)
+        return run(model, self.setting, method, store=store)
 
 
 def sampler_name(setting: Setting) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from diffsteer.bench.plots import draw_fronts, draw_samples
-from diffsteer.bench.remove import NAMES
+from diffsteer.bench.removal import NAMES
 from diffsteer.bench.report import MethodPanel, MethodRow
 from diffsteer.bench.report_html import template
 from diffsteer.bench.report_pictures import SAMPLES, data_address, grid

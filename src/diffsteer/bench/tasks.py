@@ -16,12 +16,23 @@ import torch
 from torch import Tensor
 
 from diffsteer.bench import intervals, metrics
-from diffsteer.bench.removal import Outcome, Setting, measure, read_outcome, run, scheduler, unguided, write_outcome
+from diffsteer.bench.removal import (
+    Outcome,
+    Setting,
+    eight_bits,
+    measure,
+    read_outcome,
+    run,
+    scheduler,
+    unguided,
+    write_outcome,
+)
 from diffsteer.bench.sweep import TARGET_FACTOR, halves
 from diffsteer.core import Guidance
-from diffsteer.denoisers import Denoiser, denoiser
+from diffsteer.denoisers import Denoiser
+from diffsteer.engine import describe, stream
 from diffsteer.methods.upsample_guidance import shrink
-from diffsteer.sampling import Unguided, describe, sample, stream
+from diffsteer.sampling import Unguided, sample
 from diffsteer.zoo import Model
 
 BOUND = 1.05  # beyond it a pixel in [-1, 1] counts as saturated
@@ -112,8 +123,7 @@ def labelled(bench: Bench, labels: Tensor) -> dict[str, Denoiser]:
     net = model.denoiser(pos=labels)
     every = {f"class:{k}": {"class_labels": k} for k in range(len(model.classes))}
     contexts = {**net.contexts, **every, "next": {"class_labels": (labels + 1) % len(model.classes)}}
-    main = denoiser(net.net, prediction=net.prediction, contexts=contexts, shape=net.shape, path=net.path)
-    return {"main": main, "weak": model.denoiser(pos=labels, part="weak")}
+    return {"main": replace(net, contexts=contexts), "weak": model.denoiser(pos=labels, part="weak")}
 
 
 def tuned(bench: Bench, labels: Tensor) -> dict[str, Denoiser]:
@@ -129,8 +139,7 @@ def embedded(bench: Bench, labels: Tensor) -> dict[str, Denoiser]:
     table, net.class_embedding = net.class_embedding.weight.detach(), torch.nn.Identity()
     null = model.config["null_label"]
     contexts = {"null": {"class_labels": table[null : null + 1]}, "pos": {"class_labels": table[labels]}}
-    plain = model.denoiser()
-    return {"main": denoiser(net, prediction=plain.prediction, contexts=contexts, shape=plain.shape, path=plain.path)}
+    return {"main": replace(model.denoiser(), net=net, contexts=contexts)}
 
 
 @dataclass(frozen=True)
@@ -190,7 +199,7 @@ class Classes:
             nfe=float(nfe.double().mean()),
             seconds=record["seconds"],
             record={**context, **record, **pixels},
-            images=((images.clamp(-1, 1) + 1) * 127.5).round().byte(),
+            images=eight_bits(images),
         )
         write_outcome(bench.store, context, outcome)
         return outcome

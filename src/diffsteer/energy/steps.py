@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffsteer.core import After, Guidance, Repeat, Run, Step, map_state, within
 from diffsteer.energy.data import told
-from diffsteer.energy.forces import check, unit
+from diffsteer.energy.forces import check, reference, unit
 from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.paths import convert, reverse_kernel
 
@@ -222,7 +222,7 @@ class EnergyGuidance(Guidance):
 
     @property
     def reference(self) -> str:  # type: ignore[override]
-        return self.base if isinstance(self.base, str) else self.base.reference
+        return reference(self.base)
 
     def start(self, run: Run) -> Any:
         if isinstance(self.base, Guidance) and not self.around:
@@ -234,7 +234,9 @@ class EnergyGuidance(Guidance):
         x = run.x / unit(start)
         level = next((level for level in run.levels if level.rho <= PURE_NOISE), start)  # where it is asked first
         check(told(self.energy, run.samples), *((x * unit(level), level) if self.noisy else (x,)))
-        return Landing()
+        if not self.around:
+            return Landing()
+        return Inside(self.base.start(run) if isinstance(self.base, Guidance) else None, Landing())
 
     def after(self, step: Step, x_next: Tensor, state: Any) -> After:
-        return land(step, x_next, state)
+        return land_around(self.base, step, x_next, state) if self.around else land(step, x_next, state)

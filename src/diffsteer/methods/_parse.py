@@ -6,7 +6,7 @@ import ast
 import math
 from typing import Any
 
-from diffsteer.core import Guidance, Sum
+from diffsteer.core import Guidance, added
 from diffsteer.errors import ParameterError
 from diffsteer.methods._registry import get_method
 
@@ -37,8 +37,7 @@ def parse_method(text: str) -> Guidance:
     >>> parse_method("cfg:7.5+np:0.5,context=neg2").methods[1].context
     'neg2'
     """
-    terms = tuple(_term(term.strip()) for term in text.split("+"))
-    return terms[0] if len(terms) == 1 else Sum(terms)
+    return added([_term(term.strip()) for term in text.split("+")])
 
 
 def _term(text: str) -> Guidance:

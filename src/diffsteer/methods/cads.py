@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from diffsteer.core import Call, Guidance, Plan, Step
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
+from diffsteer.methods._self_perturbation import drawn
 from diffsteer.perturb import ContextNoise
 
 
@@ -101,5 +100,5 @@ class ConditionAnnealedSampling(Guidance):
     def _noise(self, step: Step, clean: float) -> ContextNoise | None:
         if clean == 1:
             return None
-        seeds = torch.stack([torch.randint(2**63 - 1, (), generator=g) for g in step.generators])
-        return ContextNoise(math.sqrt(clean), self.noise_scale * math.sqrt(1 - clean), self.mixing, seeds)
+        noise = self.noise_scale * math.sqrt(1 - clean)
+        return ContextNoise(math.sqrt(clean), noise, self.mixing, drawn(step))

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Plan, Run, State, Step, like
+from diffsteer.core import Call, Guidance, Plan, Run, State, Step, like, widened
 from diffsteer.errors import ParameterError
 from diffsteer.methods._registry import register
 from diffsteer.methods._vectors import inner, parallel
@@ -104,10 +104,7 @@ class CharacteristicGuidance(Guidance):
         cond, null = yield [Call("pos"), Call("null")]
         guided = w * cond - (w - 1) * null
         rounds, converged = torch.ones(len(x), device=x.device), torch.zeros(len(x), device=x.device)
-        rows, shift = (
-            torch.arange(len(x), device=x.device),
-            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)),
-        )
+        rows, shift = torch.arange(len(x), device=x.device), torch.zeros_like(widened(x))
         axis = step.level.sigma * (null - cond).to(shift)
         first = _rms(axis)
         past: list[tuple[Tensor, Tensor]] = []

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffsteer.core import Call, Plan, Step
-from diffsteer.energy.forces import noisy_force
+from diffsteer.core import Plan, Step
 from diffsteer.energy.losses import CosineEnergy, Network
-from diffsteer.energy.steps import EnergyGuidance, Landing, Mode, act, check_mode, is_noise, needs_of
+from diffsteer.energy.steps import EnergyGuidance, Landing, Mode, check_mode, needs_of
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
+from diffsteer.methods.classifier_guidance import ClassifierGuidance
 
 
 @register(
@@ -80,9 +80,4 @@ class CLIPGuidance(EnergyGuidance):
         return CosineEnergy(self.encoder, self.text, self.logit_scale)
 
     def guide(self, step: Step, state: Landing) -> Plan:
-        (prediction,) = yield [Call(self.base)]
-        if self.scale == 0 or is_noise(step):
-            return prediction, Landing(), {}
-        force, energy = noisy_force(self.energy, step)
-        prediction, jump = act(self.mode, step, prediction, self.scale * force)
-        return prediction, Landing(jump), {"energy": energy}
+        return (yield from ClassifierGuidance(self.energy, self.scale, self.mode, self.base).guide(step, state))

@@ -9,7 +9,6 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from diffsteer.core import (
@@ -30,11 +29,11 @@ from diffsteer.core import (
     within,
 )
 from diffsteer.errors import ParameterError
-from diffsteer.methods.relative import Relative
+from diffsteer.methods._vectors import ratio
 
 
 @dataclass(frozen=True)
-class _Around(Guidance):
+class Around(Guidance):
     """Another method inside, which is what it appears to be."""
 
     method: Guidance
@@ -72,13 +71,13 @@ def moves_samples(method: Guidance) -> bool:
             return any(map(moves_samples, method.methods))
         case Switch():
             return moves_samples(method.first) or moves_samples(method.second)
-        case _Around() | Relative():
+        case Around():
             return moves_samples(method.method)
     return type(method).after is not Guidance.after and bool(method.needs & {"first_order", "recurrence"})
 
 
 @dataclass(frozen=True)
-class Window(_Around):
+class Window(Around):
     """Apply a method only at noise levels inside [low, high]; elsewhere its reference context alone.
 
     Parameters
@@ -177,7 +176,7 @@ class Switch(Guidance):
 
 
 @dataclass(frozen=True)
-class Schedule(_Around):
+class Schedule(Around):
     """Weigh a method's correction by a function of the noise level.
 
     .. math:: e = e(ref) + f(\\rho)\\,(\\hat e - e(ref))
@@ -242,7 +241,7 @@ class Schedule(_Around):
 
 
 @dataclass(frozen=True)
-class Rescale(_Around):
+class Rescale(Around):
     """Bring a method's prediction back to the standard deviation of the conditional one (Lin et al., 2024).
 
     .. math:: v = \\Big(\\varphi\\,\\frac{\\mathrm{std}(v(c))}{\\mathrm{std}(\\hat v)} + 1 - \\varphi\\Big)\\,\\hat v
@@ -276,11 +275,11 @@ class Rescale(_Around):
     def guide(self, step: Step, state: State) -> Plan:
         guided, state, info, cond = yield from _beside(self.method, step, state, self.context)
         wanted, found = (v.double().flatten(1).std(1, correction=0) for v in (cond, guided))
-        return like(self.factor * _ratio(wanted, found) + 1 - self.factor, guided) * guided, state, info
+        return like(self.factor * ratio(wanted, found) + 1 - self.factor, guided) * guided, state, info
 
 
 @dataclass(frozen=True)
-class Renorm(_Around):
+class Renorm(Around):
     """Bring a method's prediction back to the norm of the conditional one, as some pipelines do after guidance.
 
     .. math:: u = \\hat u\\,\\lVert u(c)\\rVert / \\lVert\\hat u\\rVert,\\qquad\\text{with a limit k:}\\quad
@@ -327,12 +326,7 @@ class Renorm(_Around):
         guided, state, info, cond = yield from _beside(self.method, step, state, self.context)
         along: Any = tuple(range(1, guided.ndim)) if self.dim is None else self.dim
         wanted, found = (u.double().square().sum(along, keepdim=True).sqrt() for u in (cond, guided))
-        ratio = _ratio(wanted, found)
+        factor = ratio(wanted, found)
         if self.limit is not None:
-            ratio = (self.limit * ratio).clamp(max=1)
-        return ratio.to(guided.dtype) * guided, state, info
-
-
-def _ratio(wanted: Tensor, found: Tensor) -> Tensor:
-    """wanted / found, and 1 where nothing is found that could be scaled."""
-    return torch.where(found > 0, wanted / found, 1)
+            factor = (self.limit * factor).clamp(max=1)
+        return factor.to(guided.dtype) * guided, state, info

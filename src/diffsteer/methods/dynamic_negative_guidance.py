@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Plan, Run, Step, asking, complement, gather, like, on_rows, scatter, together
+from diffsteer.core import Call, Guidance, Plan, Run, Step, altered, asking, complement, gather, like, scatter, together
 from diffsteer.errors import ParameterError, UnknownNameError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
@@ -329,7 +329,9 @@ class DynamicNegativeGuidance(Guidance):
         numbers = None if step.samples is None else step.samples[rows.cpu()]
         inner = step if whole else replace(step, x=step.x[rows], generators=streams, samples=numbers)
         plan = tracker.visit(inner, f.tracked, alt=self.contexts[i])
-        neg, ref, tracked = yield from (plan if whole else on_rows(plan, rows))
+        if not whole:
+            plan = altered(plan, lambda c: replace(c, rows=rows if c.rows is None else rows[c.rows]))
+        neg, ref, tracked = yield from plan
         odds = tracked.log_odds if reading is None else reading.read(f.odds, f.tracked, tracked, step.level, push)
         negligible = min(self.negligible, tracker.prior / 20) if self._patient else 0.0
         return neg, ref, replace(f, tracked=tracked, odds=odds, released=odds.sigmoid() < negligible)

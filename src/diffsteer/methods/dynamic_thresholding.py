@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffsteer.core import Guidance, Plan, State, Step, like
+from diffsteer.core import Guidance, Plan, State, Step, like, widened
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
@@ -72,7 +72,7 @@ class DynamicThresholding(Guidance):
 
     def guide(self, step: Step, state: State) -> Plan:
         guided, _, _ = yield from ClassifierFreeGuidance(self.scale).guide(step, None)
-        sizes = guided.abs().flatten(1).to(torch.promote_types(guided.dtype, torch.float32))
+        sizes = widened(guided).abs().flatten(1)
         threshold = _quantile(sizes, self.percentile).clamp(1, self.max_value)
         bound = like(threshold, guided)
         return guided.clamp(-bound, bound) / bound, state, {"threshold": threshold}

@@ -11,7 +11,7 @@ from diffsteer.core import After, Call, Plan, Run, State, Step, within
 from diffsteer.energy.steps import act, score_of
 from diffsteer.errors import ParameterError
 from diffsteer.methods._registry import register
-from diffsteer.methods.compose import _Around, _beside, moves_samples
+from diffsteer.methods.compose import Around, _beside, moves_samples
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Held:
 }""",
 )
 @dataclass(frozen=True)
-class EconomicalGuidance(_Around):
+class EconomicalGuidance(Around):
     """Run an expensive method at some of the steps, and its reference context alone, or its last vector, at the others.
 
     Parameters

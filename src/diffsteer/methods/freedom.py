@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
-from diffsteer.core import After, Call, Guidance, Plan, Run, Step
+from diffsteer.core import Call, Guidance, Plan, Step
 from diffsteer.energy.forces import CleanEnergy, estimate, matched_rms, reference
-from diffsteer.energy.steps import EnergyGuidance, Inside, act, check_recurrences, is_noise, land_around
+from diffsteer.energy.steps import EnergyGuidance, Inside, act, check_recurrences, is_noise
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
@@ -87,10 +85,6 @@ class FreeDoM(EnergyGuidance):
         inner = self.base.needs if isinstance(self.base, Guidance) else frozenset()
         return inner | again | {"first_order"}
 
-    def start(self, run: Run) -> Inside:
-        landing = super().start(run)
-        return Inside(self.base.start(run) if isinstance(self.base, Guidance) else None, landing)
-
     def guide(self, step: Step, state: Inside) -> Plan:
         guided = self.scale > 0 and not is_noise(step)
         here = yield from estimate(step, self.base, state.base, grad=guided)
@@ -108,6 +102,3 @@ class FreeDoM(EnergyGuidance):
         visits = self.num_recurrences if low <= step.number / step.num_steps < high else 1
         landing = replace(state.landing, jump=jump, wanted=visits)
         return prediction, Inside(here.state, landing), here.info | {"energy": energy}
-
-    def after(self, step: Step, x_next: Tensor, state: Inside) -> After:
-        return land_around(self.base, step, x_next, state)

@@ -9,12 +9,12 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from diffsteer.core import Plan, Step
-from diffsteer.energy.forces import estimate
 from diffsteer.energy.losses import norm, residual
-from diffsteer.energy.steps import EnergyGuidance, Landing, act, is_noise
+from diffsteer.energy.steps import EnergyGuidance, Landing
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
+from diffsteer.methods.diffusion_posterior_sampling import DiffusionPosteriorSampling
 
 
 @register(
@@ -95,13 +95,7 @@ class FrequencyAwareGuidance(EnergyGuidance):
         return total
 
     def guide(self, step: Step, state: Landing) -> Plan:
-        guided = self.scale > 0 and not is_noise(step)
-        here = yield from estimate(step, self.base, grad=guided)
-        if not guided:
-            return here.prediction, Landing(), {}
-        force, energy = here.force(self.energy)
-        prediction, jump = act("jump", step, here.prediction, self.scale * force)
-        return prediction, Landing(jump), {"energy": energy}
+        return (yield from DiffusionPosteriorSampling(self.energy, self.scale, self.base).guide(step, state))
 
 
 def haar(x: Tensor, levels: int) -> list[tuple[Tensor, ...]]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Plan, State, Step, like
+from diffsteer.core import Call, Guidance, Plan, State, Step, like, widened
 from diffsteer.errors import NonFiniteError, ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
@@ -105,4 +105,4 @@ class GradientFreeClassifierGuidance(Guidance):
             )
         if not bool(torch.isfinite(logits).all()):
             raise NonFiniteError(f"the classifier returned NaN or infinity at step {step.index}; check its input range")
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
+        return widened(logits).softmax(1)

@@ -12,6 +12,7 @@ from diffsteer.core import Call, Guidance, Plan, Step
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
+from diffsteer.methods._self_perturbation import drawn
 from diffsteer.perturb import ContextNoise
 
 
@@ -73,7 +74,7 @@ class IndependentConditionGuidance(Guidance):
             (cond,) = yield [Call("pos")]
             return cond, state, {}
         if state is None or (self.resample and step.on_trajectory):
-            state = torch.stack([torch.randint(2**63 - 1, (), generator=g) for g in step.generators])
+            state = drawn(step)
         calls = self._calls(state, step.x.device)
         cond, *parts = yield [Call("pos"), *calls]
         independent = torch.empty_like(cond)
@@ -81,9 +82,9 @@ class IndependentConditionGuidance(Guidance):
             independent[slice(None) if call.rows is None else call.rows] = part
         return independent + self.scale * (cond - independent), state, {}
 
-    def _calls(self, drawn: Tensor, device: torch.device) -> list[Call]:
+    def _calls(self, numbers: Tensor, device: torch.device) -> list[Call]:
         """What evaluates every sample's own condition, given one random number of each, (B,)."""
         if not self.contexts:
-            return [Call("pos", perturb=ContextNoise(0.0, 1.0, 1.0, drawn))]
-        rows = [(drawn % len(self.contexts) == k).nonzero()[:, 0].to(device) for k in range(len(self.contexts))]
+            return [Call("pos", perturb=ContextNoise(0.0, 1.0, 1.0, numbers))]
+        rows = [(numbers % len(self.contexts) == k).nonzero()[:, 0].to(device) for k in range(len(self.contexts))]
         return [Call(context, rows=r) for context, r in zip(self.contexts, rows, strict=True) if len(r)]

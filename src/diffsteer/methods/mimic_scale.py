@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Guidance, Plan, Run, State, Step
+from diffsteer.core import Call, Guidance, Plan, Run, State, Step, widened
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
+from diffsteer.methods._vectors import ratio
 
 
 @register(
@@ -89,26 +90,21 @@ class MimicScale(Guidance):
         mean, high = _centred(guided)
         _, low = _centred(null + self.mimic_scale * (cond - null))
         if self.variability == "std":
-            matched = high * _over(_std(low), _std(high))
+            matched = high * ratio(_std(low), _std(high))
         else:
             top = low.abs().amax(-1, keepdim=True)
             bound = torch.maximum(top, torch.quantile(high.abs(), self.percentile, dim=-1, keepdim=True))
-            matched = high.clamp(-bound, bound) * _over(top, bound)
+            matched = high.clamp(-bound, bound) * ratio(top, bound)
         squeezed = (matched + mean).reshape(guided.shape).to(guided.dtype)
         return self.mix * squeezed + (1 - self.mix) * guided, state, {}
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
     """Spatial means and what is left, (B, C, 1) and (B, C, pixels), in at least single precision."""
-    flat = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+    flat = widened(x).flatten(2)
     mean = flat.mean(-1, keepdim=True)
     return mean, flat - mean
 
 
 def _std(centred: Tensor) -> Tensor:
     return centred.square().mean(-1, keepdim=True).sqrt()
-
-
-def _over(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 1 for a channel without any variation."""
-    return torch.where(b > 0, a / b, 1)

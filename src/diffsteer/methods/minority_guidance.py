@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffsteer.core import Call, Plan, Step
-from diffsteer.energy.forces import noisy_force
+from diffsteer.core import Plan, Step
 from diffsteer.energy.losses import Network
-from diffsteer.energy.steps import EnergyGuidance, Landing, Mode, act, check_mode, is_noise, needs_of
+from diffsteer.energy.steps import EnergyGuidance, Landing, Mode, check_mode, needs_of
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
+from diffsteer.methods.classifier_guidance import ClassifierGuidance
 from diffsteer.paths import Level
 
 
@@ -87,12 +87,7 @@ class MinorityGuidance(EnergyGuidance):
         return -(log_p[:, first:].logsumexp(1) if self.cumulative else log_p[:, first])
 
     def guide(self, step: Step, state: Landing) -> Plan:
-        (prediction,) = yield [Call(self.base)]
-        if self.scale == 0 or is_noise(step):
-            return prediction, Landing(), {}
-        force, energy = noisy_force(self.energy, step)
-        prediction, jump = act(self.mode, step, prediction, self.scale * force)
-        return prediction, Landing(jump), {"energy": energy}
+        return (yield from ClassifierGuidance(self.energy, self.scale, self.mode, self.base).guide(step, state))
 
 
 def minority_score(

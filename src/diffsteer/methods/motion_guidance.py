@@ -127,9 +127,9 @@ class MotionGuidance(EnergyGuidance):
         return self.flow_weight * moved + self.color_weight * looks
 
     def start(self, run: Run) -> Inside:
-        landing = super().start(run)
+        inside: Inside = super().start(run)
         run.x = self._kept(run, run.x, run.levels[0])
-        return Inside(self.base.start(run) if isinstance(self.base, Guidance) else None, landing)
+        return inside
 
     def guide(self, step: Step, state: Inside) -> Plan:
         guided = self.scale > 0 and not is_noise(step)

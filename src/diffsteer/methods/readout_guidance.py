@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffsteer.core import After, Call, Guidance, Info, Plan, Run, State, Step, guide_in
+from diffsteer.core import After, Call, Guidance, Info, Plan, Run, State, Step, altered, guide_in, widened
 from diffsteer.energy.data import told
 from diffsteer.energy.forces import descent, reference, uncoupled, unit
 from diffsteer.energy.steps import Inside, Landing, alphas, is_noise, land_around
@@ -121,7 +121,7 @@ class ReadoutGuidance(Guidance):
 
     def _moved(self, step: Step) -> Generator[list[Call], Sequence[Tensor], tuple[Tensor, Tensor]]:
         """x_t after the optimiser's steps, and the energy before them."""
-        x = step.x.to(torch.promote_types(step.x.dtype, torch.float32))
+        x = widened(step.x)
         first = second = torch.zeros_like(x)
         before = None
         for k in range(1, self.num_optimizer_steps + 1):
@@ -153,14 +153,7 @@ class ReadoutGuidance(Guidance):
         if isinstance(self.base, str):
             (prediction,) = yield [there(Call(self.base))]
             return prediction, state, {}
-        plan = guide_in(self.base, replace(step, x=x), state)
-        try:
-            calls = next(plan)
-            while True:
-                calls = plan.send((yield [there(call) for call in calls]))
-        except StopIteration as done:
-            result: tuple[Tensor, State, Info] = done.value
-            return result
+        return (yield from altered(guide_in(self.base, replace(step, x=x), state), there))
 
     def after(self, step: Step, x_next: Tensor, state: Inside) -> After:
         return land_around(self.base, step, x_next, state)

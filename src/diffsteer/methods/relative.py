@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
-from diffsteer.core import After, Guidance, Plan, Run, State, Step, check_methods
+from diffsteer.core import Call, Guidance, Plan, State, Step, altered
+from diffsteer.methods.compose import Around
 
 
 @dataclass(frozen=True)
-class Relative(Guidance):
+class Relative(Around):
     """The same method with another context wherever it speaks of "null".
 
     Parameters
@@ -36,30 +35,12 @@ class Relative(Guidance):
     method: Guidance
     reference: str = "pos"  # type: ignore[misc]
 
-    def __post_init__(self) -> None:
-        check_methods(self.method)
-
     @property
     def space(self) -> str:  # type: ignore[override]
         return self.method.space
 
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return self.method.needs
-
-    def start(self, run: Run) -> State:
-        return self.method.start(run)
-
     def guide(self, step: Step, state: State) -> Plan:
-        plan = self.method.guide(step, state)
-        try:
-            calls = next(plan)
-            while True:
-                answers = yield [replace(c, context=self.reference) if c.context == "null" else c for c in calls]
-                calls = plan.send(answers)
-        except StopIteration as done:
-            result: tuple[Tensor, State, dict[str, Tensor]] = done.value
-            return result
+        def moved(call: Call) -> Call:
+            return replace(call, context=self.reference) if call.context == "null" else call
 
-    def after(self, step: Step, x_next: Tensor, state: State) -> After:
-        return self.method.after(step, x_next, state)
+        return (yield from altered(self.method.guide(step, state), moved))

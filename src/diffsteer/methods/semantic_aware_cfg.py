@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from diffsteer.core import Call, Guidance, Plan, Run, State, Step
+from diffsteer.core import Call, Guidance, Plan, Run, State, Step, widened
 from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
@@ -108,8 +108,8 @@ class SemanticAwareCFG(Guidance):
         seen = [None, None] if self.segmentation else [self._record(), self._record()]
         cond, null = yield [Call("pos", perturb=seen[0]), Call("null", perturb=seen[1])]
         direction = cond - null
-        wide = direction.to(torch.promote_types(direction.dtype, torch.float32))
-        amount = torch.linalg.vector_norm(wide, dim=1)  # whose gradient is 0 where it is: branches may agree exactly
+        # its gradient is 0 where it is: branches may agree exactly
+        amount = torch.linalg.vector_norm(widened(direction), dim=1)
         labels, foreground = (self._enlarged(part, amount) for part in self._segmented(step, seen))
         regions = labels.flatten(1).long()
         regional = _means(amount.flatten(1), regions).gather(1, regions)

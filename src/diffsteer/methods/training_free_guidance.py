@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffsteer.core import After, Guidance, Plan, Run, State, Step
+from diffsteer.core import Guidance, Plan, Run, State, Step
 from diffsteer.energy.data import told
 from diffsteer.energy.forces import CleanEnergy, clean_force, estimate, held_force, smoothed, unit
 from diffsteer.energy.steps import (
@@ -20,7 +20,6 @@ from diffsteer.energy.steps import (
     check_mode,
     draw,
     is_noise,
-    land_around,
     needs_of,
 )
 from diffsteer.errors import ParameterError
@@ -144,10 +143,9 @@ class TrainingFreeGuidance(EnergyGuidance):
         return modes | again | (self.base.needs if isinstance(self.base, Guidance) else frozenset())
 
     def start(self, run: Run) -> Rates:
-        landing = super().start(run)
-        base = self.base.start(run) if isinstance(self.base, Guidance) else None
+        inside = super().start(run)
         x_t = rates(run, self.x_t_scale, self.x_t_schedule)
-        return Rates(x_t, rates(run, self.x0_scale, self.x0_schedule), base, landing)
+        return Rates(x_t, rates(run, self.x0_scale, self.x0_schedule), inside.base, inside.landing)
 
     def guide(self, step: Step, state: Rates) -> Plan:
         guided = not is_noise(step)
@@ -185,9 +183,6 @@ class TrainingFreeGuidance(EnergyGuidance):
             std = std * step.level.sigma / unit(step.level)
         draws = [(std * draw(step, x0)).to(x0) for _ in range(self.num_mc_samples if std else 0)]
         return smoothed(told(self.energy, step.samples), draws)
-
-    def after(self, step: Step, x_next: Tensor, state: Rates) -> After:
-        return land_around(self.base, step, x_next, state)
 
 
 def rates(run: Run, scale: float, schedule: str) -> tuple[float, ...]:

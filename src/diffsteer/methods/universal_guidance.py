@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from diffsteer.core import After, Guidance, Plan, Run, Step, like
+from diffsteer.core import Guidance, Plan, Step, like
 from diffsteer.energy.forces import CleanEnergy, clean_force, estimate
-from diffsteer.energy.steps import EnergyGuidance, Inside, act, check_recurrences, is_noise, land_around
+from diffsteer.energy.steps import EnergyGuidance, Inside, act, check_recurrences, is_noise
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
@@ -92,10 +91,6 @@ class UniversalGuidance(EnergyGuidance):
         again = frozenset({"recurrence"} if self.num_recurrences > 1 else ())
         return again | (self.base.needs if isinstance(self.base, Guidance) else frozenset())
 
-    def start(self, run: Run) -> Inside:
-        landing = super().start(run)
-        return Inside(self.base.start(run) if isinstance(self.base, Guidance) else None, landing)
-
     def guide(self, step: Step, state: Inside) -> Plan:
         guided = not is_noise(step)
         here = yield from estimate(step, self.base, state.base, grad=guided and self.scale > 0)
@@ -116,6 +111,3 @@ class UniversalGuidance(EnergyGuidance):
             prediction, _ = act("x0_rederive", step, prediction, shift)
         landing = replace(state.landing, wanted=self.num_recurrences if guided else 1)
         return prediction, Inside(here.state, landing), info
-
-    def after(self, step: Step, x_next: Tensor, state: Inside) -> After:
-        return land_around(self.base, step, x_next, state)

@@ -1,4 +1,4 @@
-"""Perturbations of what a network is told of the time, and of its weights."""
+"""Perturbations of what a network is told: of the time, and of a context's embeddings."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from diffsteer.shapes.captions import VOCABULARY, caption, holds, share
 from diffsteer.shapes.reader import read
-from diffsteer.shapes.world import BACKGROUNDS, COLOURS, KINDS, Scene, Shape, draw, scene
+from diffsteer.shapes.world import BACKGROUNDS, COLOURS, KINDS, Scene, Shape, draw, scene, scenes
 
 __all__ = [
     "BACKGROUNDS",
@@ -16,5 +16,6 @@ __all__ = [
     "holds",
     "read",
     "scene",
+    "scenes",
     "share",
 ]

@@ -13,7 +13,7 @@ import functools
 import numpy as np
 
 from diffsteer.errors import ParameterError
-from diffsteer.shapes.world import BACKGROUNDS, COLOURS, KINDS, Scene, Shape, scene
+from diffsteer.shapes.world import BACKGROUNDS, COLOURS, KINDS, Scene, Shape, scenes
 
 __all__ = ["BARE", "VOCABULARY", "caption", "holds", "share"]
 
@@ -81,8 +81,7 @@ def holds(text: str, what: Scene) -> bool:
 @functools.cache
 def share(text: str) -> float:
     """How large a share of the world's pictures a caption is true of, from 4000 of them."""
-    rng = np.random.default_rng(0)
-    return float(np.mean([holds(text, scene(rng)) for _ in range(4000)]))
+    return float(np.mean([holds(text, drawn) for drawn in scenes(4000)]))
 
 
 def _relation(shapes: tuple[Shape, ...]) -> str:

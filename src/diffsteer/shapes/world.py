@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["BACKGROUNDS", "COLOURS", "KINDS", "SIZE", "Scene", "Shape", "coverage", "draw", "scene"]
+__all__ = ["BACKGROUNDS", "COLOURS", "KINDS", "SIZE", "Scene", "Shape", "coverage", "draw", "scene", "scenes"]
 
 SIZE = 64
 """Pixels of a picture's side."""
@@ -60,6 +60,12 @@ def scene(rng: np.random.Generator) -> Scene:
         shapes.append(Shape(kind, colour, float(x), float(y), float(rng.uniform(8.5, largest))))
     background = list(BACKGROUNDS)[rng.choice(len(BACKGROUNDS), p=_BACKGROUND_OF[shapes[0].colour])]
     return Scene(tuple(shapes), background)
+
+
+def scenes(number: int, seed: int = 0) -> list[Scene]:
+    """So many scenes of the world, drawn at random."""
+    rng = np.random.default_rng(seed)
+    return [scene(rng) for _ in range(number)]
 
 
 def coverage(kind: str, x: float, y: float, radius: float) -> np.ndarray:

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 
 from diffsteer import zoo
 from diffsteer.files import write_text
+from diffsteer.shapes import scenes
 from diffsteer.train.loop import accelerator, averaged, check_run, fit, read_checkpoint
 from diffsteer.train.recipes import SCHEDULE, Recipe
-from diffsteer.train.shapes import POOL, Captions, encode, pictures_of, save_pipeline, scenes_of, training_table
+from diffsteer.train.shapes import POOL, Captions, encode, pictures_of, save_pipeline, training_table
 
 __all__ = ["RECIPE", "TAUGHT", "Follow", "Twin", "embed", "train_flow"]
 
@@ -160,9 +161,9 @@ def train_flow(
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     pipe = zoo.load("shapes")
     parts = zoo.flow_parts(pipe.components)
-    scenes = scenes_of(pool, seed)
-    latents = encode(pipe.vae, pictures_of(scenes))
-    task = Follow(Captions(scenes, pipe.tokenizer, recipe.label_dropout), latents, parts["text_encoder"])
+    drawn = scenes(pool, seed)
+    latents = encode(pipe.vae, pictures_of(drawn))
+    task = Follow(Captions(drawn, pipe.tokenizer, recipe.label_dropout), latents, parts["text_encoder"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = SD3Transformer2DModel(**recipe.network)

@@ -18,12 +18,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from diffsteer.engine import stream
 from diffsteer.errors import DependencyError, ParameterError, UnsupportedError, WeightsError
 from diffsteer.files import check_writable, write_tensors
 from diffsteer.train.recipes import Recipe
@@ -32,7 +32,7 @@ from diffsteer.train.tasks import Task
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["accelerator", "averaged", "check_run", "fit", "generator_of_step", "read_checkpoint"]
+__all__ = ["accelerator", "averaged", "check_run", "fit", "read_checkpoint"]
 
 _REPORT_EVERY = 20  # reading the loss waits for the device
 
@@ -70,12 +70,6 @@ def accelerator() -> Accelerator:
             "start them with torchrun --nproc_per_node N -m diffsteer train ..."
         )
     return acc
-
-
-def generator_of_step(seed: int, step: int) -> torch.Generator:
-    """The CPU generator that makes every random draw of one step."""
-    state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))  # 63 bits: positive in any 64-bit type
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -183,7 +177,7 @@ def fit(
         bar = progress.add_task(recipe.part, total=recipe.steps, completed=step, state=begins)
         mark, mark_step = began, step
         while step < recipe.steps:
-            generator = generator_of_step(seed, step)
+            generator = stream(seed, step)  # every random draw of one step
             batch = task.draw(recipe.batch_size, generator)
             torch.manual_seed(generator.initial_seed())  # dropout and the like inside the network
             loss = task.loss(model, *(tensor[rows].to(acc.device) for tensor in batch))

@@ -125,19 +125,7 @@ def _denoisers(network: Mapping[str, Any], small: Mapping[str, Any], only: list[
 _DIGITS = (
     Recipe(
         part="denoiser",
-        network={
-            "kind": "unet2d",
-            "sample_size": 8,
-            "in_channels": 1,
-            "out_channels": 1,
-            "layers_per_block": 1,
-            "block_out_channels": [32, 64],
-            "norm_num_groups": 8,
-            "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-            "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-            "num_class_embeds": 11,
-            "attention_head_dim": 16,
-        },
+        network=_unet(8, 1, 11, [32, 64]),
         steps=5000,
         batch_size=128,
         lr=2e-3,

@@ -25,13 +25,13 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffsteer.files import write_text
-from diffsteer.shapes import VOCABULARY, caption, draw, scene
+from diffsteer.shapes import VOCABULARY, caption, draw, scenes
 from diffsteer.shapes.world import Scene
 from diffsteer.train.loop import accelerator, averaged, check_run, fit, read_checkpoint
 from diffsteer.train.recipes import SCHEDULE, Recipe
 
 __all__ = [
-    "POOL", "RECIPES", "Captions", "encode", "export", "pictures_of", "save_pipeline", "scenes_of", "tokenizer",
+    "POOL", "RECIPES", "Captions", "encode", "export", "pictures_of", "save_pipeline", "tokenizer",
     "train_shapes", "training_table",
 ]  # fmt: skip
 
@@ -92,12 +92,6 @@ class TextToImage(nn.Module):
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         """Predicted noise, (N, 4, 8, 8)."""
         return self.unet(x, t, self.text_encoder(tokens)[0], return_dict=False)[0]
-
-
-def scenes_of(number: int, seed: int) -> list[Scene]:
-    """Scenes of the world, drawn at random."""
-    rng = np.random.default_rng(seed)
-    return [scene(rng) for _ in range(number)]
 
 
 def pictures_of(scenes: list[Scene]) -> Tensor:
@@ -208,8 +202,8 @@ def train_shapes(
     recipes = {part: r.but(steps=steps, batch_size=batch_size, lr=lr) for part, r in RECIPES.items()}
     checkpoints = out / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    scenes = scenes_of(pool, seed)
-    pictures = pictures_of(scenes)
+    drawn = scenes(pool, seed)
+    pictures = pictures_of(drawn)
 
     def run(part: str, net: nn.Module, task: Any) -> None:
         record = {"dataset": "shapes", "seed": seed, "pool": pool, "recipe": asdict(recipes[part])}
@@ -220,7 +214,7 @@ def train_shapes(
     vae = _averaged(Autoencoder(recipes["vae"].network), checkpoints / "vae.safetensors").vae
     standardise(vae, encode(vae, pictures))
     words = tokenizer()
-    task = Describe(Captions(scenes, words, recipes["denoiser"].label_dropout), encode(vae, pictures))
+    task = Describe(Captions(drawn, words, recipes["denoiser"].label_dropout), encode(vae, pictures))
     run("denoiser", _seeded(_stream(seed, "denoiser"), TextToImage, recipes["denoiser"].network, words), task)
     if accelerator().is_main_process:
         trained = _averaged(TextToImage(recipes["denoiser"].network, words), checkpoints / "denoiser.safetensors")

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from diffsteer import zoo
 from diffsteer.errors import ParameterError
 from diffsteer.files import write_text
+from diffsteer.shapes import scenes
 from diffsteer.train.loop import accelerator, averaged, check_run, fit, read_checkpoint
 from diffsteer.train.recipes import SCHEDULE, Recipe
-from diffsteer.train.shapes import POOL, Captions, save_pipeline, scenes_of, training_table
+from diffsteer.train.shapes import POOL, Captions, save_pipeline, training_table
 
 __all__ = ["RECIPE", "Distil", "Levels", "Student", "boundary", "train_student"]
 
@@ -198,7 +199,7 @@ def train_student(
     checkpoint = out / "checkpoints" / f"{recipe.part}.safetensors"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     pipe = zoo.load("shapes")
-    captions = Captions(scenes_of(pool, seed), pipe.tokenizer, recipe.label_dropout)
+    captions = Captions(scenes(pool, seed), pipe.tokenizer, recipe.label_dropout)
     net = Student(copy.deepcopy(pipe.unet), pipe.unet, levels)
     record = {
         "dataset": "shapes-lcm", "seed": seed, "pool": pool, "scale": _SCALE, "solver_steps": levels.steps,

@@ -107,7 +107,7 @@ class Denoise:
 
 
 @dataclass(frozen=True)
-class Marginalise:
+class Marginalise(Denoise):
     """Noise prediction whose branch without a label learns from the labelled answers of a finished network.
 
     Of all images that may have become x_t the labels are distributed as p(label | x_t): the mean of those answers is
@@ -115,10 +115,6 @@ class Marginalise:
     the mixture of its own labelled branches, as the posterior of a label presumes.
     """
 
-    data: Dataset
-    scheduler: DDPMScheduler
-    null_label: int
-    dropout: float
     teacher: nn.Module
 
     def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:

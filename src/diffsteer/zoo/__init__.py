@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from diffsteer.denoisers import Denoiser, NetDenoiser, denoiser, usable
 from diffsteer.errors import DependencyError, ParameterError, UnknownNameError, UnsupportedError, WeightsError
-from diffsteer.paths import Level, VPPath
+from diffsteer.paths import Level, VPPath, rescaling
 from diffsteer.readings import Reading, from_plain
 from diffsteer.zoo.networks import build
 
@@ -392,7 +392,7 @@ class Model:
 
         def logits(x: Tensor, level: Level) -> Tensor:
             own, timestep = self.path.locate(level)
-            inside = x * (own.alpha / level.alpha if level.alpha > 0 else own.sigma / level.sigma)
+            inside = x * rescaling(level, own)
             times = torch.full((len(x),), round(timestep), device=x.device)
             out: Tensor = self._network("noisy_classifier")(inside.float(), times)
             return out
