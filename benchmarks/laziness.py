@@ -2,7 +2,7 @@
 
 Sweeps ``patience`` (with every release, and without any) on the reported half of the classes, under the same seeds, and
 measures the forbidden share, the KL to the rejection shares and the feature distance beside the evaluations that are
-made; the changes of share and KL against the first variant have 95% intervals, samples being resampled in pairs. With
+made; the changes of share and KL against the first variant have 95% intervals, of pairs under the same seeds. With
 --estimator another than the model's, uncalibrated; its divergence by differences, so that all its cost is counted as
 evaluations. Resumable; prints a Markdown table and draws the curve with --out.
 """
@@ -18,7 +18,7 @@ import torch
 
 from diffsteer import zoo
 from diffsteer.bench import balance, metrics
-from diffsteer.bench.intervals import interval_of
+from diffsteer.bench.intervals import change_interval, interval_of
 from diffsteer.bench.removal import Setting, method_for, rejection_shares, run, unguided
 from diffsteer.bench.sweep import halves
 
@@ -83,22 +83,22 @@ def changed(pairs: list[tuple[np.ndarray, int, np.ndarray, list[int]]]) -> list[
     """
     rng, samples = np.random.default_rng(0), int(pairs[0][0].sum())
 
-    def figures(joints: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """(..., K, K) counts of each class to the change of the mean share and of the mean KL."""
+    def kl(joints: list[np.ndarray]) -> np.ndarray:
+        """(..., K, K) counts of each class to the change of the mean KL."""
         both = [(joint.sum(-1), joint.sum(-2)) for joint in joints]
-        shares = [(new - old)[..., pair[1]] / samples for (old, new), pair in zip(both, pairs, strict=True)]
         old, new = (
             sum(balance.kl_rows(target, sides[i], keep) for sides, (*_, target, keep) in zip(both, pairs, strict=True))
             for i in (0, 1)
         )
-        return np.mean(shares, axis=0), np.asarray(new / old - 1)
+        return np.asarray(new / old - 1)
 
+    lost, gained = (int(sum(counts.sum(axis)[c] - counts[c, c] for counts, c, *_ in pairs)) for axis in (1, 0))
+    total = samples * len(pairs)
+    written = [((gained - lost) / total, change_interval(gained, lost, total))]
     drawn = [rng.multinomial(samples, p[0].ravel() / samples, size=2000).reshape(-1, *p[0].shape) for p in pairs]
-    written = []
-    for estimate, draws in zip(figures([p[0] for p in pairs]), figures(drawn), strict=True):
-        low, high = interval_of(float(estimate), draws)
-        written.append(f"{estimate:+.2%} ({low:+.2%} to {high:+.2%})")
-    return written
+    estimate = float(kl([p[0] for p in pairs]))
+    written.append((estimate, interval_of(estimate, kl(drawn))))
+    return [f"{value:+.2%} ({low:+.2%} to {high:+.2%})" for value, (low, high) in written]
 
 
 def draw(path: Path, points: np.ndarray) -> None:

@@ -1,9 +1,8 @@
 """What DNG's laziness costs with prompts: `python benchmarks/laziness_prompts.py [--sampler euler-a:30] [--scale 7.5]`.
 
 The related pairs of `diffsteer bench prompts` that are reported, on the shapes pipeline, with every evaluation, lazily,
-and with laziness of other kinds, under the same seeds; the changes have 95% intervals, pictures being resampled in
-pairs. Resumable: with the folder of `diffsteer bench prompts` as --out its calibrations and runs are read. Prints a
-Markdown table.
+and with laziness of other kinds, under the same seeds; the changes have 95% intervals, of pairs of pictures. Resumable:
+with the folder of `diffsteer bench prompts` as --out its calibrations and runs are read. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import numpy as np
 import torch
 
 import diffsteer as ds
-from diffsteer.bench.intervals import bootstrap
+from diffsteer.bench.intervals import bootstrap, change_interval
 from diffsteer.bench.judges import judge_of
 from diffsteer.bench.prompt_runs import DYNAMIC, GRID, Bench, Plan, kl_to, parse_sampler
 from diffsteer.generate import load_pipeline
@@ -60,30 +58,27 @@ def main() -> None:
     pairs = [pair for pair in GRID if pair.related and pair.reported != options.choosing]
     to_target = [kl_to(lazy.verdict(pair, sampler, "rejection", 0.0, target=True)) for pair in pairs]
 
-    def figures(arrays: Sequence[np.ndarray]) -> tuple[float, float]:
-        """The mean share of forbidden pictures, and the mean KL, from what is forbidden and what is shown, by pair."""
-        forbidden, shown = arrays[: len(pairs)], arrays[len(pairs) :]
-        kls = [kl(attributes) for kl, attributes in zip(to_target, shown, strict=True)]
-        return float(np.mean([f.mean() for f in forbidden])), float(np.mean(kls))
+    def mean_kl(shown: Sequence[np.ndarray]) -> float:
+        return float(np.mean([kl(attributes) for kl, attributes in zip(to_target, shown, strict=True)]))
 
-    def change(which: int, *arrays: np.ndarray) -> float:
-        before, after = (figures(part)[which] for part in (arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]))
-        return after / before - 1 if which else after - before
+    def change(*arrays: np.ndarray) -> float:
+        return mean_kl(arrays[len(pairs) :]) / mean_kl(arrays[: len(pairs)]) - 1
 
     print("| DNG | evaluations | forbidden | KL to rejection | change of the share | change of the KL |")
     print("|---|---|---|---|---|---|")
-    reference: list[np.ndarray] = []
+    reference: tuple[np.ndarray, list[np.ndarray]] | None = None
     for name, bench in benches.items():
         verdicts = [bench.verdict(pair, sampler, options.method, options.scale) for pair in pairs]
-        seen = [*(v.forbidden for v in verdicts), *(v.attributes for v in verdicts)]
-        reference = reference or seen
+        forbidden, shown = np.concatenate([v.forbidden > 0 for v in verdicts]), [v.attributes for v in verdicts]
+        before, shown_before = reference = reference or (forbidden, shown)
         nfe = np.mean([bench.run(pair, sampler, options.method, options.scale).nfe for pair in pairs]) / sampler[1]
-        share, kl = figures(seen)
-        cells = [f"{name} | {nfe:.2f} | {share:.2%} | {kl:.3f}"]
-        for which in (0, 1):
-            statistic = partial(change, which)
-            low, high = bootstrap(statistic, [*reference, *seen], n=500)
-            cells.append(f"{statistic(*reference, *seen):+.1%} ({low:+.1%} to {high:+.1%})")
+        gained, lost = int((forbidden & ~before).sum()), int((before & ~forbidden).sum())
+        changes = [
+            ((gained - lost) / len(before), change_interval(gained, lost, len(before))),
+            (change(*shown_before, *shown), bootstrap(change, [*shown_before, *shown], n=500)),
+        ]
+        cells = [f"{name} | {nfe:.2f} | {forbidden.mean():.2%} | {mean_kl(shown):.3f}"]
+        cells += [f"{value:+.1%} ({low:+.1%} to {high:+.1%})" for value, (low, high) in changes]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 

@@ -7,7 +7,13 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+)
 
 import diffsteer as ds
 from diffsteer import calibration
@@ -145,7 +151,7 @@ def test_separated_rollouts_give_a_bounded_slope_and_silent_ones_the_identity() 
 def test_automatic_estimators_become_those_that_a_calibration_serves_best() -> None:
     method = ds.DynamicNegativeGuidance(prior=0.2, scale=2.0, baseline=0.5)
     assert [watching(method, kappa).estimator for kappa in (0.0, 0.5, 1.0, None)] == [
-        "surrogate", "auto", "ito", "auto"
+        "surrogate", "ode", "ito", "auto"
     ]  # fmt: skip
     assert watching(dataclasses.replace(method, estimator="ode"), 0.0).estimator == "ode"
     watch = watching(method, 1.0)
@@ -193,9 +199,37 @@ def test_rollouts_in_batches_are_the_same_rollouts() -> None:
         assert getattr(parts, name) == pytest.approx(getattr(whole, name), abs=2e-3)  # rounding of the chunk's shape
 
 
-def test_a_second_order_schedulers_inner_points_are_no_levels_of_a_filter() -> None:
+@pytest.mark.parametrize(("eta", "passes"), [(0.0, 2), (0.3, 2), (0.7, 2), (1.0, 1)])
+def test_rollouts_of_little_noise_are_labelled_by_their_ends(monkeypatch, eta: float, passes: int) -> None:
+    """By the likelihood ratio: late steps bury what was tracked, up to nearly the full noise."""
     net, method = Biased(0.35), ds.DynamicNegativeGuidance(prior=1 / 8)
-    fitted = ds.calibrate(net, method, scheduler=HeunDiscreteScheduler(), steps=8, num_rollouts=100)
+    run = {"scheduler": DDIM, "steps": 20, "seed": 5, "eta": eta}
+    found, done = [], list[int]()
+    monkeypatch.setattr(calibration, "read_off", lambda *given: found.append(given))
+    ds.calibrate(net, method, num_rollouts=400, **run, progress=done.append)
+    ((_, watch, _, record, (member,)),) = found
+    assert sum(done) == passes * 400 * 20
+    assert watch.estimator == {0.0: "surrogate", 1.0: "ito"}.get(eta, "ode")
+    truth = forbidden(net, ds.sample(net, watch, num_samples=400, **run).samples)
+    assert record["stochastic"] == pytest.approx(eta**2)
+    assert float((member & truth).sum() / (member | truth).sum()) > 0.6
+
+
+def test_calibration_takes_the_precision_and_shape_of_a_network() -> None:
+    net, seen = Biased(0.35), set()
+    exact, net.shape = net.predict, None
+    net.predict = lambda context, x, *more: seen.add(x.dtype) or exact(context, x, *more)
+    method, options = ds.DynamicNegativeGuidance(prior=1 / 8), {"scheduler": DDPM, "steps": 4, "num_rollouts": 80}
+    with pytest.raises(ParameterError, match="pass shape="):
+        ds.calibrate(net, method, **options)
+    ds.calibrate(net, method, **options, shape=(2,), dtype=torch.float64)
+    assert seen == {torch.float64}
+
+
+@pytest.mark.parametrize("kind", [HeunDiscreteScheduler, KDPM2DiscreteScheduler])
+def test_a_second_order_schedulers_inner_points_are_no_levels_of_a_filter(kind: type) -> None:
+    net, method = Biased(0.35), ds.DynamicNegativeGuidance(prior=1 / 8)
+    fitted = ds.calibrate(net, method, scheduler=kind(), steps=8, num_rollouts=100)
     log_snr = fitted.calibrations[0].log_snr
     assert len(log_snr) == len(set(log_snr)) == 8
 

@@ -117,6 +117,25 @@ def test_a_method_that_asks_nothing_can_be_added() -> None:
         assert torch.allclose(prediction, torch.full((2, 3), expected))
 
 
+@dataclass(frozen=True)
+class Tells(Guidance):
+    """Information under one name."""
+
+    value: float
+
+    def guide(self, step, state):
+        (null,) = yield [Call("null")]
+        return null, state, {"scale": torch.full((2,), self.value)}
+
+
+def test_no_information_of_a_sum_is_lost() -> None:
+    total = Tells(1.0) + TwoRounds() + Tells(2.0) + Tells(3.0)
+    *_, info = drive(total, STEP, (None,) * 4, answer([]))
+    assert {name: value[0].item() for name, value in info.items() if "scale" in name} == {
+        "scale": 1.0, "scale#3": 2.0, "scale#4": 3.0
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("space", ["x0", "flow", "v"])
 def test_a_method_defined_on_eps_survives_pure_noise(space: str) -> None:
     """A flow scheduler starts at alpha = 0, where eps says nothing of x0."""

@@ -18,12 +18,12 @@ from diffsteer.readings import from_plain
 
 LEVELS = tuple(Level(1.0, math.exp(-log_snr / 2)) for log_snr in (-4.0, -2.5, -1.0, 0.5))
 FILTER = Filter(
-    log_snr=(-4.0, -1.0, 1.0), stochastic=0.0, steps=3,
+    log_snr=(-4.0, -1.0, 1.0), stochastic=0.0, steps=3, estimator="surrogate",
     drift=(0.0, 0.7, -0.2), forgetting=(0.0, 0.3, 0.1), size=(0.0, -0.4, -0.1), gain=(0.0, 1.4, 0.2),
     usual=(1.0, 3.0, -2.0),
 )  # fmt: skip
 CALIBRATION = Calibration(
-    log_snr=(-4.0, -1.0), stochastic=1.0, steps=3,
+    log_snr=(-4.0, -1.0), stochastic=1.0, steps=3, estimator="ito",
     intercept=(0.0, 1.5), slope=(1.0, 0.4), size=(-0.5, 0.25), usual=(3.0, 1.0),
 )  # fmt: skip
 
@@ -73,7 +73,9 @@ def test_the_filter_leaves_the_odds_where_nothing_is_new() -> None:
 
 
 def test_two_steps_of_steady_coefficients_are_one_of_their_length() -> None:
-    steady = Filter((-4.0,), 0.0, 3, drift=(0.0,), forgetting=(0.5,), size=(0.0,), gain=(0.8,), usual=(0.0,))
+    steady = Filter(
+        (-4.0,), 0.0, 3, "surrogate", drift=(0.0,), forgetting=(0.5,), size=(0.0,), gain=(0.8,), usual=(0.0,)
+    )
     a, b, c = tracked([0], [-2.0]), tracked([1], [-2.0]), tracked([2], [-2.0])
     odds = torch.tensor([1.3], dtype=torch.float64)
     still = torch.zeros(1, 2, 3, dtype=torch.float64)

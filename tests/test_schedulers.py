@@ -448,13 +448,15 @@ def test_inner_points_belong_to_their_step(scheduler, steps: int, numbers: list[
     assert [on for _, _, on in seen] == [i == 0 or numbers[i - 1] < number for i, number in enumerate(numbers)]
 
 
-def test_noisy_steps_of_third_order_are_tracked_by_the_rule_for_any_path_alone() -> None:
-    """Their means are far from any kernel's: read as one, they throw a fifth of the ring's samples out."""
-    scheduler = d.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=3)
+@pytest.mark.parametrize(("kind", "order"), [(d.DPMSolverMultistepScheduler, 3), (d.DPMSolverSinglestepScheduler, 2)])
+def test_noisy_steps_of_third_order_or_with_stages_are_no_kernels(kind: type, order: int) -> None:
+    """Their means are far from any kernel's, and a stage's noise is taken back: the rule for any path alone holds."""
+    scheduler = kind(algorithm_type="sde-dpmsolver++", solver_order=order)
+    assert SchedulerView(kind(algorithm_type="sde-dpmsolver++", solver_order=order - 1), 10).stochastic == 1
     ring = ds.toy.ring()
     run = {"scheduler": scheduler, "num_samples": 1000, "batch_size": 1000, "steps": 50}
     den = ring.denoiser({"null": None, "neg": [0]})
-    with pytest.raises(UnsupportedError, match="third order"):
+    with pytest.raises(UnsupportedError, match="of third order or have stages"):
         ds.sample(den, ds.DynamicNegativeGuidance(prior=1 / 8), **run)
     samples = ds.sample(den, ds.DynamicNegativeGuidance(prior=1 / 8, estimator="ode"), **run).samples.double()
     assert float((ring.log_joint(samples, ds.Level(1.0, 0.0)).argmax(1) == 0).double().mean()) < 0.02

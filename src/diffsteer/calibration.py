@@ -8,9 +8,9 @@ b * log-odds + z * size), the size being that of the branches' difference. What 
 everything ("ito"), not the odds against the complement, which are more accurate where networks are exact but saturate
 under drift, and separate less.
 
-Under a deterministic sampler they do not stand apart, since late steps bury what earlier ones told. There the
-likelihood ratio of the finished samples labels the rollouts, as it does where the concept's share is not known, and a
-filter is fitted, see :mod:`diffsteer.readings`.
+Under a sampler that adds less noise, or none, they do not stand apart, since late steps bury what earlier ones told.
+There the likelihood ratio of the finished samples labels the rollouts, as it does where the concept's share is not
+known; for one without noise a filter is fitted, see :mod:`diffsteer.readings`.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def calibrate(
     seed: int = 0,
     eta: float = 0.0,
     batch_size: int | None = None,
+    shape: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     progress: bool | Callable[[int], None] = False,
 ) -> DynamicNegativeGuidance:
@@ -66,27 +68,28 @@ def calibrate(
         sampler is refused.
     num_rollouts : int
         Unguided samples; at least 10 expected ones of each concept.
-    seed, batch_size, device, progress
+    seed, batch_size, shape, dtype, device, progress
         As in :func:`diffsteer.sample`.
 
     Returns
     -------
     DynamicNegativeGuidance
         The method with its ``calibration`` set, one per context, and "auto" resolved: on samplers with the full
-        ancestral noise to "ito", on deterministic ones to "surrogate". There the calibration is a
-        :class:`diffsteer.Filter`, elsewhere a :class:`diffsteer.Calibration`.
+        ancestral noise to "ito", on deterministic ones to "surrogate", between them to "ode". On deterministic ones the
+        calibration is a :class:`diffsteer.Filter`, elsewhere a :class:`diffsteer.Calibration`.
 
     Raises
     ------
     ParameterError
-        Too few rollouts; a callable estimator, which needs no calibration; or, on a deterministic sampler, none or all
-        of the rollouts show a concept.
+        Too few rollouts; a callable estimator, which needs no calibration; or none or all of the rollouts show a
+        concept.
 
     Notes
     -----
-    Costs ``num_rollouts * steps`` evaluations of every context, once per network, concept and sampler; on deterministic
-    samplers twice that at most. There a rollout belongs to a concept where the likelihood ratio of the finished sample
-    is above 1, elsewhere where its tracked log-odds are among the highest, as many as the prior says.
+    Costs ``num_rollouts * steps`` evaluations of every context, once per network, concept and sampler; on samplers that
+    add less than the full noise twice that at most, but for a divergence. There a rollout belongs to a concept where
+    the likelihood ratio of the finished sample is above 1, elsewhere where its tracked log-odds are among the highest,
+    as many as the prior says.
     """
     check_dynamic(method)
     rarest = min(method.priors)
@@ -97,7 +100,7 @@ def calibrate(
         )
     view = SchedulerView(scheduler, steps, eta)
     watch = watching(method, view.stochastic)
-    blind = view.stochastic == 0  # the path of a deterministic sampler does not tell where it ends
+    blind = view.stochastic is not None and view.stochastic < 1  # a path without noise does not tell where it ends
     traces = []
     size = min(batch_size or 256, num_rollouts)
     with advancing(progress, (1 + blind) * num_rollouts * len(view.timesteps)) as advance:
@@ -105,7 +108,7 @@ def calibrate(
             number = min(size, num_rollouts - first)
             part: dict[str, Any] = {
                 "first": first, "num_samples": number, "batch_size": number, "scheduler": scheduler, "steps": steps,
-                "seed": seed, "eta": eta, "device": device, "progress": advance,
+                "seed": seed, "eta": eta, "shape": shape, "dtype": dtype, "device": device, "progress": advance,
             }  # fmt: skip
             rollouts = sample(denoiser, watch, **part)
             trace = rollouts.trace
@@ -152,8 +155,8 @@ def watching(method: DynamicNegativeGuidance, stochastic: float | None) -> Dynam
     if callable(method.estimator):
         raise ParameterError("a callable estimator is taken at its word; calibrate it yourself")
     estimator = method.estimator
-    if estimator == "auto":
-        estimator = {0: "surrogate", 1: "ito"}.get(stochastic, estimator)
+    if estimator == "auto" and stochastic is not None:
+        estimator = {0: "surrogate", 1: "ito"}.get(stochastic, "ode")
     return replace(
         method,
         estimator=estimator,
@@ -180,17 +183,21 @@ def read_off(
     trace : mapping of str to Tensor, (steps, N)
         With "log_odds:<context>" and "size:<context>" at every step.
     record : mapping
-        With "log_snr" of every level and "stochastic", as results carry them.
+        With "log_snr" of every level, "inner" and "stochastic", as results carry them.
     members : sequence of Tensor, (N,), bool
         Which rollouts turned out to belong to each context.
     """
     levels = torch.tensor(record["log_snr"][:-1], dtype=torch.float64)
+    outer = torch.ones(len(levels), dtype=torch.bool).index_fill_(
+        0, torch.tensor(record["inner"], dtype=torch.long), False
+    )
     rising = torch.argsort(levels, stable=True)
-    later = torch.cat([levels[rising].diff() > 0, torch.tensor([True])])  # a level's inner points come before it
-    rising = rising[later & levels[rising].isfinite()]
+    rising = rising[(outer & levels.isfinite())[rising]]
+    rising = rising[torch.cat([levels[rising].diff() > 0, torch.tensor([True])])]  # some schedulers repeat a level
     log_snr = levels[rising]
     shared: dict[str, Any] = {
-        "log_snr": _rounded(log_snr), "stochastic": record["stochastic"], "steps": len(levels)
+        "log_snr": _rounded(log_snr), "stochastic": record["stochastic"], "steps": len(levels),
+        "estimator": watch.estimator,
     }  # fmt: skip
     fitted: list[Reading] = []
     for context, prior, member in zip(method.contexts, method.priors, members, strict=True):

@@ -59,6 +59,7 @@ class Step:
     number: int = 0  # of the scheduler's step, to which its inner points belong; ``index`` where it has none
     ancestral: bool = True  # False: steps with kappa = 1 have another mean or variance than DDPM's kernel
     samples: Tensor | None = None  # (B,), their numbers in the run; None: from 0 on
+    share: float = 1.0  # of the method's correction that acts, by a schedule around it
 
 
 @dataclass
@@ -176,7 +177,10 @@ def added(methods: Sequence[Guidance]) -> Guidance:
 
 @dataclass(frozen=True)
 class Sum(Guidance):
-    """The first method's prediction plus every other's correction from its own reference context."""
+    """The first method's prediction plus every other's correction from its own reference context.
+
+    Information of several terms by one name is that of the first; that of term 2 has "#2" behind its name, and so on.
+    """
 
     methods: tuple[Guidance, ...]
 
@@ -201,7 +205,10 @@ class Sum(Guidance):
         *results, bases = yield from together([*plans, asking([Call(m.reference) for m in self.methods[1:]])])
         outputs, states, infos = zip(*results, strict=True)
         total = outputs[0] + sum(out - base for out, base in zip(outputs[1:], bases, strict=True))
-        return total, states, {k: v for info in infos for k, v in info.items()}
+        told: Info = {}
+        for number, info in enumerate(infos, start=1):
+            told |= {f"{name}#{number}" if name in told else name: value for name, value in info.items()}
+        return total, states, told
 
     def after(self, step: Step, x_next: Tensor, state: State) -> After:
         states = []

@@ -205,8 +205,8 @@ class PosteriorTracker:
             if stochastic is None:
                 raise UnsupportedError(
                     "this scheduler's noise is unknown or exceeds the ancestral one, or its noisy steps are of third "
-                    "order, so the posterior cannot be tracked; use DDPM, DDIM, Euler, DPM-Solver++ or flow matching, "
-                    "or pass estimator='ode' or a callable"
+                    "order or have stages, so the posterior cannot be tracked; use DDPM, DDIM, Euler, DPM-Solver++ or "
+                    "flow matching, or pass estimator='ode' or a callable"
                 )
             return "ode" if stochastic < 1 else "odds" if stochastic == 1 and at.ancestral else "ito"
         if stochastic == 0 and self.estimator in ("odds", "kernel", "ito"):

@@ -24,7 +24,7 @@ from torch import Tensor
 from diffsteer.core import Run
 from diffsteer.errors import CalibrationWarning, ParameterError, UnsupportedError
 from diffsteer.paths import Level
-from diffsteer.posterior import Tracked, grown
+from diffsteer.posterior import Estimator, Tracked, grown
 
 # p_min of log-odds that are to be read. Where the branches drift apart, all samples end at a higher one, all alike.
 UNCLAMPED = 1e-300
@@ -42,14 +42,19 @@ class Reading:
         kappa of the sampler that it holds for.
     steps : int
         Steps of the sampler that it was fitted on.
+    estimator : str
+        What the log-odds that it reads were tracked by.
     """
 
     log_snr: tuple[float, ...]
     stochastic: float
     steps: int
+    estimator: Estimator
 
     def __post_init__(self) -> None:
-        curves = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("stochastic", "steps")}
+        curves = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("stochastic", "steps", "estimator")
+        }
         for name, curve in curves.items():
             told = isinstance(curve, tuple) and all(isinstance(v, Real) and math.isfinite(v) for v in curve)
             if not told or len(curve) != len(self.log_snr) or not curve:
@@ -104,7 +109,7 @@ class Calibration(Reading):
 
     Parameters
     ----------
-    log_snr, stochastic, steps
+    log_snr, stochastic, steps, estimator
         See :class:`Reading`.
     intercept, slope, size : tuple of float
         a, b and z; one per level.
@@ -143,7 +148,7 @@ class Filter(Reading):
 
     Parameters
     ----------
-    log_snr, stochastic, steps
+    log_snr, stochastic, steps, estimator
         See :class:`Reading`.
     drift, forgetting, size : tuple of float
         d, f and z, per unit of log-SNR; one per level.

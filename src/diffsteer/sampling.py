@@ -170,7 +170,7 @@ def sample(
     record = {
         "method": describe(method),
         "scheduler": describe_scheduler(scheduler),
-        "steps": steps, "eta": eta, "stochastic": view.stochastic,
+        "steps": steps, "eta": eta, "stochastic": view.stochastic, "inner": view.inner(len(view.timesteps)),
         "seed": seed, "first": first, "num_samples": num_samples, "batch_size": batch, "batching": batching,
         "dtype": str(dtype), "device": str(device),
         "log_snr": [round(level.log_snr, 6) for level in view.levels],

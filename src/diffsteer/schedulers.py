@@ -191,7 +191,8 @@ class ScheduleReading:
         if self.name in ("DPMSolverMultistep", "DPMSolverSinglestep", "EDMDPMSolverMultistep"):
             if not str(config.algorithm_type).startswith("sde"):
                 return 0.0
-            return 1.0 if config.solver_order < 3 else None  # the third order's means are far from any kernel's
+            most = 1 if self.name == "DPMSolverSinglestep" else 2  # stages have noise of their own, taken back later
+            return 1.0 if config.solver_order <= most else None  # the third order's means are far from any kernel's
         if self.name in ("LCM", "FlowMatchLCM", "TCD", "SASolver", "KDPM2AncestralDiscrete", "DPMSolverSDE"):
             return None
         return None if config.get("stochastic_sampling", False) else 0.0

@@ -37,16 +37,17 @@ _CALM: dict[str, Any] = {
     "prior": 0.3, "temperature": 0.05, "p_min": 1e-3, "divergence": "exact", "doubt": 1e-6, "softening": 0.5
 }  # fmt: skip
 _FILTER = ds.Filter(
-    log_snr=(-3.0, -1.0, 0.5, 3.0), stochastic=0.0, steps=12,
+    log_snr=(-3.0, -1.0, 0.5, 3.0), stochastic=0.0, steps=12, estimator="surrogate",
     drift=(0.2, 0.5, -0.3, 0.1), forgetting=(0.0, 0.1, 0.3, 0.2), size=(-0.1, -0.3, -0.2, 0.1),
     gain=(0.5, 1.4, 0.8, -0.2), usual=(1.0, 1.5, 1.0, -1.0),
 )  # fmt: skip
 _ONES = (1.0,) * 4
 _PLANE = ds.Calibration(
-    log_snr=(-3.0, -1.0, 0.5, 3.0), stochastic=1.0, steps=12,
+    log_snr=(-3.0, -1.0, 0.5, 3.0), stochastic=1.0, steps=12, estimator="ito",
     intercept=(-0.1, 0.2, 0.4, -0.2), slope=(0.8, 0.6, 1.1, 0.9), size=(-0.1, -0.3, -0.2, 0.1),
     usual=(1.0, 1.5, 1.0, -1.0),
 )  # fmt: skip
+_KERNEL = replace(_PLANE, estimator="kernel")
 _FLAT = replace(_PLANE, slope=(0.05,) * 4)  # at temperature 1 the log-odds grow large
 _READ: dict[str, Any] = {
     "prior": 0.3, "temperature": 0.02, "p_min": 0.19, "estimator": "surrogate", "calibration": _FILTER
@@ -66,8 +67,11 @@ def oracle(method: Any, scene: Script) -> list[Row]:
     of it; and nothing but the range of doubles holds that from below.
     """
     kind = method.estimator
+    readings = (
+        method.calibration if isinstance(method.calibration, tuple) else (method.calibration,) * len(method.contexts)
+    )
     if kind == "auto":
-        kind = "ode" if scene.stochastic < 1 else "odds"
+        kind = readings[0].estimator if readings[0] else "ode" if scene.stochastic < 1 else "odds"
     lazy = method.lazy and method.temperature == 1 and method.offset == 0 and not callable(kind) and not method.evidence
     patient = lazy and kind in ("odds", "kernel", "ito") and scene.stochastic == 1
     rho = [level.sigma / level.alpha for level in scene.levels]
@@ -76,7 +80,6 @@ def oracle(method: Any, scene: Script) -> list[Row]:
     ps = {c: np.full(size, prior) for c, prior in priors.items()}
     seen = {c: np.full(size, -1) for c in method.contexts}  # the point at which c was last evaluated
     released = {c: np.zeros(size, dtype=bool) for c in method.contexts}
-    readings = method.calibration if isinstance(method.calibration, tuple) else (method.calibration,) * len(priors)
     read, push = dict(ps), np.zeros_like(scene.points[0])
     rows = []
     for i, (x, level) in enumerate(zip(scene.points, scene.levels[:-1], strict=True)):
@@ -325,7 +328,7 @@ CASE = Case(
     # read on a plane
     (_CALM | {"temperature": 0.02, "p_min": 0.25, "calibration": _PLANE}, {"coordinates": "vp", "seed": 48}),
     (_CALM | {"estimator": "kernel", "temperature": 0.02, "scale": 2.0, "late": 1.0, "contexts": ("neg", "neg2"),
-     "prior": (0.3, 0.2), "calibration": (_PLANE, replace(_PLANE, size=_ONES))}, {"coordinates": "ve", "seed": 49}),
+     "prior": (0.3, 0.2), "calibration": (_KERNEL, replace(_KERNEL, size=_ONES))}, {"coordinates": "ve", "seed": 49}),
     (_LAZY | {"estimator": "ito", "calibration": _FLAT}, {"coordinates": "vp", "seed": 50}),
     (_LAZY | {"estimator": "ito", "calibration": _FLAT, "rho_min": 1.0}, {"coordinates": "flow", "seed": 51}),
     # told from outside, clamped
@@ -861,3 +864,26 @@ def test_probes_walk_the_basis_step_by_step(scheduler):
         float((ds.toy.hard().log_joint(out.samples.double(), ds.Level(1.0, 0.0)).argmax(1) == 0).double().mean())
         < 0.012
     )
+
+
+def test_a_calibration_is_read_of_what_it_was_fitted_on():
+    """By default, and no other; unread, "auto" would track something else."""
+    named, auto = DNG(calibration=_PLANE, estimator="ito"), DNG(calibration=_PLANE)
+    for a, b in zip(play(named, script()), play(auto, script()), strict=True):
+        assert torch.equal(a.info["posterior"], b.info["posterior"])
+    for wrong in ("odds", "ode", lambda x, level: x[:, 0]):
+        with pytest.raises(ParameterError, match="reads what is tracked by 'ito'"):
+            DNG(calibration=_PLANE, estimator=wrong)
+    with pytest.raises(ParameterError, match="reads what is tracked by 'surrogate'"):
+        DNG(contexts=("neg", "neg2"), calibration=(_PLANE, _FILTER), estimator="ito")
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 2.0])
+def test_a_filter_takes_out_the_push_that_a_schedule_left(weight):
+    """As a scale that is as much smaller or larger does, of which it knows anyway."""
+    settings = {"prior": 0.3, "temperature": 0.02, "calibration": _FILTER}
+    scene = script(stochastic=0.0)
+    scheduled = play(ds.Schedule(ds.Schedule(DNG(scale=4.0, **settings), lambda rho: 0.5), lambda rho: weight), scene)
+    for a, b in zip(scheduled, play(DNG(scale=2.0 * weight, **settings), scene), strict=True):
+        np.testing.assert_allclose(a.info["posterior"], b.info["posterior"], rtol=1e-12)
+        np.testing.assert_allclose(a.prediction, b.prediction, rtol=1e-10, atol=1e-12)

@@ -378,3 +378,11 @@ def test_a_ratio_may_be_as_large_as_it_likes():
     scene = script()
     for point in play(FBG(estimator=lambda x, level: torch.full((len(x),), 1e12)), scene):
         assert np.allclose(point.info["log_ratio"], 3.0)
+
+
+def test_a_callable_estimator_gives_a_tensor_of_ratios():
+    for wrong in (lambda x, level: 1.0, lambda x, level: x[:, 0].numpy()):
+        with pytest.raises(ParameterError, match="must give a tensor"):
+            play(FBG(estimator=wrong), script())
+    with pytest.raises(ParameterError, match="exp of a log-ratio"):
+        play(FBG(estimator=lambda x, level: torch.full((len(x),), -5.0)), script())

@@ -89,6 +89,7 @@ class GuidedSteps:
             "steps": steps, "eta": self.eta, "stochastic": self.reading.stochastic, "contexts": contexts,
             "batching": self.engine.batching,
             "log_snr": [round(level.log_snr, 6) for level in self.levels],
+            "inner": list(self.engine.inner),
             "versions": versions(),
         }  # fmt: skip
 

@@ -135,7 +135,9 @@ def hypervolume_difference(
     unguided ones that give the target shares (the rejection set) and the reference share. Row i is seed i
     throughout: one Poisson weight per row serves all arrays, so that what the same seeds share cancels
     (arrays that share nothing lose nothing). Poisson(1/2) samples are added to each class of each array,
-    because a count of zero would otherwise stay zero in every resample and look certain.
+    because a count of zero would otherwise stay zero in every resample and look certain. What resampling adds
+    to a KL in the mean, the bias of its sample size a second time, is taken off again: under the logarithm it
+    would make small ones look too certain.
 
     Parameters
     ----------
@@ -174,11 +176,15 @@ def hypervolume_difference(
     if counts[0, kept].sum() in (0, sizes[0]):
         raise ParameterError("The unguided samples need both kept and forbidden ones; draw more, or check `kept`.")
 
-    def difference(counts: Array) -> float:
+    def kls(counts: Array) -> Array:
+        """Of every point, (..., P), from the counts of the unguided samples and of the points, (..., 1 + P, K)."""
+        wanted = counts[..., :1, kept]
+        return kl_rows(wanted / wanted.sum(-1, keepdims=True), counts[..., 1:, :], kept)
+
+    def difference(counts: Array, kls: Array) -> float:
         total = counts.sum(1)
         shares = np.maximum(total - counts[:, kept].sum(1), 0.5) / total
-        kls = np.maximum(kl_rows(counts[0, kept] / counts[0, kept].sum(), counts[1:], kept), 0.5 / total[1:])
-        points = np.log10(np.stack([shares[1:], kls], axis=1))
+        points = np.log10(np.stack([shares[1:], np.maximum(kls, 0.5 / total[1:])], axis=1))
         edge = (math.log10(shares[0]), 0.0)
         return hypervolume(points[: len(labels_a)], edge) - hypervolume(points[len(labels_a) :], edge)
 
@@ -187,7 +193,9 @@ def hypervolume_difference(
     one_hot = [np.eye(num_classes, dtype=np.float32)[to_numpy(x)] for x in arrays]
     draws = np.stack([weights[:, : len(x)] @ x for x in one_hot], axis=1).astype(np.float64)
     draws += rng.poisson(0.5, size=draws.shape)
-    return difference(counts), np.array([difference(draw) for draw in draws])
+    estimate, drawn = kls(counts), kls(draws)
+    drawn -= drawn.mean(0) - estimate
+    return difference(counts, estimate), np.array([difference(*draw) for draw in zip(draws, drawn, strict=True)])
 
 
 def _points(points: ArrayLike) -> Array:

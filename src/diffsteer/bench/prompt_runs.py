@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -451,8 +452,10 @@ def measure(
     if bench.judge.decides:
         targets = [bench.verdict(pair, sampler, "rejection", 0.0, target=True) for pair in among]
         if all(len(v.undecided) > 1 and (~v.undecided).any() for v in (*verdicts, *targets)):  # else nothing compares
-            both = zip(verdicts, targets, strict=True)
-            kl, kl_interval = _mean([(_kl(t.groups), v.attributes, t.attributes) for v, t in both])
+            rng, both = np.random.default_rng(0), zip(verdicts, targets, strict=True)
+            kl, kl_interval = _mean(
+                [(_kl(t.groups), v.attributes, t.attributes) for v, t in both], [_kl(t.groups, rng) for t in targets]
+            )
         undecided = float(np.mean([v.undecided.mean() for v in verdicts]))
     if method not in ("none", "rejection"):
         moved = [bench.moved(pair, sampler, method, scale) for pair in among]
@@ -474,16 +477,20 @@ def measure(
     )  # fmt: skip
 
 
-def _mean(parts: Sequence[tuple[Any, ...]]) -> tuple[float, intervals.Interval]:
-    """The mean over pairs of a statistic of arrays, with its interval; equal seeds are resampled together."""
+def _mean(parts: Sequence[tuple[Any, ...]], resampled: Sequence[Any] | None = None) -> tuple[float, intervals.Interval]:
+    """The mean over pairs of a statistic of arrays, with its interval; equal seeds are resampled together.
+
+    ``resampled`` has the statistics of resamples, where they are others.
+    """
     counts = [len(arrays) for _, *arrays in parts]
     starts = np.cumsum([0, *counts])
 
-    def statistic(*arrays: NDArray[np.float64]) -> float:
-        return float(np.mean([fn(*arrays[i : i + n]) for (fn, *_), i, n in zip(parts, starts, counts, strict=False)]))
+    def mean(fns: Sequence[Any], *arrays: NDArray[np.float64]) -> float:
+        return float(np.mean([fn(*arrays[i : i + n]) for fn, i, n in zip(fns, starts, counts, strict=False)]))
 
-    flat = [array for _, *arrays in parts for array in arrays]
-    return statistic(*flat), intervals.bootstrap(statistic, flat, n=200)
+    own, flat = [fn for fn, *_ in parts], [array for _, *arrays in parts for array in arrays]
+    drawn = intervals.bootstrap(partial(mean, own), flat, n=200, resampled=partial(mean, resampled or own))
+    return mean(own, *flat), drawn
 
 
 def kl_to(target: Verdict) -> Callable[[NDArray[np.float64]], float]:
@@ -496,11 +503,19 @@ def kl_to(target: Verdict) -> Callable[[NDArray[np.float64]], float]:
     return lambda attributes: kl(attributes, target.attributes)
 
 
-def _kl(groups: Sequence[tuple[int, int]]) -> Callable[[NDArray[np.float64], NDArray[np.float64]], float]:
-    """:func:`kl_to` as a function of both sets' attributes."""
+def _kl(
+    groups: Sequence[tuple[int, int]], rng: np.random.Generator | None = None
+) -> Callable[[NDArray[np.float64], NDArray[np.float64]], float]:
+    """:func:`kl_to` as a function of both sets' attributes.
+
+    With ``rng``, of a resample: Poisson(1/2) pictures more show each value. What none shows would otherwise be shown by
+    none in every resample, and look certain.
+    """
 
     def kl(attributes: NDArray[np.float64], wanted: NDArray[np.float64]) -> float:
         counts, shares, total = attributes.sum(0), wanted.sum(0), 0.0
+        if rng is not None:
+            counts = counts + rng.poisson(0.5, counts.shape)
         for start, stop in groups:
             kept = [i for i in range(stop - start) if shares[start + i] > 0]
             if kept:

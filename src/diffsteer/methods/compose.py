@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from numbers import Real
 from typing import Any, ClassVar
@@ -235,8 +235,9 @@ class Schedule(Around):
         return self.weights[-1][1]
 
     def guide(self, step: Step, state: State) -> Plan:
-        guided, state, info, base = yield from _beside(self.method, step, state, self.reference)
         weight = self.weight(step.level.rho)
+        inside = replace(step, share=weight * step.share)
+        guided, state, info, base = yield from _beside(self.method, inside, state, self.reference)
         return base + weight * (guided - base), state, info | {"schedule": base.new_full((len(base),), weight)}
 
 

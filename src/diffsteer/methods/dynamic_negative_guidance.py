@@ -85,8 +85,8 @@ class DynamicNegativeGuidance(Guidance):
         DDPM's kernel (DDPM, DDIM with eta=1, Euler ancestral), "ito" where the full noise is added in another way
         (DDPM of another variance_type, SDE-DPM-Solver), "ode" where less is or none, which is second order; it serves
         the others too, at the price of the divergence. "ito" where a fraction kappa of the noise is added has
-        (1 - kappa) times the divergence. "kernel" is the paper's. A callable maps (x, level) to p, (B,): an exact
-        posterior or a noise-aware classifier.
+        (1 - kappa) times the divergence. "kernel" is the paper's. With a ``calibration`` "auto" is what that was fitted
+        on. A callable maps (x, level) to p, (B,): an exact posterior or a noise-aware classifier.
     divergence : {"probe", "exact", "difference"}
         One vector-Jacobian product a step along an orthogonal basis that the steps walk through; all D of them; or
         the one probe by a finite difference, which needs no gradient but single precision.
@@ -136,8 +136,9 @@ class DynamicNegativeGuidance(Guidance):
 
     Notes
     -----
-    1 evaluation per step, and at most one more for each unwanted context: see ``lazy``. On deterministic samplers one
-    vector-Jacobian product beside them, about one more evaluation in cost, for samples in doubt. With a positive prompt
+    1 evaluation per step, and at most one more for each unwanted context: see ``lazy``. Where a divergence is
+    integrated, one vector-Jacobian product beside them for samples in doubt, about one more evaluation in cost; several
+    contexts then ask for "null" once each, and "difference" for both branches twice. With a positive prompt
     use ``ClassifierFreeGuidance(w) + DynamicNegativeGuidance(...)``. Information, (B,) each: "posterior" (their sum),
     "scale", and of every context "posterior:<context>", the raw "log_odds:<context>", and "size:<context>", the log of
     the squared difference between the clean samples that the two branches predict.
@@ -182,6 +183,12 @@ class DynamicNegativeGuidance(Guidance):
                 raise ParameterError(f"{len(value)} values of {name} for {len(self.contexts)} contexts; give one each")
         if not all(reading is None or isinstance(reading, Reading) for reading in self.calibrations):
             raise ParameterError(f"calibration is what diffsteer.calibrate() fits, got {self.calibration!r}")
+        for reading in self.calibrations:
+            if reading is not None and self.estimator not in ("auto", reading.estimator):
+                raise ParameterError(
+                    f"the calibration reads what is tracked by {reading.estimator!r}, not by {self.estimator!r}: leave "
+                    "estimator='auto', or calibrate again with this one"
+                )
         if self.evidence is not None and not callable(self.evidence):
             raise ParameterError(f"evidence maps clean samples and a level to log-odds, got {self.evidence!r}")
         if (callable(self.estimator) or self.evidence) and len(self.contexts) > 1:
@@ -236,7 +243,8 @@ class DynamicNegativeGuidance(Guidance):
         return [
             PosteriorTracker(
                 prior, self.temperature, self.offset, self.p_min if reading is None else UNCLAMPED, self.p_max,
-                self.estimator, self.divergence, self.doubt, self.rho_min, self.softening,
+                self.estimator if reading is None else reading.estimator, self.divergence, self.doubt, self.rho_min,
+                self.softening,
             )
             for prior, reading in zip(self.priors, self.calibrations, strict=True)
         ]  # fmt: skip
@@ -275,7 +283,8 @@ class DynamicNegativeGuidance(Guidance):
         prediction = null
         for weight, difference in zip(weights, away, strict=True):
             prediction = prediction - like(weight, null) * difference
-        followed = [replace(f, weight=weight.to(f.weight)) for f, weight in zip(followed, weights, strict=True)]
+        acts = [step.share * weight.to(f.weight) for f, weight in zip(followed, weights, strict=True)]
+        followed = [replace(f, weight=weight) for f, weight in zip(followed, acts, strict=True)]
         info = {"posterior": total, "scale": weights.sum(0)}
         for context, p, f in zip(self.contexts, posteriors, followed, strict=True):
             info |= {f"posterior:{context}": p, f"log_odds:{context}": f.tracked.log_odds, f"size:{context}": f.size}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diffsteer.core import Call, Guidance, Plan, Run, Step, like
 from diffsteer.errors import ParameterError
@@ -156,8 +158,7 @@ class FeedbackGuidance(Guidance):
         kernel = self.estimator == "auto" and stochastic == 1 and ancestral
         estimator = "kernel" if kernel else self.estimator
         if callable(estimator):
-            ratio = estimator
-            estimator = lambda x, level: _PRIOR * ratio(x, level).clamp(max=math.exp(_HIGHEST))  # noqa: E731
+            estimator = partial(_share, estimator)
         return PosteriorTracker(
             _PRIOR, temperature, p_min=1e-30, estimator=estimator, divergence=self.divergence, doubt=1e-30,
             softening=self.softening,
@@ -185,3 +186,15 @@ class FeedbackGuidance(Guidance):
         tracked = replace(tracked, log_odds=log_p - torch.log(-torch.expm1(log_p)))
         prediction = null + like(scale, null) * (cond - null)
         return prediction, replace(state, tracked=tracked, level=level), {"scale": scale, "log_ratio": log_ratio}
+
+
+def _share(ratio: Callable[[Tensor, Level], Tensor], x: Tensor, level: Level) -> Tensor:
+    """The posterior that a callable's r stands for, under a prior that keeps it small."""
+    told = ratio(x, level)
+    if not isinstance(told, Tensor):
+        return told
+    if bool((told < 0).any()):
+        raise ParameterError(
+            f"the estimator gave r = {float(told.min()):g}; r is a ratio: take exp of a log-ratio first"
+        )
+    return _PRIOR * told.clamp(max=math.exp(_HIGHEST))
