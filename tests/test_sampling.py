@@ -115,6 +115,20 @@ def test_numbers_of_samples_are_whole(wrong: dict[str, Any]) -> None:
         run(**wrong)
 
 
+@dataclass(frozen=True)
+class TellsOfTheBatch(Guidance):
+    """Information that is not one number per sample."""
+
+    def guide(self, step, state):
+        (null,) = yield [Call("null")]
+        return null, state, {"mean": null.mean()}
+
+
+def test_information_is_of_each_sample() -> None:
+    with pytest.raises(ParameterError, match="reports 'mean'"):
+        run(TellsOfTheBatch(), steps=2)
+
+
 def test_what_goes_by_name_is_a_mapping() -> None:
     net = torch.nn.Identity()
     with pytest.raises(ParameterError, match="contexts goes by name"):

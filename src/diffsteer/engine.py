@@ -105,6 +105,12 @@ class Engine:
         prediction, self.state, info = drive(
             self.method, self.step, self.state, partial(self._evaluate, answered={}, known={})
         )
+        for name, told in info.items():
+            if told.shape != x.shape[:1]:
+                raise ParameterError(
+                    f"the method reports {name!r} as {tuple(told.shape)} at step {index}; information is one number "
+                    f"for each sample, {tuple(x.shape[:1])}"
+                )
         return prediction, info
 
     def _next(self, index: int) -> int:
@@ -416,6 +422,6 @@ def every_kth(trace: str) -> int:
 
 def check_batching(batching: Batching) -> Batching:
     """``batching`` as it is, if it is one."""
-    if batching != "auto" and not (isinstance(batching, (int, float)) and batching >= 0):
+    if batching != "auto" and not (isinstance(batching, (int, float)) and 0 <= batching < math.inf):
         raise ParameterError(f"batching must be 'auto' or a number of batches from 0 on, got {batching!r}")
     return batching

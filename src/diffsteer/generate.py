@@ -120,11 +120,11 @@ def generate(
         many = max(batch_size, 32) if drawn else batch_size
         guidance = _calibrated(pipe, guidance, prompt, negatives, steps, calibrate, seed, many, arguments)
     w = 1.0 if student else _positive_scale(guidance)  # the student's guidance is its own
-    rows: dict[str, tuple[Guidance, str]] = {method: (guidance, negative)}
-    if compare and negative:
+    rows: dict[str, tuple[Guidance, str]] = {method: (guidance, "|".join(negatives))}
+    if compare and negatives:
         replacing = 1.5 if student else w
         if replacing > 1:
-            rows["negative prompt"] = (NegativePrompting.replacing_null(replacing), negative.replace("|", ", "))
+            rows["negative prompt"] = (NegativePrompting.replacing_null(replacing), ", ".join(negatives))
         rows["no negative"] = (ClassifierFreeGuidance(w), "")
     pictures: dict[str, list[Any]] = {}
     traces: dict[str, list[Mapping[str, Any]]] = {}

@@ -557,11 +557,62 @@ def test_flux_is_known_to_be_distilled() -> None:
         ds.attach(tiny.flux(guidance_embeds=True), ds.ClassifierFreeGuidance(2.0))
 
 
-def test_a_cached_denoiser_is_refused() -> None:
-    pipe = tiny.flux()
-    pipe.transformer.enable_cache(d.FirstBlockCacheConfig(threshold=0.1))
+@pytest.mark.parametrize("by_hook", [False, True])
+def test_a_cached_denoiser_is_refused(by_hook: bool) -> None:
+    pipe, cache = tiny.flux(), d.FirstBlockCacheConfig(threshold=0.1)
+    if by_hook:
+        d.hooks.apply_first_block_cache(pipe.transformer, cache)
+    else:
+        pipe.transformer.enable_cache(cache)
     with ds.attach(pipe, ds.ClassifierFreeGuidance(5.0)), pytest.raises(UnsupportedError, match="disable_cache"):
         run(pipe, ROWS["FluxPipeline"])
+
+
+def test_a_context_is_given_as_a_whole() -> None:
+    """What is left out would be the positive prompt's."""
+    pipe, row = tiny.stable_diffusion_xl(), ROWS["StableDiffusionXLPipeline"]
+    _, text, _, pooled = pipe.encode_prompt("a red house", device="cpu", negative_prompt="meat")
+    method, whole = ds.NegativePrompting.replacing_null(5.0), {"encoder_hidden_states": text}
+    refused = pytest.raises(ParameterError, match=r"added_cond_kwargs\.text_embeds belongs to it")
+    with ds.attach(pipe, method, contexts={"neg": whole}), refused:
+        run(pipe, row)
+    with ds.attach(pipe, method):
+        with pytest.raises(ParameterError, match="negative_pooled_prompt_embeds belongs to it"):
+            run(pipe, row, negative_prompt_embeds=text)
+        expected = run(pipe, row, negative_prompt="meat")
+    with ds.attach(pipe, method, contexts={"neg": whole | {"added_cond_kwargs.text_embeds": pooled}}):
+        torch.testing.assert_close(run(pipe, row), expected)
+
+
+def test_a_network_that_empties_its_arguments_gets_them_whole_in_every_branch() -> None:
+    """U-Nets do so with what a T2I-Adapter adds."""
+    torch.manual_seed(0)
+    adapter = d.T2IAdapter(
+        3, channels=[8, 16], num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter"
+    ).eval()
+    for p in adapter.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    torch.manual_seed(2)
+    net = d.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+        norm_num_groups=4, attention_head_dim=4, cross_attention_dim=16, **blocks,
+    ).eval()  # fmt: skip
+    pipe = tiny.stable_diffusion(functools.partial(d.StableDiffusionAdapterPipeline, adapter=adapter), unet=net)
+    keywords = {"prompt": "a red house", "image": torch.rand(1, 3, 16, 16), "height": 16, "width": 16}
+    keywords |= {"num_inference_steps": 4, "output_type": "latent"}
+
+    def drawn(**more: Any) -> torch.Tensor:
+        return pipe(**keywords, generator=torch.Generator().manual_seed(0), **more).images
+
+    own, without = drawn(guidance_scale=5.0), drawn(guidance_scale=5.0, adapter_conditioning_scale=0.0)
+    assert float((own - without).abs().max()) > 0.01
+    for batching in (0, 2):
+        with pytest.warns(UnverifiedWarning), ds.attach(pipe, ds.ClassifierFreeGuidance(5.0), batching=batching):
+            torch.testing.assert_close(drawn(), own, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("in_place", [False, True])

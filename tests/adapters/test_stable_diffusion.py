@@ -434,6 +434,93 @@ def test_the_settings_for_stable_diffusion(pipe) -> None:
     assert handle.last.trace["posterior"][0] == pytest.approx(0.01)
 
 
+def test_a_callback_that_ends_the_guidance_by_hand_is_refused(pipe) -> None:
+    """As diffusers' documentation writes it; guidance would go on."""
+
+    def cut(pipe, index, timestep, keywords):
+        if index == 1:
+            pipe._guidance_scale = 0.0
+        return keywords
+
+    with ds.attach(pipe, CFG):
+        with pytest.raises(ParameterError, match=r"guidance scale to 0\.0.*Window"):
+            latents(pipe, callback_on_step_end=cut)
+        with pytest.raises(ParameterError, match="cannot change negative_prompt_embeds"):
+            latents(pipe, callback_on_step_end_tensor_inputs=["latents", "negative_prompt_embeds"])
+        assert latents(pipe).isfinite().all()
+
+
+def test_a_denoiser_that_is_exchanged_in_the_middle_is_refused(pipe) -> None:
+    """The rest of the run would be unguided."""
+    own = pipe.unet
+
+    def exchange(pipe, index, timestep, keywords):
+        pipe.unet = tiny.unet(seed=9)
+        return keywords
+
+    with ds.attach(pipe, CFG), pytest.raises(StateError, match="nothing guided"):
+        latents(pipe, callback_on_step_end=exchange)
+    pipe.unet = own
+
+
+def test_negatives_by_contexts_are_negatives(pipe) -> None:
+    """Refused where the method cannot use them, and each with a posterior where it can."""
+    with ds.attach(pipe, CFG, contexts={"neg": "ugly"}), pytest.raises(UnsupportedError, match="cannot use one"):
+        latents(pipe)
+    one, two = CFG + ds.NegativePrompting(2.0), {"neg": "ugly", "neg2": "meat"}
+    with ds.attach(pipe, one, contexts=two), pytest.raises(UnsupportedError, match="join them"):
+        latents(pipe)
+    expected = guided(pipe, method=BOTH, negative_prompt="ugly|meat")
+    with ds.attach(pipe, BOTH, contexts={"neg": "ugly", "neg2": "meat"}):
+        assert torch.equal(latents(pipe), expected)
+    with ds.attach(pipe, BOTH, contexts={"neg2": "meat"}):
+        assert torch.equal(latents(pipe, negative_prompt="ugly"), expected)
+
+
+def test_a_pipeline_made_of_an_attached_one_is_its_own(pipe) -> None:
+    plain, scaled = latents(pipe, guidance_scale=1.0), latents(pipe, guidance_scale=3.0)
+    with ds.attach(pipe, CFG) as handle:
+        second = pipe.from_pipe(pipe)
+        second.set_progress_bar_config(disable=True)
+        assert torch.equal(latents(second, guidance_scale=3.0), scaled)
+        with ds.attach(second, ds.ClassifierFreeGuidance(3.0)):
+            assert error(latents(second), scaled) < 1e-5
+        assert not torch.equal(latents(pipe), plain)
+        assert handle.last is not None
+    assert torch.equal(latents(second, guidance_scale=1.0), plain)
+
+
+def test_a_twin_that_wraps_the_denoiser_itself(pipe) -> None:
+    """Such as the same one with its LoRA off: its call is the network's own."""
+
+    class Wrapping(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, sample, timestep, *args, **keywords):
+            return self.net(sample, timestep, *args, **keywords)
+
+    expected = latents(pipe, guidance_scale=1.0)
+    with ds.attach(pipe, ds.Autoguidance(2.0), models={"weak": Wrapping(pipe.unet)}):
+        assert error(latents(pipe), expected) < 1e-5
+    with pytest.raises(ParameterError, match="pipeline's own denoiser"):
+        ds.attach(pipe, CFG, models={"main": pipe.unet})
+
+
+def test_no_text_encoder_is_needed_for_what_is_given(pipe) -> None:
+    positive, negative = (pipe.encode_prompt(text, "cpu", 1, False)[0] for text in ("a red house", "ugly"))
+    given, encoder = {"prompt_embeds": positive, "negative_prompt_embeds": negative}, pipe.text_encoder
+    expected = guided(pipe, None, ds.NegativePrompting.replacing_null(5.0), **given)
+    pipe.text_encoder = None
+    try:
+        assert torch.equal(guided(pipe, None, ds.NegativePrompting.replacing_null(5.0), **given), expected)
+        with pytest.raises(MissingContextError, match="'null'"):
+            guided(pipe, None, CFG, prompt_embeds=positive)
+    finally:
+        pipe.text_encoder = encoder
+
+
 def test_refusals_say_what_to_do(pipe) -> None:
     handle = ds.attach(pipe, CFG)
     with pytest.raises(StateError, match="detach it first"):
@@ -455,6 +542,8 @@ def test_refusals_say_what_to_do(pipe) -> None:
             latents(pipe, ["a", "b"], negative_prompt=["meat", "fish|meat"])
         with pytest.raises(ParameterError, match="give one each"):
             latents(pipe, ["a", "b"], negative_prompt=["meat", "fish", "egg"])
+        with pytest.raises(ParameterError, match="not by both"):
+            latents(pipe, negative_prompt="meat", negative_prompt_embeds=pipe.encode_prompt("x", "cpu", 1, False)[0])
         for wrong in (3, [1], [None, "meat"], {"meat": 1}):
             with pytest.raises(ParameterError, match="a text, a list of texts"):
                 latents(pipe, negative_prompt=wrong)

@@ -106,12 +106,12 @@ class Attached:
         trace: str,
         batching: Batching,
     ) -> None:
-        if hasattr(type(pipe), "_diffsteer"):
+        if hasattr(type(pipe), "_diffsteer") and type(pipe)._diffsteer.pipe is pipe:
             raise StateError(f"a method is attached to this {type(pipe).__name__} already; detach it first")
         check_methods(method)
         if "pos" in contexts:
             raise ParameterError('"pos" is the prompt of the call; contexts= is for others')
-        check_needs(method)
+        check_needs(method, models)
         every_kth(trace)
         self.pipe, self.method, self.contexts, self.models = pipe, method, contexts, models
         self.trace, self.batching = trace, check_batching(batching)
@@ -149,7 +149,7 @@ class Attached:
         if self.run is not None:
             raise StateError("the pipeline was called from inside its own call; detach first")
         arguments = _named(native, args, keywords)
-        _check_callback(arguments.get("callback_on_step_end"))
+        _check_callback(arguments.get("callback_on_step_end"), arguments.get("callback_on_step_end_tensor_inputs"))
         negatives = pop_negatives(arguments)
         _switch_off(self.spec, self._native, native, arguments, self.pipe)
         method = self.method
@@ -166,7 +166,8 @@ class Attached:
             self._check_prompt(arguments.get("prompt"))
             return answer
         finally:
-            self.last, self.run = self.run.result(), None
+            run, self.run = self.run, None
+            self.last = run.result()
 
     def _check_prompt(self, prompt: Any) -> None:
         """Say so where a prompt was not asked for."""
@@ -219,8 +220,14 @@ def _switch_off(spec: Spec, cls: type, native: functools.partial[Any], arguments
     arguments.update(off)
 
 
-def _check_callback(callback: Any) -> None:
-    """Refuse diffusers' callbacks that end its own guidance, alone or among others."""
+def _check_callback(callback: Any, inputs: Any) -> None:
+    """Refuse callbacks that want negatives, and diffusers' own that end its guidance, alone or among others."""
+    negatives = [name for name in inputs or () if name.startswith("negative_")]
+    if negatives:
+        raise ParameterError(
+            f"a callback cannot change {', '.join(negatives)} while a method is attached, which has encoded every "
+            "context by then; leave it out of callback_on_step_end_tensor_inputs, or detach"
+        )
     for one in getattr(callback, "callbacks", [callback]):
         if any(kind.__name__.endswith("CFGCutoffCallback") for kind in type(one).__mro__):
             raise ParameterError(
@@ -236,10 +243,11 @@ def _setting(pipe: Any, spec: Spec, name: str) -> Any:
 
 
 def _guided_class(cls: type, handle: Attached) -> type:
-    """A subclass of the same name that asks ``handle``."""
+    """A subclass of the same name that asks ``handle``, for its pipeline alone: ``from_pipe`` makes others of it."""
 
     def __call__(self: Any, *args: Any, **keywords: Any) -> Any:
-        return handle.call(functools.partial(cls.__call__, self), args, keywords)
+        native = functools.partial(cls.__call__, self)
+        return handle.call(native, args, keywords) if self is handle.pipe else native(*args, **keywords)
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
         make, (_, *rest), *state = cls.__reduce_ex__(self, protocol)
@@ -258,7 +266,7 @@ def _guided_class(cls: type, handle: Attached) -> type:
         @functools.wraps(cls.encode_prompt)
         def encode_prompt(self: Any, *args: Any, **keywords: Any) -> Any:
             native = functools.partial(cls.encode_prompt, self)
-            if handle.run is None:
+            if handle.run is None or self is not handle.pipe:
                 return native(*args, **keywords)
             return handle.run.encode(native, _named(native, args, keywords))
 
@@ -268,7 +276,7 @@ def _guided_class(cls: type, handle: Attached) -> type:
         @functools.wraps(cls._get_add_time_ids)
         def _get_add_time_ids(self: Any, *args: Any, **keywords: Any) -> Any:
             answer = cls._get_add_time_ids(self, *args, **keywords)
-            return answer if handle.run is None else handle.run.time_ids(answer)
+            return handle.run.time_ids(answer) if handle.run is not None and self is handle.pipe else answer
 
         body["_get_add_time_ids"] = _get_add_time_ids
     return type(cls.__name__, (cls,), body)

@@ -30,6 +30,11 @@ def pop_negatives(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
         The negatives do not match the prompts, or each other, in number.
     """
     given = {k: arguments.pop(k) for k in list(arguments) if k.startswith("negative_") and "prompt" in k}
+    texts, tensors = [], []
+    for k in (k for k, v in given.items() if v is not None):
+        (tensors if k.endswith(("_embeds", "_mask")) else texts).append(k)
+    if texts and tensors:
+        raise ParameterError(f"a negative is given by {texts[0]} or by {tensors[0]}, not by both; leave one out")
     prompts = _number_of_prompts(arguments)
     split = {k: _split(k, v, prompts, isinstance(arguments.get("prompt"), str)) for k, v in given.items()}
     split = {k: values for k, values in split.items() if values}
@@ -116,9 +121,11 @@ def widen(method: Guidance, negatives: list[str], others: set[str]) -> Guidance:
             f"{', '.join(twice)} was given both by negative_prompt= and by contexts=, and can be one of them only; "
             "leave the other out"
         )
-    if len(negatives) > 1:
-        method = _replace(method, tuple(negatives))
-    wanted = {name for name in mentioned(method) if name == "neg" or (name[:3] == "neg" and name[3:].isdigit())}
+    named = sorted(filter(_is_numbered, others))
+    if len(negatives) > 1 or set(named) - mentioned(method):
+        method = _replace(method, (*negatives, *named))
+    negatives = [*negatives, *named]
+    wanted = set(filter(_is_numbered, mentioned(method)))
     unused = [name for name in negatives if name not in wanted]
     if unused == negatives and negatives:
         raise UnsupportedError(
@@ -137,6 +144,11 @@ def widen(method: Guidance, negatives: list[str], others: set[str]) -> Guidance:
             "negative_prompt=... (several separated by '|'), or contexts={'neg': ...}"
         )
     return method
+
+
+def _is_numbered(name: str) -> bool:
+    """Whether a context is one of negatives: "neg", "neg2", ..."""
+    return name == "neg" or (name[:3] == "neg" and name[3:].isdigit())
 
 
 def mentioned(value: Any) -> set[str]:
@@ -197,8 +209,11 @@ def encode(
     for name, given in wanted.items():
         own = described(name, given, spec.conditioning, texts)
         if own and own.keys() <= spec.conditioning.keys():
-            bundles[name] = own
+            bundles[name] = _whole(name, own, [k for k in spec.conditioning if k not in spec.shared])
             continue
+        embedded = [k for k in own if isinstance(own[k], Tensor)]
+        if embedded and not single:
+            _whole(name, own, [k for k in texts if k.endswith(("_embeds", "_mask"))])
         own = {k: like_prompt(v, prompt, batch) for k, v in own.items()}
         if single:
             blank = {k: None for k in arguments if "prompt" in k and "num" not in k}
@@ -238,6 +253,14 @@ def described(context: str, given: Any, *known: Collection[str]) -> dict[str, An
     )
 
 
+def _whole(context: str, given: dict[str, Any], wanted: Collection[str]) -> dict[str, Any]:
+    """What describes a context, if it is all that the pipeline wants: the prompt's would stand in for the rest."""
+    missing = [name for name in wanted if name not in given]
+    if missing:
+        raise ParameterError(f"context {context!r} was given by {', '.join(given)}; {', '.join(missing)} belongs to it")
+    return given
+
+
 def like_prompt(text: Any, prompt: Any, batch: int) -> Any:
     """One text for all prompts in the form that the pipeline wants: the prompt's."""
     return [text] * batch if isinstance(text, str) and not isinstance(prompt, str) else text
@@ -245,7 +268,7 @@ def like_prompt(text: Any, prompt: Any, batch: int) -> Any:
 
 def place(arguments: Mapping[str, Any], bundle: Bundle) -> dict[str, Any]:
     """A network's arguments with a context's in the place of the positive prompt's."""
-    placed = dict(arguments)
+    placed = {k: list(v) if isinstance(v, list) else v for k, v in arguments.items()}  # some networks empty their lists
     for name, value in bundle.items():
         first, _, rest = name.partition(".")
         if rest:

@@ -220,7 +220,7 @@ class _Run(GuidedSteps):
 
     def __init__(self, guider: MethodGuider, components: Any, state: PipelineState) -> None:
         assert guider.method is not None
-        check_needs(guider.method)
+        check_needs(guider.method, guider.models)
         self.components, self.state = components, state
         if components.config.get("is_distilled", False):
             raise UnsupportedError(
@@ -268,6 +268,11 @@ class _Run(GuidedSteps):
     def _encode(self, texts: Mapping[str, Any]) -> dict[str, Any]:
         """What the pipeline's text encoder makes of negative prompts; of its default without any."""
         prompt, inputs = self.state.get("prompt"), self.encoder.inputs
+        if prompt is None:
+            raise ParameterError(
+                "a guider encodes the other contexts as the prompt is encoded, and this run has embeddings in place of"
+                " a prompt; give it the text"
+            )
         rows = 1 if isinstance(prompt, str) else len(prompt)
         texts = {k: like_prompt(text, prompt, rows) for k, text in texts.items()}
         apart = any(p.name == "negative_prompt" for p in inputs) or not texts

@@ -17,7 +17,7 @@ from diffsteer.adapters.specs import Spec
 from diffsteer.adapters.steps import GuidedSteps, drawing, entry, wide
 from diffsteer.core import Guidance
 from diffsteer.engine import Batching
-from diffsteer.errors import StateError, UnsupportedError
+from diffsteer.errors import ParameterError, StateError, UnsupportedError
 from diffsteer.patching import patched
 from diffsteer.sampling import Result
 
@@ -63,6 +63,7 @@ class GuidedRun(GuidedSteps):
         self.scheduler = pipe.scheduler
         self.control: Invocation | None = None
         self.guided = False  # since the scheduler's last step
+        self.native_scale: Any = None  # of the pipeline's own guidance, which is off, at the first step
         self.x: Tensor | None = None  # where the scheduler stands, if it has said so
         self.scaled_at: Any = None  # the timestep of its scale_model_input, since its last step
         self.started = time.perf_counter()
@@ -96,7 +97,11 @@ class GuidedRun(GuidedSteps):
         """The pipeline's own encoding of its prompt; beside it that of every other context."""
         if len(self.bundles) > 1:
             return native(**arguments)
-        answer, bundles = encode(self.spec, native, arguments, self.wanted)
+        wanted = self.wanted
+        encoders = [part for name, part in self.pipe.components.items() if name.startswith("text_encoder")]
+        if encoders and all(part is None for part in encoders):  # nothing can encode an empty prompt
+            wanted = {name: given for name, given in wanted.items() if given}
+        answer, bundles = encode(self.spec, native, arguments, wanted)
         self.bundles |= bundles
         prompt = answer[next(iter(self.spec.conditioning.values()))[0]]
         self.prompts = len(prompt) if isinstance(prompt, Tensor) else None
@@ -116,6 +121,14 @@ class GuidedRun(GuidedSteps):
             null = {name: torch.tensor([value]) for name, value in self.spec.null.items()}
             labels = {name: described(name, given, self.spec.conditioning) for name, given in self.wanted.items()}
             self.bundles |= {**labels, "null": labels["null"] or null}
+        scale = getattr(self.pipe, "_guidance_scale", None)
+        self.native_scale = scale if self.engine is None else self.native_scale
+        if scale != self.native_scale:
+            raise ParameterError(
+                f"a callback set the pipeline's own guidance scale to {scale}, which has no effect while a method is "
+                "attached; give the method the noise levels at which it acts, diffsteer.Window(method, low=...), or "
+                "detach"
+            )
         x = self._sample(call)
         if self.spec.grid:
             x = on_grid(x, self.spec.grid(call.arguments))
@@ -133,6 +146,11 @@ class GuidedRun(GuidedSteps):
         return nets["main"].answer(prediction)
 
     def _step(self, native: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+        if self.engine is not None and not self.guided:
+            raise StateError(
+                "the scheduler made a step that nothing guided: the denoiser was exchanged, or called elsewhere than "
+                "by the pipeline; attach to a pipeline that has it from the start"
+            )
         result = native(*args, **keywords)
         x_next = result[0] if isinstance(result, tuple) else result.prev_sample
         if self.guided and self.engine is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffsteer.adapters.network import PipelineNet
 from diffsteer.core import Guidance, Info, widened
 from diffsteer.engine import Batching, Engine, describe, describe_scheduler, every_kth, stack_trace, stream, versions
-from diffsteer.errors import UnsupportedError
+from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.paths import Level
 from diffsteer.sampling import Result
 from diffsteer.schedulers import ScheduleReading
@@ -130,8 +130,10 @@ def wide(x: Tensor) -> Tensor:
     return widened(x.detach())
 
 
-def check_needs(method: Guidance) -> None:
-    """Refuse what no pipeline can give."""
+def check_needs(method: Guidance, models: Mapping[str, nn.Module]) -> None:
+    """Refuse what no pipeline can give, and a network in the place of its own."""
+    if "main" in models:
+        raise ParameterError('"main" is the pipeline\'s own denoiser; models= is for others, by the names methods use')
     unmet = sorted(set(method.needs) - {"neg", "grad", "first_order", "perturb"})
     if unmet:
         raise UnsupportedError(f"a pipeline cannot give what this method needs: {', '.join(unmet)}; use sample()")
@@ -139,9 +141,12 @@ def check_needs(method: Guidance) -> None:
 
 def entry(module: nn.Module) -> str:
     """What calling a module calls: ``forward``, unless it was compiled in place."""
-    if getattr(module, "is_cache_enabled", False):
+    hooks = [
+        h for part in module.modules() for h in getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).values()
+    ]
+    if getattr(module, "is_cache_enabled", False) or any(hook._is_stateful for hook in hooks):
         raise UnsupportedError(
             f"{type(module).__name__} has a cache enabled, which would answer one branch with another's features; call "
-            "its disable_cache() first"
+            "its disable_cache() first, or load it without the cache's hooks"
         )
     return "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
