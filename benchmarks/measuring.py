@@ -23,6 +23,8 @@ def paired(
     jobs: dict[Any, Callable[[], Any]], base: Any, repeats: int, clock: Clock = time.process_time
 ) -> dict[Any, dict[str, Any]]:
     """Every job's time over that of ``base`` in the same round, the order turned from round to round."""
+    if repeats < 2:
+        raise SystemExit("quartiles want at least 2 repeats")
     for job in jobs.values():
         job()
     seconds: dict[Any, list[float]] = {name: [] for name in jobs}

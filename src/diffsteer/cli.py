@@ -87,9 +87,9 @@ def removal(
     quick: bool = False,
     device: str = "cpu",
 ) -> None:
-    """Sweep the scale of every method over all concepts, draw the fronts, and compare them with intervals.
+    """Sweep methods' scales over half of the classes, choose, report the other half, draw fronts, compare.
 
-    Hours on 2 cores: four for the digits. Interrupt it at will: finished runs are kept and read back. Several
+    Hours: four of one core for the digits. Interrupt it at will: finished runs are kept and read back. Several
     processes share the runs under `torchrun --nproc_per_node N -m diffsteer bench removal ...`.
 
     Parameters
@@ -201,7 +201,8 @@ def bench_methods(
 ) -> None:
     """Let every guidance method do what its paper claims on a small model: generate all classes, or leave some out.
 
-    About an hour for the digits on 2 cores. Interrupt it at will: finished runs are kept and read back.
+    About an hour for the digits on 2 cores. Interrupt it at will: finished runs are kept and read back. Needs
+    `pip install "diffsteer[train,pipelines]"`. What counts as a difference is made for the default number of samples.
 
     Parameters
     ----------
@@ -305,7 +306,8 @@ def train(
     distils the shipped one into a student that draws in one to eight steps, and `diffsteer train shapes-flow` trains a
     flow transformer, a tiny Stable Diffusion 3, beside it.
 
-    A killed run resumes to the same weights as an uninterrupted one. Needs `pip install "diffsteer[train]"`.
+    A killed run resumes to the same weights as an uninterrupted one. Needs `pip install "diffsteer[train]"`, for the
+    three pipelines `"diffsteer[train,pipelines]"`.
 
     Parameters
     ----------
@@ -337,6 +339,7 @@ def train(
     if dataset in zoo.PIPELINES:
         if part:
             raise ParameterError(f"{dataset} is a pipeline, which is trained whole; leave --part out")
+        zoo.require_transformers()
         from diffsteer.train.flow import train_flow
         from diffsteer.train.shapes import train_shapes
         from diffsteer.train.students import train_student
@@ -363,7 +366,7 @@ def generate(
     seed: int = 0,
     num: int = 4,
     batch_size: int = 4,
-    size: tuple[int, int] | None = None,
+    size: Annotated[tuple[int, int] | None, Parameter(negative="")] = None,
     compare: bool = True,
     calibrate: int | None = None,
     out: Path = Path("generated"),
@@ -403,7 +406,7 @@ def generate(
     calibrate
         Calibrate DNG first, on this many pictures of the prompt: how often they show the negative, which becomes the
         prior, and how the posterior is to be read. Networks need it, or their posterior hardly moves. By default 128 on
-        shapes, elsewhere 0.
+        shapes and shapes-flow, elsewhere 0.
     out
         Folder for the pictures.
     device

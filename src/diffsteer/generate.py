@@ -78,8 +78,8 @@ def generate(
         or less the usual one has no effect or attracts, and is left out.
     calibrate : int, optional
         Find first, on this many pictures of the prompt, how often they show the negative and how DNG's posterior of
-        it is to be read, see :func:`diffsteer.calibrate_pipeline`; 0: take it as it is. By default 128 on "shapes",
-        elsewhere 0.
+        it is to be read, see :func:`diffsteer.calibrate_pipeline`; 0: take it as it is. By default 128 on "shapes"
+        and "shapes-flow", elsewhere 0.
 
     Returns
     -------

@@ -198,7 +198,9 @@ def checked_shape(
     _check_denoiser(denoiser, "the first argument")
     shape = tuple(shape if shape is not None else denoiser.shape or ())
     if not shape:
-        raise ParameterError("the denoiser does not know the shape of a sample; pass shape=")
+        raise ParameterError(
+            "the denoiser does not know the shape of a sample; pass shape=, best to diffsteer.denoiser()"
+        )
     counts = {"num_samples": num_samples, "batch_size": num_samples if batch_size is None else batch_size, "seed": seed}
     for name, count in counts.items():
         least = 0 if name == "seed" else 1

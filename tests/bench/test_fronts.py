@@ -91,18 +91,19 @@ def test_hypervolume_difference_is_that_of_the_two_fronts_and_changes_sign_with_
     assert reverse_low < reverse_high < 0
 
 
-@pytest.mark.parametrize("same_seeds", [False, True])
-def test_methods_that_are_equally_good_are_rarely_called_ahead(same_seeds: bool):
+@pytest.mark.parametrize(("same_seeds", "tilt"), [(False, 0.2), (True, 0.2), (False, 0.0)])
+def test_methods_that_are_equally_good_are_rarely_called_ahead(same_seeds: bool, tilt: float):
+    """Also where classes are even, so that a KL is little but its own bias."""
     wrong = 0
     for run in range(60):
         rng = np.random.default_rng(run)
         shared = rng.random(400)
-        laws = [(0.2, 0.1), *[(0.05, 0.2), (0.002, 0.4)] * 2]
+        laws = [(0.2, tilt / 2), *[(0.05, tilt), (0.002, 2 * tilt)] * 2]
         mixed = [np.where(rng.random(400) < 0.7 * same_seeds, shared, rng.random(400)) for _ in laws]
         unguided, *rest = (labels(rng, shares(*law), u) for law, u in zip(laws, mixed, strict=True))
         _, (low, high) = hypervolume_gap(rest[:2], rest[2:], unguided, n=150, seed=run)
         wrong += not low <= 0 <= high
-    assert wrong <= 8  # 3 expected of 60; 9 or more has a chance of 0.3% at the nominal 5%
+    assert wrong <= 4  # 3 expected of 60 at the nominal 5%, which is not reached
 
 
 def test_zero_forbidden_samples_are_not_taken_for_certainty():

@@ -291,10 +291,12 @@ def test_a_damaged_run_is_named(model, tmp_path: Path) -> None:
 
 
 def test_a_rejection_set_with_nothing_left_is_refused(model) -> None:
-    target = Outcome(torch.full((8,), 3), torch.zeros(8, 2), 1.0, 0.0, {})
-    with pytest.raises(ParameterError, match="all 8 unguided samples 3, so nothing is left"):
-        removal.refuse_empty(model, target, (3,))
-    removal.refuse_empty(model, target, (4,))
+    for one_kept in (0, 1):
+        labels = torch.full((8,), 3).index_fill_(0, torch.arange(one_kept), 4)
+        target = Outcome(labels, torch.zeros(8, 2), 1.0, 0.0, {})
+        with pytest.raises(ParameterError, match=f"calls {8 - one_kept} of 8 unguided samples 3.*draw more"):
+            removal.refuse_empty(model, target, (3,))
+        removal.refuse_empty(model, target, (5,))
 
 
 def test_an_unknown_method_is_refused_before_anything_runs(tmp_path: Path) -> None:

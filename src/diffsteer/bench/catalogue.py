@@ -19,13 +19,16 @@ from diffsteer import zoo
 from diffsteer.bench import balance
 from diffsteer.bench.findings import Line, finding
 from diffsteer.bench.plots import draw_samples
+from diffsteer.bench.prompted import Prompted
 from diffsteer.bench.removal import Outcome
 from diffsteer.bench.report import MethodPanel
+from diffsteer.bench.self_consumed import self_consumed
 from diffsteer.bench.sweep import bars
 from diffsteer.bench.tasks import Bench
 from diffsteer.bench.trials import TRIALS, method_of
 from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
 from diffsteer.files import check_writable, write_figure, write_text
+from diffsteer.train.loop import accelerator
 from diffsteer.zoo import Model
 
 
@@ -75,6 +78,11 @@ def bench_methods(
         if not only or key in only or method_of(key) in only
         for w in trial.scales
     ]
+    tasks = [TRIALS[key].task for key, _ in plan]
+    if any(isinstance(task, Prompted) for task in tasks):
+        zoo.require_transformers()  # now, not in an hour
+    if any(getattr(task, "networks", None) is self_consumed for task in tasks):
+        accelerator()
     lines: list[Line] = []
     shown: list[Outcome] = []
     console = Console()

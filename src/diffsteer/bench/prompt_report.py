@@ -41,6 +41,7 @@ def write(out: Path, bench: Bench, lines: Sequence[Line]) -> None:
         sampler=bench.plan.samplers[0],
         record=json.dumps({k: v for k, v in record.items() if k != "lines"}, indent=1),
         decides=bench.judge.decides,
+        chosen=any(line.pairs == "chosen on" for line in lines),
     )
     write_text(out / "report.html", page)
     related = [p.related for p in bench.plan.grid if p.reported]

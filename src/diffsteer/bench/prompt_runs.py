@@ -28,7 +28,7 @@ from diffsteer.bench.removal import digest, kind_of
 from diffsteer.core import Guidance
 from diffsteer.denoisers import prediction_space
 from diffsteer.engine import describe, describe_scheduler, plain, stream
-from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
+from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
 from diffsteer.files import whole, write_text
 from diffsteer.methods import (
     ClassifierFreeGuidance,
@@ -184,8 +184,9 @@ class Plan:
         for name in self.methods:
             if name not in SCALES:
                 raise UnknownNameError("method", name, SCALES)
-        if min(self.samples, self.rollouts) < 2 or min(self.batch_size, *(n for _, n in self.samplers), 1) < 1:
-            raise ParameterError("needs at least 2 samples, 2 rollouts, and 1 step")
+        steps = [n for _, n in self.samplers] + [1 if self.steps is None else self.steps]
+        if min(self.samples, self.rollouts) < 2 or min(self.batch_size, *steps) < 1 or self.seed < 0:
+            raise ParameterError("needs at least 2 samples, 2 rollouts, 1 step, and a seed of at least 0")
         if self.prior is not None and not 0 < self.prior < 1:
             raise ParameterError(f"prior must be inside (0, 1), got {self.prior}")
         if self.guidance_scale < 0:
@@ -348,8 +349,11 @@ class Bench:
             facts = {name: getattr(fitted, name) for name in ("prior", "estimator")}
             facts["calibration"] = fitted.calibrations[0]
             write_text(path, json.dumps({**context, "fitted": plain(facts)}, indent=1) + "\n")
-        fitted = json.loads(path.read_text(encoding="utf-8"))["fitted"]
-        return replace(method, **{**fitted, "calibration": from_plain(fitted["calibration"])})
+        try:
+            fitted = json.loads(path.read_text(encoding="utf-8"))["fitted"]
+            return replace(method, **{**fitted, "calibration": from_plain(fitted["calibration"])})
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise WeightsError(f"{path} is no whole calibration ({error}); delete it, and it is made again") from error
 
     @contextmanager
     def _under(self, kind: str) -> Iterator[None]:
@@ -417,17 +421,25 @@ def _unlimited() -> Iterator[None]:
 
 
 def _open(path: Path) -> Run:
-    with _unlimited(), Image.open(path) as sheet:
-        facts = json.loads(sheet.text["run"])  # type: ignore[attr-defined]
-        number, height, width, _ = facts["shape"]
-        pictures = np.asarray(sheet).reshape(height, number, width, 3).transpose(1, 0, 2, 3)
-    return Run(np.ascontiguousarray(pictures), facts["nfe"], facts["seconds"])
+    try:
+        with _unlimited(), Image.open(path) as sheet:
+            facts = json.loads(sheet.text["run"])  # type: ignore[attr-defined]
+            number, height, width, _ = facts["shape"]
+            pictures = np.asarray(sheet).reshape(height, number, width, 3).transpose(1, 0, 2, 3)
+        return Run(np.ascontiguousarray(pictures), facts["nfe"], facts["seconds"])
+    except (OSError, SyntaxError, KeyError, TypeError, ValueError) as error:  # as Pillow calls a broken file
+        raise WeightsError(f"{path} is no whole run ({error}); delete it, and it is made again") from error
 
 
 def fingerprint(pipe: Any) -> str:
-    """A hash of a pipeline's weights and schedule: runs of different ones never mix."""
+    """A hash of a pipeline's weights, settings and schedule: runs of different ones never mix."""
     digest = hashlib.sha256(json.dumps(describe_scheduler(pipe.scheduler), sort_keys=True).encode())
     for name, part in sorted(pipe.components.items()):
+        config = getattr(part, "config", {})
+        config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        settings = {k: v for k, v in config.items() if not k.startswith("_") and "version" not in k}
+        words = sorted(part.get_vocab().items()) if hasattr(part, "get_vocab") else []
+        digest.update(json.dumps([name, settings, words], sort_keys=True, default=str).encode())
         if isinstance(part, torch.nn.Module):
             for key, value in part.state_dict().items():
                 digest.update(f"{name}.{key}".encode())

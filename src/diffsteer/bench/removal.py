@@ -337,13 +337,14 @@ def reject(outcome: Outcome, concepts: Sequence[int]) -> Outcome:
     )  # fmt: skip
 
 
-def refuse_empty(model: Model, target: Outcome, concepts: Sequence[int]) -> None:
-    """Refuse a rejection set of which nothing is left: nothing could be compared with it."""
-    if not bool(target.kept(concepts).any()):
-        named = " or ".join(model.classes[c] for c in concepts)
+def refuse_empty(model: Model, drawn: Outcome, concepts: Sequence[int]) -> None:
+    """Refuse unguided samples of which next to nothing is left to compare with."""
+    kept, named = int(drawn.kept(concepts).sum()), " or ".join(model.classes[c] for c in concepts)
+    if kept < 2:
         raise ParameterError(
-            f"the judge of {model.name} calls all {len(target.labels)} unguided samples {named}, so nothing is left to "
-            "compare with: look at the samples, and train the denoiser or the judge longer"
+            f"the judge of {model.name} calls {len(drawn.labels) - kept} of {len(drawn.labels)} unguided samples "
+            f"{named}, so there is nothing to compare with: look at the samples, draw more of them, or train the "
+            "denoiser or the judge longer"
         )
 
 

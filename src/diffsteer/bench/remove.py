@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diffsteer import zoo
 from diffsteer.bench import balance
+from diffsteer.bench.intervals import share_interval
 from diffsteer.bench.plots import draw_samples
 from diffsteer.bench.removal import NAMES, Outcome, Setting, measure, method_for, refuse_empty, reject, run, unguided
 from diffsteer.bench.removal import scheduler as build
@@ -90,6 +91,7 @@ def remove(
         target = unguided(loaded, aside, progress=bar("Rejection set", aside.samples))
         refuse_empty(loaded, target, labels)
         outcomes["unguided"] = unguided(loaded, setting, progress=bar(NAMES["unguided"], samples))
+        refuse_empty(loaded, outcomes["unguided"], labels)
         outcomes["rejection"] = reject(outcomes["unguided"], labels)
         for name, method in guides.items():
             outcomes[name] = run(loaded, setting, method, trace="full", progress=bar(NAMES[name], samples))
@@ -124,6 +126,7 @@ def remove(
         concepts=named,
         classes=loaded.classes,
         floor=loaded.floor(labels),
+        floor_interval=share_interval(*loaded.floor_counts(labels)),
         rows=rows,
         panels=panels,
         levels=outcomes["dng"].record["log_snr"][:-1],

@@ -44,7 +44,8 @@ class MethodRow:
     seconds : float
         Wall-clock seconds for the row's `n` samples.
     untouched : float, optional
-        Share of samples whose pixels are those of the unguided sample of the same seed, in [0, 1].
+        Share of samples that nobody would tell from the unguided sample of the same seed, in [0, 1]: the root mean
+        square difference of their pixels is below 0.1 of [-1, 1].
     precision, recall, density, coverage : float, optional
         Of the result's features against the rejection set's.
     """
@@ -117,6 +118,8 @@ class RemovalReport:
         All K classes that the judge tells apart.
     floor : float
         Share of real allowed images that the judge calls forbidden, in [0, 1]: no measured share means less than this.
+    floor_interval : (float, float), optional
+        Its 95% interval.
     rows : sequence of MethodRow
         The table, in reading order.
     panels : sequence of MethodPanel
@@ -154,6 +157,7 @@ class RemovalReport:
     command: str = ""
     levels_label: str = "log-SNR"
     target: ArrayLike | None = None
+    floor_interval: Interval | None = None
 
     def __post_init__(self) -> None:
         _require(len(self.rows) > 0, "A report needs at least one row.")

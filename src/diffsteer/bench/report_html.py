@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from diffsteer.bench.arrays import to_numpy
 from diffsteer.bench.report import MethodPanel, RemovalReport
 from diffsteer.bench.report_pictures import LINES, SAMPLES, front_plot, grid, histogram, posterior_plot, scale_plot
-from diffsteer.bench.report_tables import grouped_cells, headings, percent
+from diffsteer.bench.report_tables import floor_text, grouped_cells, headings
 from diffsteer.files import check_writable, write_text
 
 __all__ = ["render_report", "template", "write_report"]
@@ -51,7 +51,7 @@ def render_report(report: RemovalReport) -> str:
         report=report,
         concepts=_listed(report.concepts),
         most=f"{max(row.n for row in report.rows):,}",
-        floor=percent(report.floor),
+        floor=floor_text(report),
         columns=headings(report.rows),
         table=grouped_cells(report.rows),
         front=front_plot(report),

@@ -51,7 +51,7 @@ def rich_table(report: RemovalReport, width: int | None = None) -> Table:
     shown = [i for i, column in enumerate(columns) if column not in hidden or (width or get_console().width) >= 120]
     table = Table(
         title=Text(report.title),
-        caption=Text(f"Small figures: 95% intervals. Judge's floor: {percent(report.floor)}."),
+        caption=Text(f"Small figures: 95% intervals. Judge's floor: {floor_text(report)}."),
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
@@ -144,6 +144,12 @@ def _cell(value: float | None, interval: Interval | None, places: int, unit: str
         return "–", ""
     first, *ends = (f"{number:,.{places}f}".replace("-", "−") for number in (value, *(interval or ())))
     return first + unit, _range(*ends) if ends else ""
+
+
+def floor_text(report: RemovalReport) -> str:
+    """The judge's floor, with its interval where that is known."""
+    ends = [] if report.floor_interval is None else [percent(end) for end in report.floor_interval]
+    return f"{percent(report.floor)}{' (' + ' to '.join(ends) + ')' if ends else ''}"
 
 
 def percent(share: float) -> str:

@@ -103,7 +103,7 @@ def write(
             for s in dict.fromkeys(e.scheduler for e in reported)
         ],
         samples=[(s, [(p.label, grid(p, shown[0])) for p in shown]) for s, shown in panels.items() if shown],
-        shown=SAMPLES,
+        shown=min([SAMPLES, *(len(p.images) for shown in panels.values() for p in shown)]),
         record=json.dumps(run, indent=1),
     )
     write_text(out / "report.html", page)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.errors import DependencyError, ParameterError, UnknownNameError
+from diffsteer.zoo import PIPELINES
 
 __all__ = ["LOADERS", "Dataset", "cifar10", "digits", "image_folder", "load", "mnist"]
 
@@ -266,5 +267,7 @@ def load(name: str, image_size: int = 32) -> Dataset:
     if name in LOADERS:
         return LOADERS[name]()
     if not Path(name).is_dir():
-        raise UnknownNameError("data set", name, [*LOADERS, "or a folder with one sub-folder of images per class"])
+        raise UnknownNameError(
+            "data set", name, [*LOADERS, *PIPELINES, "or a folder with one sub-folder of images per class"]
+        )
     return image_folder(Path(name), image_size)

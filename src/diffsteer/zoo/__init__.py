@@ -135,6 +135,12 @@ def pipeline_folder(name: str | Path) -> str:
     return str(_ROOT / name) if name in PIPELINES else str(name)
 
 
+def require_transformers() -> None:
+    """Refuse where what reads the prompts is not installed."""
+    if find_spec("transformers") is None:
+        raise DependencyError('pipelines need transformers: pip install "diffsteer[pipelines]"')
+
+
 def read_pipeline(name: str | Path, dtype: torch.dtype) -> Any:
     """A shipped pipeline, or any other that diffusers can load; safetensors only.
 
@@ -147,9 +153,7 @@ def read_pipeline(name: str | Path, dtype: torch.dtype) -> Any:
     """
     from diffusers import DiffusionPipeline
 
-    if find_spec("transformers") is None:
-        raise DependencyError('pipelines need transformers: pip install "diffsteer[pipelines]"')
-
+    require_transformers()
     shared = _absent(Path(pipeline_folder(name)) / "model_index.json")
     if name == _STUDENT:  # a student differs from its teacher in the U-Net alone, and so does its shipped folder
         parts = read_pipeline("shapes", dtype).components
@@ -406,13 +410,7 @@ class Model:
 
     def posterior(self, concept: int | str) -> Callable[[Tensor, Level], Tensor]:
         """p(class | x_t) by the noise-aware classifier, as an ``estimator=`` for dynamic negative guidance."""
-        label, logits = self.label(concept), self.classifier(noisy=True)
-
-        @torch.no_grad()
-        def estimate(x: Tensor, level: Level) -> Tensor:
-            return logits(x, level).softmax(1)[:, label]
-
-        return estimate
+        return ClassPosterior(self.classifier(noisy=True), self.label(concept))
 
     @cached_property
     def reference(self) -> dict[str, Tensor]:
@@ -422,9 +420,14 @@ class Model:
 
     def floor(self, concepts: Sequence[int | str]) -> float:
         """Share of real held-out images of kept classes that the judge calls forbidden."""
+        wrong, number = self.floor_counts(concepts)
+        return wrong / number
+
+    def floor_counts(self, concepts: Sequence[int | str]) -> tuple[int, int]:
+        """How many real held-out images of kept classes the judge calls forbidden, and of how many."""
         forbidden = torch.tensor(self._labels(concepts))
         kept = ~torch.isin(self.reference["heldout_labels"], forbidden)
-        return float(torch.isin(self.reference["heldout_judged"][kept], forbidden).double().mean())
+        return int(torch.isin(self.reference["heldout_judged"][kept], forbidden).sum()), int(kept.sum())
 
     def share(self, concept: int | str) -> float:
         """Share of a class in the training data: the prior of its posterior."""
@@ -475,6 +478,18 @@ class Model:
             return from_plain(stored)
         except (AttributeError, TypeError, ValueError) as error:
             raise WeightsError(f"{path} is damaged ({error}); calibrate the model again") from error
+
+
+@dataclass(frozen=True)
+class ClassPosterior:
+    """p(class | x_t) by a noise-aware classifier: (x, level) to (B,)."""
+
+    logits: Callable[[Tensor, Level], Tensor]
+    label: int
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, level: Level) -> Tensor:
+        return self.logits(x, level).softmax(1)[:, self.label]
 
 
 def _read(path: Path) -> dict[str, Tensor]:
