@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from diffsteer import zoo
 from diffsteer.cli import app
+from diffsteer.errors import DependencyError
 
 
 def diffsteer(*words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
@@ -118,3 +120,17 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert run.returncode == 130
     assert "interrupted" in said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command", [["train", "shapes"], ["train", "shapes-flow"], ["bench", "methods", "--method", "sgt"]]
+)
+def test_a_missing_extra_is_told_before_any_work(command, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(zoo, "find_spec", lambda name: None)
+    with pytest.raises(DependencyError, match=r'pip install "diffsteer\[pipelines\]"'):
+        app([*command, "--out", str(tmp_path / "out")], result_action="return_value")
+
+
+def test_sizes_are_two_numbers_or_none() -> None:
+    with pytest.raises(SystemExit):
+        app(["generate", "a", "--pipeline", "shapes", "--empty-size"])

@@ -26,7 +26,7 @@ from diffsteer.bench.prompts import bench_prompts
 from diffsteer.cli import app
 from diffsteer.engine import stream
 from diffsteer.errors import OutputError, ParameterError, UnknownNameError, UnsupportedError, WeightsError
-from diffsteer.generate import _strict, generate, load_pipeline
+from diffsteer.generate import _finite, generate, load_pipeline
 from diffsteer.methods import ClassifierFreeGuidance
 
 sys.path.insert(0, str(Path(__file__).parent / "adapters"))
@@ -265,6 +265,6 @@ def test_shapes_without_what_was_not_wanted(tmp_path: Path) -> None:
         generate("a circle", pipeline="shapes", negative="cat", out=tmp_path)
 
 
-def test_a_record_is_strict_json_however_deep_infinity_lies() -> None:
-    found = _strict({"log_snr": [-math.inf, 1.0], "method": {"calibration": {"log_snr": (math.inf, 2.0)}}})
+def test_a_record_is_finite_json_however_deep_infinity_lies() -> None:
+    found = _finite({"log_snr": [-math.inf, 1.0], "method": {"calibration": {"log_snr": (math.inf, 2.0)}}})
     assert found == {"log_snr": [None, 1.0], "method": {"calibration": {"log_snr": [None, 2.0]}}}

@@ -39,6 +39,8 @@ class Engine:
         The run's number of each sample of this batch.
     streams : sequence of torch.Generator
         The method's own randomness, one per sample.
+    samples : Tensor, (B,), optional
+        The same as methods are told them, within the run's own; default: ``numbers``.
     batching : float or "auto"
         Branches of a step share a forward while it has at most this many batches' rows; "auto" becomes a number as soon
         as there are branches to measure it on. See :func:`diffsteer.sample`.
@@ -51,8 +53,10 @@ class Engine:
         numbers: Tensor,
         streams: Sequence[torch.Generator],
         batching: Batching = 0,
+        samples: Tensor | None = None,
     ) -> None:
         self.nets, self.method, self.numbers, self.streams = nets, method, numbers, streams
+        self.samples = numbers if samples is None else samples
         self.batching: Batching = check_batching(batching)
         self.nfe = torch.zeros(len(numbers), dtype=torch.long)
         self.state: Any = None
@@ -81,7 +85,7 @@ class Engine:
         self.levels, self.stochastic, self.ancestral, self.inner = levels, stochastic, ancestral, inner
         net = self.nets["main"]
         precision = getattr(net, "precision", None)
-        setup = Run(x, levels, stochastic, tuple(net.contexts), self.streams, ancestral, precision, inner, self.numbers)
+        setup = Run(x, levels, stochastic, tuple(net.contexts), self.streams, ancestral, precision, inner, self.samples)
         self.num_steps = setup.num_steps
         self.state = self.method.start(setup)
         return setup.x
@@ -100,7 +104,7 @@ class Engine:
             generators=self.streams,
             number=index - sum(i <= index for i in self.inner),
             ancestral=self.ancestral,
-            samples=self.numbers,
+            samples=self.samples,
         )
         prediction, self.state, info = drive(
             self.method, self.step, self.state, partial(self._evaluate, answered={}, known={})

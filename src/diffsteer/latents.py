@@ -105,14 +105,15 @@ def optimize_latents(
     samples, noises, energies, nfe = [], [], [], []
     with advancing(progress, num_samples * (method.num_optimization_steps + 1)) as advance:
         for first in range(0, num_samples, batch):
-            numbers, keep = torch.arange(first, first + batch) % num_samples, min(batch, num_samples - first)
+            numbers, keep = torch.arange(first, first + batch), min(batch, num_samples - first)
+            own = numbers % num_samples
             if x_T is None:
                 noise = torch.stack([torch.randn(shape, generator=stream(seed, int(i)), dtype=dtype) for i in numbers])
             else:
-                noise = x_T[numbers].to(dtype)
+                noise = x_T[own].to(dtype)
             noise = noise.to(device)
-            check(told(method.energy, numbers), noise)
-            chain, engine = _chain(nets, method, view, numbers, noise, seed)
+            check(told(method.energy, own), noise)
+            chain, engine = _chain(nets, method, view, numbers, own, noise, seed)
             run, seen = method.optimize(chain, noise), []
             try:
                 while True:
@@ -140,12 +141,12 @@ def optimize_latents(
 
 
 def _chain(
-    nets: Mapping[str, Denoiser], method: LatentOptimizer, view: SchedulerView, numbers: Tensor, noise: Tensor,
-    seed: int,
+    nets: Mapping[str, Denoiser], method: LatentOptimizer, view: SchedulerView, numbers: Tensor, samples: Tensor,
+    noise: Tensor, seed: int,
 ) -> tuple[Chain, Engine]:  # fmt: skip
     """The run of one batch as a function of its noise, and the engine that evaluates it."""
     base = _Traced(Unguided(method.base) if isinstance(method.base, str) else method.base)
-    engine = Engine(nets, base, numbers, [stream(seed, int(i), 1) for i in numbers])
+    engine = Engine(nets, base, numbers, [stream(seed, int(i), 1) for i in numbers], samples=samples)
     x_T = view.initial(noise)
     if engine.start(x_T, view.levels, 0.0) is not x_T:
         raise UnsupportedError(f"{_name(base.method)} starts elsewhere than at x_T, which is what is optimised")
@@ -159,7 +160,7 @@ def _chain(
         return x0, eps
 
     initial = float(view.initial(torch.ones((), dtype=torch.float64)))
-    return Chain(view.levels, initial, estimate, [stream(seed, int(i), 2) for i in numbers], numbers), engine
+    return Chain(view.levels, initial, estimate, [stream(seed, int(i), 2) for i in numbers], samples), engine
 
 
 class _Traced(Guidance):

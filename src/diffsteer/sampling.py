@@ -149,11 +149,12 @@ def sample(
     traces: list[dict[str, Tensor]] = []
     with advancing(progress, num_samples * len(view.timesteps)) as advance:
         for start in range(0, num_samples, batch):
-            numbers = first + torch.arange(start, start + batch) % num_samples  # the last batch is filled up
-            chunk = _Chunk(nets, method, numbers, seed, dtype, device, batching)
+            numbers = torch.arange(first + start, first + start + batch)
+            own = first + (numbers - first) % num_samples  # but for those that fill up the last batch
+            chunk = _Chunk(nets, method, numbers, own, seed, dtype, device, batching)
             noise = None
             if x_T is not None:
-                noise = x_T[numbers - first].to(device, dtype)
+                noise = x_T[own - first].to(device, dtype)
             view = SchedulerView(scheduler, steps, eta, device) if start else view
             keep = min(batch, num_samples - start)
             kept: list[dict[str, Tensor]] = []
@@ -241,12 +242,13 @@ class _Chunk:
         nets: Mapping[str, Denoiser],
         method: Guidance,
         numbers: Tensor,
+        samples: Tensor,
         seed: int,
         dtype: torch.dtype,
         device: torch.device,
         batching: Batching,
     ) -> None:
-        self.engine = Engine(nets, method, numbers, [stream(seed, int(i), 1) for i in numbers], batching)
+        self.engine = Engine(nets, method, numbers, [stream(seed, int(i), 1) for i in numbers], batching, samples)
         self.dtype, self.device = dtype, device
         self.noise_streams = [stream(seed, int(i)) for i in numbers]
         self.x: Tensor

@@ -84,3 +84,15 @@ def test_a_statistic_that_is_never_negative_gets_no_negative_end_and_a_signed_on
 def test_bad_input_is_refused_with_the_remedy(call, message: str):
     with pytest.raises(ParameterError, match=message):
         call()
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0.0, 0.0), (0.002, 0.0), (0.001, 0.003), (0.05, 0.02)])
+def test_the_change_of_a_share_in_pairs_is_covered(gained: float, lost: float) -> None:
+    """Also where no pair differs, of which a bootstrap would be certain."""
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(512, [gained, lost, 1 - gained - lost], size=400)
+    ends = [intervals.change_interval(int(g), int(k), 512) for g, k, _ in counts]
+    assert np.mean([low <= gained - lost <= high for low, high in ends]) > 0.92
+    assert all(high - low > 0.005 for low, high in ends)
+    with pytest.raises(ParameterError, match="at most n changes"):
+        intervals.change_interval(3, 2, 4)

@@ -125,6 +125,26 @@ def test_another_schedule_has_another_name_too() -> None:
     assert fingerprint(other) != fingerprint(tiny.stable_diffusion())
 
 
+def test_other_settings_have_another_name_too() -> None:
+    """Such as an autoencoder's scale, which no weight shows."""
+    one, other = tiny.stable_diffusion(), tiny.stable_diffusion()
+    assert fingerprint(one) == fingerprint(other)
+    other.vae.register_to_config(scaling_factor=0.5)
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_damaged_runs_say_what_to_do(bench: Bench) -> None:
+    pair = PLAN.grid[0]
+    bench.run(pair, SAMPLER, "none", 0.0)
+    bench.tracker("a circle", "red", SAMPLER)
+    for kept in bench.store.iterdir():
+        kept.write_bytes(kept.read_bytes()[:-40])
+    with pytest.raises(WeightsError, match=r"no whole run.*delete it"):
+        bench.run(pair, SAMPLER, "none", 0.0)
+    with pytest.raises(WeightsError, match=r"no whole calibration.*delete it"):
+        bench.tracker("a circle", "red", SAMPLER)
+
+
 def test_large_runs_are_read_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16 * 16)  # a third of a run's: an attack, thinks Pillow
     made, again = (bench.run(PLAN.grid[0], SAMPLER, "np", 1.0).pictures for _ in range(2))

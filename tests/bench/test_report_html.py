@@ -73,6 +73,11 @@ def test_the_page_holds_every_part(html: str):
     assert page.tags.count("img") == 2
 
 
+def test_the_floor_has_its_interval_where_that_is_known():
+    page = Page(render_report(report(floor=0.0, floor_interval=(0.0, 0.0117))))
+    assert "floor is 0.0% (0.0% to 1.2%)" in page.text
+
+
 def test_the_table_shows_value_and_interval_of_every_row(html: str):
     text = Page(html).text
     assert "Negative prompting 0.3 1,000 1.4% 0.8–2.3 0.036 0.030–0.043 0.041 0.035–0.050" in text

@@ -86,6 +86,12 @@ def computed(scene: Script, i: int, method: Any) -> np.ndarray:
     return guided(scene, i, 5.0 * method.weights(rho(scene, i)))
 
 
+def shared(scene: Script, i: int, method: Any) -> np.ndarray:
+    """Each schedule once, and their product once more, which the method inside is told of."""
+    weight = np.tanh(rho(scene, i)) * 0.5
+    return guided(scene, i, 5.0 * weight**2)
+
+
 def rescaled(scene: Script, i: int, method: Any) -> np.ndarray:
     """Lin et al., equations 14 to 16."""
     out = np.empty_like(scene.points[i])
@@ -110,6 +116,15 @@ def renormed(scene: Script, i: int, method: Any) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Told(ds.Guidance):
+    """Classifier-free guidance times what it is told that acts of it."""
+
+    def guide(self, step, state):
+        cond, null = yield [ds.Call("pos"), ds.Call("null")]
+        return null + 5.0 * step.share * (cond - null), state, {}
+
+
+@dataclass(frozen=True)
 class Trial:
     """A composition, built from any copy of the module, beside what it must answer."""
 
@@ -125,6 +140,9 @@ TRIALS = {
     "switch at nothing": Trial(lambda m: m.Switch(CFG, NP, 0.0), switched, {}),
     "schedule by table": Trial(lambda m: m.Schedule(CFG, TABLE), interpolated, {}),
     "schedule of one": Trial(lambda m: m.Schedule(CFG, ((1.0, 0.3),)), interpolated, {"seed": 1}),
+    "schedule in a schedule": Trial(
+        lambda m: m.Schedule(m.Schedule(Told(), np.tanh), lambda rho: 0.5), shared, {"coordinates": "vp"}
+    ),
     "schedule by function": Trial(lambda m: m.Schedule(CFG, np.tanh), computed, {"coordinates": "flow"}),
     "rescale": Trial(lambda m: m.Rescale(CFG), rescaled, {"shape": (1, 4, 4)}),
     "rescale to null": Trial(lambda m: m.Rescale(CFG, 0.3, "null"), rescaled, {"coordinates": "ve"}),

@@ -145,7 +145,7 @@ def test_refuses(change: dict[str, Any], message: str) -> None:
 
 def test_refuses_what_does_not_fit() -> None:
     for labels in (torch.zeros(4, 4, dtype=torch.long), torch.full((2, 3), 3)):
-        with pytest.raises(ParameterError, match="do not fit"):
+        with pytest.raises(ParameterError, match="not fit"):
             play(ds.SemanticGradientGuidance(SEG, labels), script(shape=SHAPE))
 
 
@@ -156,8 +156,3 @@ def test_any_kind_of_whole_numbers_is_a_label() -> None:
         told = (LABELS if kind == torch.uint8 else labels).to(kind)
         for a, b in zip(play(ds.SemanticGradientGuidance(SEG, told, mode="score"), scene), expected, strict=True):
             assert torch.equal(a.prediction, b.prediction)
-
-
-def test_refuses_maps_of_another_number_of_samples() -> None:
-    with pytest.raises(ParameterError, match="batch_size"):
-        play(ds.SemanticGradientGuidance(SEG, EACH), script(shape=SHAPE), rows=[0, 1])

@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
 import diffsteer as ds
+from diffsteer.engine import describe
 from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
 
 
@@ -187,3 +188,18 @@ def test_the_final_log_ratio_of_unguided_rollouts_labels_them(model) -> None:
     top = out.trace["log_odds:neg"][-1].topk(int(judged.sum())).indices
     labelled = torch.zeros(250, dtype=torch.bool).index_fill_(0, top, True)
     assert (labelled == judged).double().mean() >= 0.95
+
+
+def test_posteriors_of_two_classes_are_told_apart() -> None:
+    """Records and stored runs go by what a method is described as."""
+    model = ds.zoo.load("digits")
+    first, second = (describe(ds.DynamicNegativeGuidance(estimator=model.posterior(k))) for k in (3, 5))
+    assert first != second
+    assert first == describe(ds.DynamicNegativeGuidance(estimator=model.posterior("3")))
+
+
+def test_the_floor_is_of_so_many_images() -> None:
+    model = ds.zoo.load("digits")
+    wrong, number = model.floor_counts([3])
+    assert 300 < number < 350
+    assert model.floor([3]) == wrong / number

@@ -121,7 +121,7 @@ def widen(method: Guidance, negatives: list[str], others: set[str]) -> Guidance:
             f"{', '.join(twice)} was given both by negative_prompt= and by contexts=, and can be one of them only; "
             "leave the other out"
         )
-    named = sorted(filter(_is_numbered, others))
+    named = sorted(filter(_is_numbered, others)) if _is_ours(method) else []
     if len(negatives) > 1 or set(named) - mentioned(method):
         method = _replace(method, (*negatives, *named))
     negatives = [*negatives, *named]
@@ -149,6 +149,16 @@ def widen(method: Guidance, negatives: list[str], others: set[str]) -> Guidance:
 def _is_numbered(name: str) -> bool:
     """Whether a context is one of negatives: "neg", "neg2", ..."""
     return name == "neg" or (name[:3] == "neg" and name[3:].isdigit())
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether a method is this library's, with all that it is made of: then its contexts stand in its fields."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_ours, value))
+    if not isinstance(value, Guidance):
+        return True
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    return type(value).__module__.startswith("diffsteer.") and all(_is_ours(getattr(value, f.name)) for f in fields)
 
 
 def mentioned(value: Any) -> set[str]:

@@ -34,15 +34,15 @@ class Chain:
         are enabled.
     generators : sequence of torch.Generator
         One per sample, for the method.
-    samples : Tensor, (B,)
-        Their numbers in the run.
+    samples : Tensor, (B,), optional
+        Their numbers in the run; default: from 0 on.
     """
 
     levels: Sequence[Level]
     initial: float
     estimate: Callable[[Tensor, int, Shifts], tuple[Tensor, Tensor]]
     generators: Sequence[torch.Generator]
-    samples: Tensor
+    samples: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.levels) - 1
