@@ -385,6 +385,9 @@ def test_refusals_name_the_remedy() -> None:
         SchedulerView(d.UniPCMultistepScheduler(use_dynamic_shifting=True, **flow), 4)
     with pytest.raises(UnsupportedError, match="or a callable"):
         ds.sample(DEN, ds.DynamicNegativeGuidance(), scheduler=d.LCMScheduler(), num_samples=2, steps=4)
+    dng = ds.DynamicNegativeGuidance(estimator="ito")
+    with pytest.raises(UnsupportedError, match="how much this scheduler adds is unknown"):
+        ds.sample(DEN, dng, scheduler=d.LCMScheduler(), num_samples=2, steps=4)
 
 
 @pytest.mark.parametrize("kind", [d.FlowMatchEulerDiscreteScheduler, d.FlowMatchLCMScheduler])

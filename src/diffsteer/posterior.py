@@ -214,6 +214,11 @@ class PosteriorTracker:
                 f"estimator={self.estimator!r} needs a stochastic sampler: on a deterministic one it removes almost "
                 "nothing; use estimator='auto' (divergence-corrected), or 'surrogate' knowingly"
             )
+        if stochastic is None and self.estimator == "ito":
+            raise UnsupportedError(
+                "estimator='ito' has a divergence for the noise that a sampler leaves out, and how much this scheduler "
+                "adds is unknown; use estimator='ode' or a callable"
+            )
         if stochastic != 1 and self.estimator in ("odds", "kernel"):
             raise UnsupportedError(
                 f"estimator={self.estimator!r} needs a sampler that adds the full ancestral noise (DDPM, DDIM with "

@@ -75,7 +75,7 @@ def test_the_page_holds_every_part(html: str):
 
 def test_the_floor_has_its_interval_where_that_is_known():
     page = Page(render_report(report(floor=0.0, floor_interval=(0.0, 0.0117))))
-    assert "floor is 0.0% (0.0% to 1.2%)" in page.text
+    assert "floor is 0% (0% to 1.17%)" in page.text
 
 
 def test_the_table_shows_value_and_interval_of_every_row(html: str):
