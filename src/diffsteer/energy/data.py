@@ -36,11 +36,12 @@ def fitted(name: str, data: Tensor, like: Tensor, samples: Tensor | None) -> Ten
     ParameterError
         Data of another size.
     """
+    own = data
+    if data.ndim == like.ndim and len(data) > 1:
+        numbers = torch.arange(len(like)) if samples is None else samples
+        own = data[numbers.to(data.device) % len(data)]
     try:
-        if data.ndim == like.ndim and len(data) > 1:
-            numbers = torch.arange(len(like)) if samples is None else samples
-            data = data[numbers.to(data.device) % len(data)]
-        return data.expand_as(like)
+        return own.expand_as(like)
     except RuntimeError:
         raise ParameterError(
             f"{name} of shape {tuple(data.shape)} does not fit: {tuple(like.shape[1:])} is for all samples, "
