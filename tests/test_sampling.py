@@ -145,6 +145,19 @@ def test_progress_counts_samples_times_evaluations() -> None:
     assert sum(done) == 7 * 8
 
 
+@pytest.mark.parametrize("contexts", [("neg",), ("neg", "neg2")])
+def test_what_a_sample_costs_does_not_depend_on_its_batch(contexts: tuple[str, ...]) -> None:
+    """What was answered with a graph, for samples in doubt, serves those who ask for the same without one."""
+    den = ds.toy.ring().denoiser({"null": None, "pos": [0, 1, 2], "neg": [0], "neg2": [3]})
+    method = ds.ClassifierFreeGuidance(2.0) + ds.DynamicNegativeGuidance(prior=0.2, contexts=contexts)
+    keywords = {"scheduler": DDIMScheduler(clip_sample=False), "num_samples": 30, "steps": 20, "dtype": torch.float64}
+    alone, together = (ds.sample(den, method, batch_size=size, **keywords) for size in (1, 30))
+    assert torch.equal(alone.nfe, together.nfe)
+    torch.testing.assert_close(alone.samples, together.samples)
+    assert int(together.nfe.max()) <= 20 * (2 * len(contexts) + 1)
+    assert together.nfe.double().mean() < 20 * (2 * len(contexts) + 0.97)
+
+
 @dataclass(frozen=True)
 class AsksTwice(Guidance):
     """Two rounds that ask for the same."""

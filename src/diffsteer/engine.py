@@ -155,12 +155,18 @@ class Engine:
                 value = self._at_x(call, ordered, known)
             else:
                 value = self._one(call)
-                if call.rows is None and (call.x is None or _same(call.x, self.step.x)):
-                    known[_branch(call)] = value.detach(), None
+                if self._is_own(call):
+                    self._learn(call, value.detach(), known)
             if _records(call) and _branch(call) in known:
                 known[_branch(replace(call, perturb=None))] = known[_branch(call)]
             answered[call.key] = call, value  # the call keeps alive what its key names by id
         return [answered[call.key][1] for call in calls]
+
+    def _is_own(self, call: Call) -> bool:
+        """Whether it is asked at the step's own point."""
+        if call.x is None or call.rows is None:
+            return call.x is None or _same(call.x, self.step.x)
+        return torch.equal(call.x, self.step.x[call.rows])
 
     def _at_x(self, call: Call, beside: Sequence[Call], known: dict[Any, Any]) -> Tensor:
         """The answer for some samples or all, of which those ``known`` at this step are not evaluated again."""
@@ -197,6 +203,8 @@ class Engine:
         key, size = _branch(call), len(self.step.x)
         if call.rows is None:
             known[key] = new, None
+            return
+        if key in known and known[key][1] is None:
             return
         whole, done = known.get(key) or (new.new_zeros(size, *new.shape[1:]), torch.zeros(size, dtype=torch.bool))
         known[key] = whole.index_copy(0, call.rows, new), done.index_fill(0, call.rows.cpu(), True)
