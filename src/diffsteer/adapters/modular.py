@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from diffsteer.adapters.contexts import Bundle, like_prompt, pop_negatives, widen
 from diffsteer.adapters.network import Invocation, PipelineNet, bare, first, on_grid
 from diffsteer.adapters.specs import VERIFIED, Spec
-from diffsteer.adapters.steps import GuidedSteps, check_needs, drawing, entry, wide
+from diffsteer.adapters.steps import GuidedSteps, check_needs, check_uncached, drawing, entry, wide
 from diffsteer.core import Guidance, Sum
 from diffsteer.denoisers import by_name
 from diffsteer.engine import every_kth
@@ -180,6 +180,8 @@ class MethodGuider(BaseGuidance):
         if not self._enabled:
             return
         context, self._denoiser = self._prepared[self._count_prepared - 1], denoiser
+        if self.run is not None and self.run.engine is None:
+            check_uncached(denoiser)
 
         def record(native: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
             try:

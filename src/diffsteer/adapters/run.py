@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffsteer.adapters.contexts import Bundle, described, encode
 from diffsteer.adapters.network import Invocation, PipelineNet, on_grid, pack
 from diffsteer.adapters.specs import Spec
-from diffsteer.adapters.steps import GuidedSteps, drawing, entry, wide
+from diffsteer.adapters.steps import GuidedSteps, check_uncached, drawing, entry, wide
 from diffsteer.core import Guidance
 from diffsteer.engine import Batching
 from diffsteer.errors import ParameterError, StateError, UnsupportedError
@@ -75,6 +75,7 @@ class GuidedRun(GuidedSteps):
             for name in self.spec.denoisers:
                 module = getattr(self.pipe, name, None)
                 if module is not None:
+                    check_uncached(module)
                     stack.enter_context(patched(module, entry(module), functools.partial(self._denoise, module)))
             control = getattr(self.pipe, "controlnet", None)
             if control is not None:

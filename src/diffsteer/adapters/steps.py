@@ -139,14 +139,17 @@ def check_needs(method: Guidance, models: Mapping[str, nn.Module]) -> None:
         raise UnsupportedError(f"a pipeline cannot give what this method needs: {', '.join(unmet)}; use sample()")
 
 
-def entry(module: nn.Module) -> str:
-    """What calling a module calls: ``forward``, unless it was compiled in place."""
-    hooks = [
-        h for part in module.modules() for h in getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).values()
-    ]
+def check_uncached(module: nn.Module) -> None:
+    """Refuse a network whose cache, enabled or applied as hooks, would answer one branch with another's features."""
+    registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
+    hooks = [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
     if getattr(module, "is_cache_enabled", False) or any(hook._is_stateful for hook in hooks):
         raise UnsupportedError(
             f"{type(module).__name__} has a cache enabled, which would answer one branch with another's features; call "
             "its disable_cache() first, or load it without the cache's hooks"
         )
+
+
+def entry(module: nn.Module) -> str:
+    """What calling a module calls: ``forward``, unless it was compiled in place."""
     return "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
