@@ -669,7 +669,7 @@ def test_sequential_offloading_by_hand() -> None:
     method = ds.ClassifierFreeGuidance(5.0) + ds.DynamicNegativeGuidance(prior=0.3)
     with ds.attach(pipe, method) as handle:
         ours = run(pipe, row, negative_prompt="ugly")
-    assert (handle.last.nfe > 3 * 4).any()  # evaluations with a derivative among them
+    assert handle.last.record["stochastic"] == 0  # evaluations with a derivative are among them
     accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
     before = parts(pipe)
     assert {weight.device.type for weight in pipe.unet.parameters()} == {"meta"}
