@@ -23,9 +23,8 @@ def patched(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[
         yield
     finally:
         patch.live = False
-        if (
-            owner.__dict__.get(name) is patch
-        ):  # else another thread has patched it since, and takes ours out with its own
+        # where another thread has patched it since, that one takes ours out with its own
+        if owner.__dict__.get(name) is patch:
             below: Any = patch
             while isinstance(below, _Patch) and not below.live:
                 below = below.below
@@ -42,9 +41,8 @@ class _Patch:
         self.owner, self.name, self.replacement = owner, name, replacement
         self.native, self.below = getattr(owner, name), owner.__dict__.get(name)
         self.live, self.busy, self.thread = True, False, threading.get_ident()
-        functools.update_wrapper(
-            self, self.native, updated=()
-        )  # pipelines look at the signature of a scheduler's step()
+        # pipelines look at the signature of a scheduler's step()
+        functools.update_wrapper(self, self.native, updated=())
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         if not self.live or self.busy or threading.get_ident() != self.thread:

@@ -15,6 +15,8 @@ from diffsteer.errors import MissingContextError, ParameterError, UnsupportedErr
 
 Bundle = dict[str, Tensor | None]  # arguments of the denoiser by (dotted) name
 
+_EMBEDDED = ("_embeds", "_mask")  # how the names of arguments end that are no texts
+
 
 def pop_negatives(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Take the negative prompts out of a pipeline's arguments.
@@ -30,9 +32,8 @@ def pop_negatives(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
         The negatives do not match the prompts, or each other, in number.
     """
     given = {k: arguments.pop(k) for k in list(arguments) if k.startswith("negative_") and "prompt" in k}
-    texts, tensors = [], []
-    for k in (k for k, v in given.items() if v is not None):
-        (tensors if k.endswith(("_embeds", "_mask")) else texts).append(k)
+    named = [k for k, v in given.items() if v is not None]
+    texts, tensors = ([k for k in named if k.endswith(_EMBEDDED) is embedded] for embedded in (False, True))
     if texts and tensors:
         raise ParameterError(f"a negative is given by {texts[0]} or by {tensors[0]}, not by both; leave one out")
     prompts = _number_of_prompts(arguments)
@@ -221,9 +222,8 @@ def encode(
         if own and own.keys() <= spec.conditioning.keys():
             bundles[name] = _whole(name, own, [k for k in spec.conditioning if k not in spec.shared])
             continue
-        embedded = [k for k in own if isinstance(own[k], Tensor)]
-        if embedded and not single:
-            _whole(name, own, [k for k in texts if k.endswith(("_embeds", "_mask"))])
+        if not single and any(isinstance(value, Tensor) for value in own.values()):
+            _whole(name, own, [k for k in texts if k.endswith(_EMBEDDED)])
         own = {k: like_prompt(v, prompt, batch) for k, v in own.items()}
         if single:
             blank = {k: None for k in arguments if "prompt" in k and "num" not in k}

@@ -218,6 +218,11 @@ def _from(at: Tensor, call: Call) -> Call:
     return replace(call, x=at if call.rows is None else at[call.rows], grad=True)
 
 
+def needs_inside(base: str | Guidance) -> frozenset[str]:
+    """The capabilities that ``base`` needs; a context needs none."""
+    return base.needs if isinstance(base, Guidance) else frozenset()
+
+
 def reference(base: str | Guidance) -> str:
     """The context that a correction of ``base`` is relative to."""
     return base if isinstance(base, str) else base.reference

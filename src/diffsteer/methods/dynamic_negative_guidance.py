@@ -283,8 +283,8 @@ class DynamicNegativeGuidance(Guidance):
         prediction = null
         for weight, difference in zip(weights, away, strict=True):
             prediction = prediction - like(weight, null) * difference
-        acts = [step.share * weight.to(f.weight) for f, weight in zip(followed, weights, strict=True)]
-        followed = [replace(f, weight=weight) for f, weight in zip(followed, acts, strict=True)]
+        acting = step.share * weights.to(followed[0].weight)
+        followed = [replace(f, weight=weight) for f, weight in zip(followed, acting, strict=True)]
         info = {"posterior": total, "scale": weights.sum(0)}
         for context, p, f in zip(self.contexts, posteriors, followed, strict=True):
             info |= {f"posterior:{context}": p, f"log_odds:{context}": f.tracked.log_odds, f"size:{context}": f.size}

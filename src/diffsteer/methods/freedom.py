@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from diffsteer.core import Call, Guidance, Plan, Step
-from diffsteer.energy.forces import CleanEnergy, estimate, matched_rms, reference
+from diffsteer.energy.forces import CleanEnergy, estimate, matched_rms, needs_inside, reference
 from diffsteer.energy.steps import EnergyGuidance, Inside, act, check_recurrences, is_noise
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
@@ -82,8 +82,7 @@ class FreeDoM(EnergyGuidance):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         again = frozenset({"recurrence"} if self.num_recurrences > 1 else ())
-        inner = self.base.needs if isinstance(self.base, Guidance) else frozenset()
-        return inner | again | {"first_order"}
+        return needs_inside(self.base) | again | {"first_order"}
 
     def guide(self, step: Step, state: Inside) -> Plan:
         guided = self.scale > 0 and not is_noise(step)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffsteer.core import After, Guidance, Plan, Repeat, Run, Step
 from diffsteer.energy.data import fitted
-from diffsteer.energy.forces import clipped_norm, estimate, unit
+from diffsteer.energy.forces import clipped_norm, estimate, needs_inside, unit
 from diffsteer.energy.steps import EnergyGuidance, Inside, act, check_recurrences, draw, is_noise, land_around
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
@@ -107,7 +107,7 @@ class MotionGuidance(EnergyGuidance):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         again = frozenset({"recurrence"} if self.num_recurrences > 1 else ())
-        return again | (self.base.needs if isinstance(self.base, Guidance) else frozenset())
+        return again | needs_inside(self.base)
 
     def energy(self, x0: Tensor, samples: Tensor | None = None) -> Tensor:
         """L of a clean sample; (B,)."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffsteer.core import After, Call, Guidance, Info, Plan, Run, State, Step, altered, guide_in, widened
 from diffsteer.energy.data import told
-from diffsteer.energy.forces import descent, reference, uncoupled, unit
+from diffsteer.energy.forces import descent, needs_inside, reference, uncoupled, unit
 from diffsteer.energy.steps import Inside, Landing, alphas, is_noise, land_around
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
@@ -101,8 +101,7 @@ class ReadoutGuidance(Guidance):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        inner = self.base.needs if isinstance(self.base, Guidance) else frozenset()
-        return inner | {"first_order", "perturb"}
+        return needs_inside(self.base) | {"first_order", "perturb"}
 
     def start(self, run: Run) -> Inside:
         return Inside(self.base.start(run) if isinstance(self.base, Guidance) else None, Landing())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffsteer.core import Guidance, Plan, Run, State, Step
 from diffsteer.energy.data import told
-from diffsteer.energy.forces import CleanEnergy, clean_force, estimate, held_force, smoothed, unit
+from diffsteer.energy.forces import CleanEnergy, clean_force, estimate, held_force, needs_inside, smoothed, unit
 from diffsteer.energy.steps import (
     EnergyGuidance,
     Landing,
@@ -140,7 +140,7 @@ class TrainingFreeGuidance(EnergyGuidance):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         modes = needs_of(self.x_t_mode) | needs_of(self.x0_mode)
         again = frozenset({"recurrence"} if self.num_recurrences > 1 else ())
-        return modes | again | (self.base.needs if isinstance(self.base, Guidance) else frozenset())
+        return modes | again | needs_inside(self.base)
 
     def start(self, run: Run) -> Rates:
         inside = super().start(run)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from diffsteer.core import Guidance, Plan, Step, like
-from diffsteer.energy.forces import CleanEnergy, clean_force, estimate
+from diffsteer.energy.forces import CleanEnergy, clean_force, estimate, needs_inside
 from diffsteer.energy.steps import EnergyGuidance, Inside, act, check_recurrences, is_noise
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
@@ -89,7 +89,7 @@ class UniversalGuidance(EnergyGuidance):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         again = frozenset({"recurrence"} if self.num_recurrences > 1 else ())
-        return again | (self.base.needs if isinstance(self.base, Guidance) else frozenset())
+        return again | needs_inside(self.base)
 
     def guide(self, step: Step, state: Inside) -> Plan:
         guided = not is_noise(step)
