@@ -85,12 +85,13 @@ def check_training(module: Any) -> None:
         return plain(found, targets)
 
     flat = torch.tensor([0.7, 0.5, -0.3, -0.6])[:, None, None, None].expand(4, 1, 8, 8)
+    denoiser = ds.denoiser(network())  # draws its weights
     before = torch.random.get_rng_state()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_features", watched)
         patch.setattr(module.F, "mse_loss", loss)
         head = module.train_readout(
-            ds.denoiser(network()), flat, flat, LAYERS, scheduler=SCHEDULER, width=4, iterations=30, batch_size=8
+            denoiser, flat, flat, LAYERS, scheduler=SCHEDULER, width=4, iterations=30, batch_size=8
         )
     assert torch.equal(torch.random.get_rng_state(), before)
     assert not head.training
