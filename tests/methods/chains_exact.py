@@ -17,6 +17,7 @@ import torch
 from diffusers import DDIMScheduler
 
 import diffsteer as ds
+from diffsteer.energy.chains import LatentOptimizer
 from diffsteer.engine import stream
 from diffsteer.testing import mutants
 
@@ -95,7 +96,7 @@ def scaled_to(x: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 def changes(module: str, functions: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Every version of a module's source with one operator, sign or comparison changed."""
-    return mutants(_source(module), functions)
+    return mutants(source_of(module), functions)
 
 
 def changed(home: str, cls: str, module: str, source: str) -> Any:
@@ -106,16 +107,18 @@ def changed(home: str, cls: str, module: str, source: str) -> Any:
             fresh = types.ModuleType(name)
             fresh.__file__ = saved[name].__file__
             sys.modules[name] = fresh
-            tree = ast.parse(source if name == module else _source(name))
+            tree = ast.parse(source if name == module else source_of(name))
             for node in ast.walk(tree):  # a name can be registered once
                 if isinstance(node, ast.ClassDef):
                     node.decorator_list = [d for d in node.decorator_list if "register" not in ast.unparse(d)]
             exec(compile(tree, name, "exec"), fresh.__dict__)
+            if "LatentOptimizer" in fresh.__dict__:
+                fresh.LatentOptimizer = LatentOptimizer  # the class that optimize_latents() knows methods by
         return sys.modules[home].__dict__[cls]
     finally:
         sys.modules.clear()
         sys.modules.update(saved)
 
 
-def _source(module: str) -> str:
+def source_of(module: str) -> str:
     return Path(inspect.getfile(importlib.import_module(module))).read_text(encoding="utf-8")

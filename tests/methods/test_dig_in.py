@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chains_exact import DDIM, MIXTURE, changed, changes, ddim, levels, noise, noise_seen, scaled_to
+from chains_exact import DDIM, MIXTURE, changed, changes, ddim, levels, noise, noise_seen, scaled_to, source_of
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from energies import Waves, slope
 from gaussians import Gaussians
@@ -126,6 +126,12 @@ def test_oracle() -> None:
 
 
 CHANGES = list(changes("diffsteer.methods.dig_in", ("optimize", "_run")))
+
+
+def test_the_unchanged_source_agrees() -> None:
+    agree(
+        changed("diffsteer.methods.dig_in", "DiGIN", "diffsteer.methods.dig_in", source_of("diffsteer.methods.dig_in"))
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chains_exact import DDIM, MIXTURE, POSITIVE, changed, changes, edict, guided, levels, noise, scaled_to
+from chains_exact import DDIM, MIXTURE, POSITIVE, changed, changes, edict, guided, levels, noise, scaled_to, source_of
 from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from energies import Waves, slope
 from gaussians import Gaussians
@@ -85,6 +85,11 @@ FORMULAS = [
     ("diffsteer.methods.doodl", ("optimize",)),
 ]
 CHANGES = [(module, told, source) for module, functions in FORMULAS for told, source in changes(module, functions)]
+
+
+def test_the_unchanged_source_agrees() -> None:
+    for module, _ in FORMULAS:
+        agree(changed("diffsteer.methods.doodl", "DOODL", module, source_of(module)), 2)
 
 
 @pytest.mark.parametrize(
