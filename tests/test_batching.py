@@ -263,6 +263,7 @@ def test_auto_on_what_cannot_share() -> None:
     out = ds.sample(mixture, ds.NegativePrompting(0.3), batching="auto", **keywords)
     assert torch.equal(out.samples, ds.sample(mixture, ds.NegativePrompting(0.3), **keywords).samples)
     assert out.record["batching"] == "auto"  # it cannot even be measured
+    assert run(Unguided(), "auto")[0].record["batching"] == "auto"  # one branch is nothing to measure on
     longer = denoiser(Loose(), pos={"label": torch.ones(1, 2)})
     assert ds.sample(longer, ds.ClassifierFreeGuidance(2.0), batching="auto", **keywords).record["batching"] == 0
 
@@ -306,7 +307,7 @@ def test_nan_still_names_the_branch() -> None:
 
 
 def test_batching_is_checked() -> None:
-    for bad in (-1, "always", None, float("nan")):
+    for bad in (-1, "always", None, float("nan"), float("inf")):
         with pytest.raises(ParameterError, match="batching must be"):
             run(BOTH, bad)  # type: ignore[arg-type]
 

@@ -78,6 +78,7 @@ def test_levels_at_both_ends() -> None:
     assert Level(0.0, 1.0).rho == math.inf
     assert Level(0.0, 1.0).log_snr == -math.inf
     assert Level(1.0, 0.0).log_snr == math.inf
+    assert Level(0.5, 1.5).log_snr == pytest.approx(-2 * math.log(3))
 
 
 def test_a_vp_network_is_found_under_ve_and_flow_levels() -> None:
@@ -90,6 +91,10 @@ def test_a_vp_network_is_found_under_ve_and_flow_levels() -> None:
             own, time = path.locate(make(rho))
             assert time == t
             assert own.alpha == pytest.approx(float(alphas[t].sqrt()), rel=1e-9)
+    last = float(((1 - alphas[-1]) / alphas[-1]).sqrt())
+    for rho, time in ((1e-6, 0), (2 * last, 999), (math.inf, 999)):  # beyond its ends
+        assert path.locate(Level(1.0, rho) if rho < math.inf else Level(0.0, 1.0))[1] == time
+    assert path.locate(Level(0.0, 1.0))[0].rho == pytest.approx(last, rel=1e-12)
     euler = EulerDiscreteScheduler(timestep_spacing="linspace")
     euler.set_timesteps(30)
     for t, sigma in zip(euler.timesteps, euler.sigmas, strict=False):
@@ -99,6 +104,7 @@ def test_a_vp_network_is_found_under_ve_and_flow_levels() -> None:
 def test_flow_and_ve_networks() -> None:
     own, time = FlowPath().locate(Level(1.0, 3.0))
     assert (own.alpha, own.sigma, time) == (0.25, 0.75, 750.0)
+    assert FlowPath(500).locate(Level(1.0, 3.0))[1] == 375.0
     assert VEPath().locate(Level(0.5, 0.5)) == (Level(1.0, 1.0), 0.0)
     own, time = LogPath().locate(Level(0.5, 1.5))
     assert (own.rho, own.alpha**2 + own.sigma**2) == (pytest.approx(3.0), pytest.approx(1.0))

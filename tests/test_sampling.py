@@ -14,6 +14,7 @@ import diffsteer as ds
 from diffsteer.core import Call, Guidance
 from diffsteer.engine import describe, stream
 from diffsteer.errors import MissingContextError, NonFiniteError, ParameterError, StateError, UnsupportedError
+from diffsteer.paths import convert
 
 MIX = ds.toy.ring()
 DEN = MIX.denoiser({"null": None, "neg": [0]})
@@ -57,7 +58,9 @@ def test_trace_nfe_and_record() -> None:
     assert run(ds.NegativePrompting(0.3), num_samples=5, steps=9).nfe.tolist() == [18] * 5
     assert 9 <= int(out.nfe.min()) <= int(out.nfe.max()) <= 18
     assert run(trace="off").trace == {}
-    assert run(trace="every:4").trace["scale"].shape == (2, 7)
+    full, some = run(steps=9).trace["scale"], run(steps=9, trace="every:4").trace["scale"]
+    assert torch.equal(some, full[::4])
+    assert out.record["batch_size"] == 5
     assert out.record["method"]["name"] == "DynamicNegativeGuidance"
     assert len(out.record["log_snr"]) == 10
     json.dumps({k: v for k, v in out.record.items() if k != "log_snr"})
@@ -91,6 +94,36 @@ def test_the_posterior_in_the_trace_is_the_one_used() -> None:
     assert torch.equal(torch.stack(used), out.trace["scale"])
 
 
+def test_a_callback_is_shown_the_samples_asked_for() -> None:
+    """Not those that fill up the last batch."""
+    shown: list[torch.Tensor] = []
+    out = run(
+        num_samples=5, batch_size=3, steps=2,
+        callback=lambda index, x, info: shown.extend([x.clone()] * (len(x) == len(info["scale"]) and index == 1)),
+    )  # fmt: skip
+    assert torch.equal(torch.cat(shown), out.samples)
+
+
+def test_methods_are_told_the_numbers_of_samples_and_draw_apart_from_the_sampler() -> None:
+    """What fills up the last batch has numbers of the run's own."""
+    told: list[list[int]] = []
+
+    class Watching(ds.Unguided):
+        def start(self, run):
+            assert run.precision is None
+            told.append(run.samples.tolist())
+            noise = torch.stack([torch.randn(2, generator=g) for g in run.generators])
+            assert not torch.isclose(noise, run.x).any()
+
+        def guide(self, step, state):
+            told.append(step.samples.tolist())
+            assert len(step.generators) == len(step.x)
+            return super().guide(step, state)
+
+    run(Watching(), num_samples=5, batch_size=2, first=4, steps=1)
+    assert told == [[4, 5], [4, 5], [6, 7], [6, 7], [8, 4], [8, 4]]
+
+
 def test_windows_leave_gaps_in_the_trace() -> None:
     out = run(ds.Window(DNG, low=0.5, high=5.0), steps=20)
     missing = out.trace["posterior"].isnan().all(1)
@@ -102,6 +135,7 @@ def test_x_T_is_used() -> None:
     x = torch.zeros(3, 2)
     out = run(None, scheduler=DDIMScheduler(clip_sample=False), num_samples=3, x_T=x)
     assert (out.samples - out.samples[0]).abs().max() < 1e-6
+    assert run(num_samples=3, x_T=x.double()).samples.dtype == torch.float32
     for wrong in (x, x.numpy(), 0.0):
         with pytest.raises(ParameterError, match="x_T must be a tensor"):
             run(num_samples=4, x_T=wrong)
@@ -197,7 +231,103 @@ def test_no_sample_is_evaluated_twice_for_the_same() -> None:
     assert run(Pieces(), num_samples=4, steps=3, dtype=torch.float64).nfe.tolist() == [3] * 4
 
 
-def test_per_sample_contexts_follow_their_sample() -> None:
+def test_what_is_asked_at_the_samples_own_points_is_known() -> None:
+    """Also for some of them, and nowhere else."""
+
+    class Elsewhere(Guidance):
+        def guide(self, step, state):
+            rows, one = torch.tensor([2, 0]), torch.tensor([3])
+            own, _ = yield [Call("null", x=step.x[rows], rows=rows), Call("null", rows=one)]
+            other, _ = yield [Call("neg", x=step.x[rows] + 1, rows=rows), Call("neg", rows=one)]
+            null, neg = yield [Call("null"), Call("neg")]
+            assert torch.equal(null[rows], own)
+            assert not torch.isclose(neg[rows], other).any()
+            (again,) = yield [Call("null", x=step.x[rows], rows=rows, grad=True)]
+            (whole,) = yield [Call("null")]
+            assert torch.equal(own, again)
+            assert torch.equal(null, whole)
+            return null, state, {}
+
+    assert run(Elsewhere(), num_samples=4, steps=3, dtype=torch.float64).nfe.tolist() == [12, 6, 12, 6]
+
+
+def test_points_of_a_moment_are_not_taken_for_one_another() -> None:
+    """Each is gone when the next one takes its place in memory."""
+
+    class Wanders(Guidance):
+        def guide(self, step, state):
+            for shift in range(1, 20):
+                (there,) = yield [Call("null", x=step.x + shift)]
+                assert torch.equal(there, MIX.predict(step.x + shift, step.level))
+            (null,) = yield [Call("null")]
+            return null, state, {}
+
+    assert run(Wanders(), num_samples=2, steps=2).nfe.tolist() == [40, 40]
+
+
+def test_only_who_asks_for_a_graph_gets_one() -> None:
+    class Net(torch.nn.Linear):
+        def forward(self, x, t):
+            return super().forward(x)
+
+    class Derived(Guidance):
+        def guide(self, step, state):
+            here, there = yield [Call("null", grad=True), Call("null", x=step.x + 1, grad=True)]
+            assert here.requires_grad
+            assert there.requires_grad
+            null, neg, part = yield [Call("null"), Call("neg"), Call("null", rows=torch.tensor([1]))]
+            assert torch.equal(null, here)
+            assert not any(answer.requires_grad for answer in (null, neg, part))
+            return null, state, {}
+
+    net = ds.denoiser(Net(2, 2), contexts={"null": {}, "neg": {}}, shape=(2,))
+    assert ds.sample(net, Derived(), scheduler=DDPM, num_samples=2, steps=2).nfe.tolist() == [6, 6]
+
+
+class Shiftable:
+    """The exact denoiser as a network of noise; perturbed, it answers 1 more."""
+
+    space, path, contexts, shape = "eps", None, DEN.contexts, DEN.shape
+
+    def predict(self, context, x, level, samples, perturb=None):
+        return convert(DEN.predict(context, x, level, samples), x, level, "x0", "eps") + (perturb is not None)
+
+    def with_path(self, path, space=None):
+        return self
+
+
+def test_calls_at_another_level_of_a_twin_or_perturbed_are_answered_as_such() -> None:
+    class Asks(Guidance):
+        def guide(self, step, state):
+            there = ds.Level(0.6, 0.8)
+            calls = [Call("null", model=model, level=level) for model in ("main", "weak") for level in (None, there)]
+            null, *others = yield calls
+            wanted = [MIX.predict(step.x, level) for level in (step.level, there)]
+            for answer, exact in zip([null, *others], wanted * 2, strict=True):
+                torch.testing.assert_close(answer, exact)
+            (shifted,) = yield [Call("null", model="weak", perturb="shift")]
+            torch.testing.assert_close(shifted, null - step.level.rho)
+            return null, state, {}
+
+    ddpm = DDPMScheduler(clip_sample=False, variance_type="fixed_large")
+    seen = run(Asks(), ddpm, steps=4, num_samples=2, dtype=torch.float64, models={"weak": Shiftable()})
+    assert seen.nfe.tolist() == [20, 20]
+
+
+@dataclass(frozen=True)
+class OddFirst(Guidance):
+    """Every second sample, then the others."""
+
+    def guide(self, step, state):
+        odd = torch.arange(1, len(step.x), 2)
+        (part,) = yield [Call("null", rows=odd)]
+        (whole,) = yield [Call("null")]
+        assert torch.equal(whole[odd], part)
+        return whole, state, {}
+
+
+@pytest.mark.parametrize("method", [None, OddFirst()])
+def test_per_sample_contexts_follow_their_sample(method: Guidance | None) -> None:
     class Net(torch.nn.Module):
         def forward(self, x, t, label):
             return label[:, None].to(x) + 0 * x
@@ -206,7 +336,7 @@ def test_per_sample_contexts_follow_their_sample() -> None:
     net = ds.denoiser(Net(), prediction="x0", contexts={"null": {"label": labels}}, shape=(1,))
     keywords = {"scheduler": DDIMScheduler(clip_sample=False, set_alpha_to_one=True), "num_samples": 7, "steps": 4}
     for batch in (2, 7):
-        out = ds.sample(net, batch_size=batch, **keywords)
+        out = ds.sample(net, method, batch_size=batch, **keywords)
         assert torch.allclose(out.samples[:, 0], labels.float(), atol=1e-4)
 
 

@@ -364,6 +364,8 @@ def test_trees_of_noise_belong_to_their_samples() -> None:
 def test_a_clipping_scheduler_is_announced() -> None:
     with pytest.warns(ClippingWarning, match="clip_sample=False"):
         ds.sample(DEN, scheduler=d.DDPMScheduler(), num_samples=2, steps=2)
+    with pytest.warns(ClippingWarning, match="thresholding=False"):
+        SchedulerView(d.DDIMScheduler(clip_sample=False, thresholding=True), 2)
 
 
 def test_refusals_name_the_remedy() -> None:
@@ -373,6 +375,8 @@ def test_refusals_name_the_remedy() -> None:
         SchedulerView(d.DDPMScheduler(clip_sample=False), 5, eta=0.5)
     with pytest.raises(ParameterError, match=r"eta must be in \[0, 1\]"):
         SchedulerView(d.DDIMScheduler(clip_sample=False), 5, eta=1.5)
+    with pytest.raises(ParameterError, match=r"eta must be in \[0, 1\]"):
+        SchedulerView(d.DDIMScheduler(clip_sample=False), 5, eta=-0.5)
     for steps in (0, 4.0):
         with pytest.raises(ParameterError, match="steps must be a whole number of at least 1"):
             SchedulerView(d.DDPMScheduler(clip_sample=False), steps)  # type: ignore[arg-type]
@@ -405,6 +409,82 @@ def test_what_its_config_does_not_say_of_a_flow_is_refused(kind: type) -> None:
 def test_a_flow_towards_noise_is_refused(kind: type, steps: int) -> None:
     with pytest.raises(UnsupportedError, match="invert_sigmas=False"):
         ds.sample(DEN, scheduler=kind(invert_sigmas=True), num_samples=2, steps=steps)
+
+
+ONE_EVALUATION = {
+    "ddpm", "ddpm fixed_large", "ddpm parallel", "ddim", "ddim parallel", "ddim eta 1", "ddim eta 0.5", "euler",
+    "euler trailing", "euler ancestral", "edm euler", "flow euler", "flow euler shifted",
+}  # fmt: skip
+ORDERS = {
+    **{name: (scheduler, name in ONE_EVALUATION) for name, (scheduler, *_) in SCHEDULERS.items()},
+    "first order": (d.DPMSolverMultistepScheduler(solver_order=1), True),
+    "first order, its own mean": (
+        d.DPMSolverMultistepScheduler(
+            solver_order=1, algorithm_type="sde-dpmsolver", final_sigmas_type="sigma_min"
+        ), False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("need", ["recurrence", "first_order"])
+def test_levels_are_run_again_and_steps_made_of_one_evaluation_where_no_history_counts(name: str, need: str) -> None:
+    scheduler, able = ORDERS[name]
+    view = SchedulerView(scheduler, 10)
+    view.require(frozenset())
+    with contextlib.nullcontext() if able else pytest.raises(UnsupportedError, match="use DDIM, DDPM"):
+        view.require(frozenset({need}))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "kappa"),
+    [
+        (d.LCMScheduler(), None),
+        (d.TCDScheduler(), None),
+        (d.FlowMatchLCMScheduler(), None),
+        (d.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), None),
+        (d.EDMDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), 1.0),
+        (d.DPMSolverSinglestepScheduler(algorithm_type="sde-dpmsolver++", solver_order=1), 1.0),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_how_much_noise_is_added(scheduler, kappa: float | None) -> None:
+    assert SchedulerView(scheduler, 4).stochastic == kappa
+
+
+def test_eta_is_the_noise_of_ddims_steps() -> None:
+    """As diffusers draws it."""
+    scheduler, x = d.DDIMScheduler(clip_sample=False), torch.ones(2, 2)
+    for eta in (0.0, 0.5, 1.0):
+        view = SchedulerView(scheduler, 5, eta)
+        ours = view.step(x / 2, "eps", 1, x, [stream(0, i) for i in range(2)])
+        native = view.scheduler.step(x / 2, view.timesteps[1], x, eta=eta, generator=[stream(0, i) for i in range(2)])
+        assert torch.equal(ours, native.prev_sample)
+
+
+def test_levels_are_kept_in_double_precision_up_to_the_last() -> None:
+    alphas = torch.cumprod(1 - d.DDPMScheduler().betas.double(), 0)
+    kept = {to_one: SchedulerView(d.DDIMScheduler(clip_sample=False, set_alpha_to_one=to_one), 10) for to_one in (0, 1)}
+    for view in kept.values():
+        for t, level in zip(view.timesteps, view.levels, strict=False):
+            assert level.alpha**2 == pytest.approx(float(alphas[t]), rel=1e-12)
+    assert kept[1].levels[-1] == SchedulerView(d.DDPMScheduler(clip_sample=False), 10).levels[-1] == ds.Level(1.0, 0.0)
+    assert kept[0].levels[-1].alpha ** 2 == pytest.approx(float(alphas[0]), rel=1e-12)
+    down = SchedulerView(d.DPMSolverMultistepScheduler(final_sigmas_type="sigma_min"), 10)
+    assert down.levels[-1].rho == pytest.approx(float(((1 - alphas[0]) / alphas[0]).sqrt()), rel=1e-4)
+
+
+def test_solvers_may_go_along_a_flow() -> None:
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "num_train_timesteps": 500}
+    for kind in (d.UniPCMultistepScheduler, d.DPMSolverMultistepScheduler):
+        view = SchedulerView(kind(**flow), 10)
+        assert all(level.alpha + level.sigma == pytest.approx(1.0) for level in view.levels)
+        assert (
+            view.path
+            == SchedulerView(d.FlowMatchEulerDiscreteScheduler(num_train_timesteps=500), 10).path
+            == ds.paths.FlowPath(500)
+        )
+        assert (view.prediction, view.levels[-1]) == ("flow", ds.Level(1.0, 0.0))
 
 
 def test_the_given_scheduler_is_left_alone() -> None:

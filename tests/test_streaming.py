@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, UniPCMultistepScheduler
 from safetensors.torch import load_file
 
 import diffsteer as ds
 from diffsteer import streaming
 from diffsteer.core import like
-from diffsteer.errors import ParameterError, StateError
+from diffsteer.errors import ParameterError, StateError, UnsupportedError
 
 DEN = ds.toy.ring().denoiser({"null": None, "neg": [0]})
 DNG = ds.DynamicNegativeGuidance(prior=1 / 8)
@@ -193,6 +193,16 @@ class Near:
         return (x - self.target[1000:1002]).square().sum(1)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Energies in a collection."""
+
+    parts: Any
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return sum((part(x) for part in getattr(self.parts, "values", self.parts.__iter__)()), 0 * x[:, 0])
+
+
 class Norm(torch.nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x).square().sum(1)
@@ -209,6 +219,10 @@ class OwnGuidance(ds.Guidance):
 
 def weighted(x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
     return factor * x.square().sum(1)
+
+
+def scaled(factor: float, x: torch.Tensor) -> torch.Tensor:
+    return weighted(x, factor)
 
 
 def closed(factor: object) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -234,6 +248,11 @@ ENERGIES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "closed over a tensor": (lambda: closed(torch.tensor(1.0)), lambda: closed(torch.tensor(1 + 1e-6))),
     "default": (lambda: lambda x, w=1.0: weighted(x, w), lambda: lambda x, w=2.0: weighted(x, w)),
     "partial": (lambda: functools.partial(weighted, factor=1.0), lambda: functools.partial(weighted, factor=2.0)),
+    "operator": (lambda: lambda x: x.sum(1) + x.sum(1), lambda: lambda x: x.sum(1) - x.sum(1)),
+    "default by name": (lambda: lambda x, *, w=1.0: weighted(x, w), lambda: lambda x, *, w=2.0: weighted(x, w)),
+    "partial by place": (lambda: functools.partial(scaled, 1.0), lambda: functools.partial(scaled, 2.0)),
+    "list": (lambda: Parts([weighted, closed(1.0)]), lambda: Parts([weighted, closed(2.0)])),
+    "mapping": (lambda: Parts({"a": weighted, "b": closed(1.0)}), lambda: Parts({"a": weighted, "b": closed(2.0)})),
     "method": (lambda: Steep(1.0).energy, lambda: Steep(2.0).energy),
     "tensor": (lambda: Near(torch.zeros(2000)), lambda: Near(torch.ones(2000).index_fill(0, torch.arange(900), 0))),
     "network": (lambda: norm(0), lambda: norm(1)),
@@ -261,8 +280,15 @@ def test_what_has_no_name_is_told_by_its_values(tmp_path: Path, kind: str, metho
     assert times(run) == before
 
 
-def test_values_from_outside_of_a_function_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    method = ds.FreeDoM(lambda x: FACTOR * x.square().sum(1), 0.1)
+@pytest.mark.parametrize(
+    "energy",
+    [lambda x: FACTOR * x.square().sum(1), lambda x: sum((FACTOR * x[:, i] for i in range(2)), 0 * x[:, 0])],
+    ids=["itself", "inside"],
+)
+def test_values_from_outside_of_a_function_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, energy: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    method = ds.FreeDoM(energy, 0.1)
     ds.sample_to(tmp_path, DEN, method, **RUN)
     ds.sample_to(tmp_path, DEN, method, **RUN)
     monkeypatch.setitem(globals(), "FACTOR", 2.0)
@@ -316,12 +342,13 @@ def test_refusals(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"steps": 0}, {"steps": 1001}, {"batch_size": 0}, {"num_samples": 0}, {"trace": "some"}, {"batching": -1},
-     {"seed": -1}, {"eta": 2.0}, {"shape": ()}],
+     {"seed": -1}, {"eta": 2.0}, {"shape": ()}, {"method": "cfg:2"},
+     {"method": ds.CFGPlusPlus(0.6), "scheduler": UniPCMultistepScheduler()}],
     ids=str,
 )  # fmt: skip
 def test_what_is_refused_leaves_no_run_behind(tmp_path: Path, wrong: dict) -> None:
-    with pytest.raises(ParameterError):
-        ds.sample_to(tmp_path / "run", DEN, DNG, **{**RUN, **wrong})
+    with pytest.raises((ParameterError, UnsupportedError)):
+        ds.sample_to(tmp_path / "run", DEN, **{"method": DNG, **RUN, **wrong})
     assert list(tmp_path.iterdir()) == []
 
 
