@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import diffsteer as ds
-from diffsteer.core import Call, Guidance, Run, Step, Sum, drive, gather, scatter
-from diffsteer.errors import ParameterError
-from diffsteer.paths import Level
+from diffsteer.core import Call, Guidance, Repeat, Run, Step, Sum, complement, drive, gather, like, scatter, within
+from diffsteer.errors import ParameterError, UnsupportedError
+from diffsteer.paths import Level, convert
 
 STEP = Step(torch.zeros(2, 3), Level(0.6, 0.8), Level(0.8, 0.6), 0, 5, "eps")
 ANSWERS = {"pos": 3.0, "null": 1.0, "neg": 7.0, "other": -2.0}
@@ -90,6 +90,88 @@ def test_scatter_undoes_gather() -> None:
     assert whole[1][0].sum(1).tolist() == [0, 2, 0, 2]
     assert whole[1][1].tolist() == [5, 6]  # nothing was there before
     assert state[0].tolist() == [0, 1, 2, 3]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A state of two kinds."""
+
+    sums: torch.Tensor
+    level: Level
+
+
+def test_parts_of_a_state_are_put_back_where_they_were() -> None:
+    rows, level = torch.tensor([3, 1]), Level(0.6, 0.8)
+    whole = Kept(torch.arange(4.0), level)
+    part = gather(whole, rows)
+    assert (part.sums.tolist(), part.level) == ([3, 1], level)
+    back = scatter(whole, rows, Kept(part.sums + 10, level))
+    assert (back.sums.tolist(), back.level, whole.sums.tolist()) == ([0, 11, 2, 13], level, [0, 1, 2, 3])
+    assert complement(rows, 5).tolist() == [0, 2, 4]
+    assert within(Repeat(rows, 1), lambda state: (state, 2)).state == (1, 2)
+
+
+def test_one_number_per_sample_is_in_the_shape_and_precision_of_samples() -> None:
+    got = like(torch.tensor([1.0, 2.0], dtype=torch.float64), torch.zeros(2, 3, 4))
+    assert (got.shape, got.dtype) == ((2, 1, 1), torch.float32)
+
+
+@dataclass(frozen=True)
+class Edits(Guidance):
+    """Doubles what the scheduler made of a step, and counts."""
+
+    needs = frozenset({"first_order"})
+
+    def after(self, step, x_next, state):
+        return 2 * x_next + state, state + 1
+
+
+@dataclass(frozen=True)
+class Repeats(Guidance):
+    needs = frozenset({"recurrence"})
+
+    def after(self, step, x_next, state):
+        return Repeat(x_next, state)
+
+
+def test_terms_of_a_sum_edit_one_after_the_other() -> None:
+    x, states = (Edits() + TwoRounds() + Edits()).after(STEP, torch.ones(2, 3), (1, 7, 4))
+    assert x.unique().tolist() == [2 * (2 * 1 + 1) + 4]
+    assert states == (2, 7, 5)
+    both = TwoRounds() + Edits() + Repeats()
+    assert both.needs == {"first_order", "recurrence"}
+    with pytest.raises(UnsupportedError, match="Repeats repeats steps"):
+        both.after(STEP, torch.ones(2, 3), (0, 0, 0))
+
+
+@dataclass(frozen=True)
+class Noise(Guidance):
+    """Checks that it is told the noise at each point that it asks for, in single precision."""
+
+    space = "eps"
+
+    def guide(self, step, state):
+        rows, there = torch.tensor([1]), Level(0.3, 0.9)
+        points = [(None, None, None), (None, None, rows), (None, there, None), (step.x[rows] + 1, there, rows)]
+        answers = yield [Call("pos", x=x, level=level, rows=rows) for x, level, rows in points]
+        for answer, (x, level, some) in zip(answers, points, strict=True):
+            here = x if x is not None else step.x if some is None else step.x[some]
+            x0 = torch.full_like(here, ANSWERS["pos"])
+            assert answer.dtype == torch.float32
+            assert torch.equal(answer, convert(x0, here, level or step.level, "x0", "eps"))
+        return answers[0], state, {}
+
+
+def test_a_method_defined_on_eps_is_told_the_noise_wherever_it_asks() -> None:
+    step = Step(torch.arange(6).reshape(2, 3).half(), Level(0.6, 0.8), Level(0.8, 0.6), 0, 5, "x0")
+
+    def evaluate(calls: list[Call]) -> list[torch.Tensor]:
+        assert all(call.x is None or call.x.dtype == torch.float16 for call in calls)
+        return [torch.full((2 if c.rows is None else 1, 3), ANSWERS["pos"], dtype=torch.float16) for c in calls]
+
+    prediction, *_ = drive(Noise(), step, None, evaluate)
+    assert prediction.dtype == torch.float16
+    assert torch.allclose(prediction.float(), torch.full((2, 3), ANSWERS["pos"]), atol=1e-2)
 
 
 @pytest.mark.parametrize("module", ["core", "paths", "posterior", "readings", "energy.steps", "perturb", "methods"])

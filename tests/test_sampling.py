@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -370,6 +371,40 @@ def test_a_context_may_be_another_denoiser() -> None:
         ds.denoiser(Constant(0.0), contexts={"null": {}, "neg": net})
 
 
+def test_a_context_of_another_network_answers_in_the_space_of_the_first() -> None:
+    class Half(torch.nn.Module):
+        def forward(self, x, t):
+            return x / 2
+
+    noise = ds.denoiser(Half(), prediction="eps", shape=(2,))
+    net = ds.denoiser(Half(), prediction="x0", contexts={"null": {}, "neg": noise}, shape=(2,))
+    x, level, samples = torch.ones(3, 2), ds.Level(0.6, 0.8), torch.arange(3)
+    with pytest.raises(UnsupportedError, match="no path of its own"):
+        net.predict("null", x, level, samples)
+    net = net.with_path(ds.paths.FlowPath())
+    assert torch.allclose(net.predict("null", x, level, samples), x / 2 / (0.6 + 0.8))
+    eps = noise.with_path(ds.paths.FlowPath()).predict("null", x, level, samples)
+    assert torch.allclose(net.predict("neg", x, level, samples), convert(eps, x, level, "eps", "x0"))
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "shape"),
+    [(8, 3, (3, 8, 8)), ((8, 6), 3, (3, 8, 6)), (None, 3, None), (8, None, None)],
+)
+def test_the_shape_of_a_sample_is_read_off_a_network_unless_it_is_given(size, channels, shape) -> None:
+    net = torch.nn.Identity()
+    net.config = SimpleNamespace(sample_size=size, in_channels=channels)
+    assert ds.denoiser(net).shape == shape
+    assert ds.denoiser(net, shape=[1, 2]).shape == (1, 2)
+
+
+def test_the_precision_of_a_network_is_its_coarsest() -> None:
+    mixed = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1).to(torch.bfloat16))
+    mixed.count = torch.nn.Parameter(torch.zeros(1, dtype=torch.int8), requires_grad=False)
+    assert ds.denoiser(mixed).precision == torch.bfloat16
+    assert ds.denoiser(torch.nn.Identity()).precision is None
+
+
 class Broken:
     """NaN in one branch from one step on."""
 
@@ -460,6 +495,10 @@ def test_refusals_name_the_remedy() -> None:
             ds.sample(wrong, scheduler=DDPM, num_samples=1, steps=1)  # type: ignore[arg-type]
         with pytest.raises(ParameterError, match=r"models\['weak'\] must be a denoiser"):
             run(models={"weak": wrong})
+    with pytest.raises(ParameterError, match="cannot be used here"):
+        run(device="nowhere")
+    with pytest.raises(ParameterError, match="'noise' is none of"):
+        ds.denoiser(torch.nn.Identity(), prediction="noise")
     for dtype in (torch.int64, "float32"):
         with pytest.raises(ParameterError, match="dtype is a floating one"):
             run(dtype=dtype)
