@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from ast import literal_eval
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from diffsteer import files
 from diffsteer.errors import OutputError
-from diffsteer.files import check_writable, together, whole, write_text
+from diffsteer.files import check_writable, together, whole, write_figure, write_tensors, write_text
 
 
 def tear(path: Path) -> None:
@@ -31,8 +34,45 @@ def test_a_file_gets_its_name_when_it_is_whole_and_an_older_one_stays_until_then
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_processes_that_write_one_file_write_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with whole(tmp_path / "a") as ours:
+        monkeypatch.setattr(files.os, "getpid", lambda: -1)
+        with whole(tmp_path / "a") as theirs:
+            assert ours != theirs
+            theirs.write_text("theirs")
+        ours.write_text("ours")
+    assert (tmp_path / "a").read_text() == "ours"
+
+
+def test_tensors_of_any_layout_and_with_a_graph_are_written(tmp_path: Path) -> None:
+    turned = torch.arange(6.0, requires_grad=True).reshape(2, 3).T
+    write_tensors(tmp_path / "a", {"turned": turned}, {"of": "tensors"})
+    assert torch.equal(load_file(tmp_path / "a")["turned"], turned)
+
+
+class Figure:
+    """Draws the text of its options."""
+
+    def savefig(self, path: Path, **options: object) -> None:
+        path.write_text(str(options))
+        if "torn" in options:
+            raise KeyboardInterrupt
+
+
+def test_a_figure_is_in_the_format_of_its_name_and_names_no_software(tmp_path: Path) -> None:
+    path = tmp_path / "a.svg"
+    write_figure(path, Figure(), dpi=9)  # type: ignore[arg-type]
+    drawn = path.read_text()
+    assert literal_eval(drawn) == {"format": "svg", "metadata": {"Software": None}, "dpi": 9}
+    with pytest.raises(KeyboardInterrupt):
+        write_figure(path, Figure(), torn=True)  # type: ignore[arg-type]
+    assert path.read_text() == drawn
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def replaced(folder: Path, text: str, *, interrupted: bool = False) -> dict[str, str]:
     with together(folder, [folder / "b"], last="a") as new:
+        assert new.parent == folder  # on the same disk
         (new / "a").write_text(text)
         if interrupted:
             raise KeyboardInterrupt

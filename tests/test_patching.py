@@ -55,12 +55,15 @@ def test_a_copy_is_not_patched() -> None:
     assert (counter.at, other.step(), other.at) == (0, 6, 6)
     assert copy.deepcopy(other).step() == 7
     assert other.at == 6
+    counter.step = lambda by=1: -by
+    with patched(counter, "step", doubled):
+        assert copy.deepcopy(counter).step(5) == -5
 
 
 def test_calls_from_inside_of_the_replacement_are_native() -> None:
     counter = Counter()
     with patched(counter, "step", lambda native, by=1: counter.step(10 * by)):
-        assert counter.step(2) == 20
+        assert [counter.step(2), counter.step(2)] == [20, 40]
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -78,7 +81,7 @@ def test_other_threads_get_the_native_method_and_ends_may_come_in_any_order(firs
         here.join()
         assert seen == [0]
         assert counter.step() == 100
-    runs = [patched(counter, "step", lambda native, by=1, k=k: k) for k in (1, 2)]
+    runs = [patched(counter, "step", lambda native, by=1, k=k: k + native(0)) for k in (1, 2)]
     for run in runs:
         run.__enter__()
     runs[first].__exit__(None, None, None)
