@@ -93,3 +93,13 @@ def test_smooth_attention_loses_less_than_under_any_mask() -> None:
 def test_refuses(grid: tuple[int, int], pool: tuple[int, int], density: float) -> None:
     with pytest.raises(ParameterError):
         draft_mask(normal(0, 1, 1, 16, 4), normal(1, 1, 1, 16, 4), grid, pool, density)
+
+
+def test_refuses_attention_to_something_else() -> None:
+    with pytest.raises(ParameterError, match="16 queries and 20 keys"):
+        draft_mask(normal(0, 1, 1, 16, 4), normal(1, 1, 1, 20, 4), (4, 4), (2, 2), 0.5)
+
+
+def test_drafts_of_half_precision_are_computed_in_single() -> None:
+    query, key = (tokens(i, GRID).bfloat16() for i in range(2))
+    assert torch.equal(draft_mask(query, key, GRID, (2, 3)), draft_mask(query.float(), key.float(), GRID, (2, 3)))

@@ -7,7 +7,7 @@ import itertools
 import math
 import threading
 from dataclasses import replace
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from diffsteer.errors import UnsupportedError
 from diffsteer.perturb import (
+    ARCHITECTURES,
+    Architecture,
     AttentionRecord,
     BlurredQueries,
     Dropout,
@@ -282,6 +284,17 @@ def test_shuffling_that_would_change_nothing_is_refused(name: str) -> None:
         tiny(name).answer(ShuffledTokens(SEEDS, restored=True))
     with pytest.raises(UnsupportedError, match=r"of (16|24|96) tokens changes nothing"):
         tiny(name).answer(ShuffledTokens(SEEDS, fraction=0.01))
+    if name in ("SD3", "PixArt", "DiT"):
+        with pytest.raises(UnsupportedError, match="shuffling 1 of 16 tokens"):
+            tiny(name).answer(ShuffledTokens(SEEDS, fraction=1 / 16))
+
+
+@pytest.mark.parametrize(("name", "fraction"), [("SD", 1.0), ("Wan", 0.25), ("SD3", 0.25)])
+def test_the_share_that_is_shuffled_by_default(name: str, fraction: float) -> None:
+    net, layers = tiny(name), BLOCKS[name][:1]
+    assert torch.equal(
+        net.answer(ShuffledTokens(SEEDS, layers)), net.answer(ShuffledTokens(SEEDS, layers, fraction, name == "Wan"))
+    )
 
 
 # --- attention ---------------------------------------------------------------------------------------------------
@@ -512,6 +525,19 @@ def test_two_texts_that_agree(name: str) -> None:
     assert not close(twin.answer(SubtractedAttention("neg", 0.5)), net.answer())
 
 
+@pytest.mark.parametrize("name", ["SD3", "PixArt"])
+def test_another_text_that_all_samples_share(name: str) -> None:
+    """One row of it, in another precision."""
+    net, p = tiny(name), NormalizedAttention()
+    first = {k: v[:1] for k, v in net.other("neg").items() if k in ("encoder_hidden_states", "encoder_attention_mask")}
+    row, each = Tiny(net.net, net.keywords, net.shape), Tiny(net.net, net.keywords, net.shape)
+    double = {k: v.double() if v.is_floating_point() else v for k, v in first.items()}
+    object.__setattr__(row, "other", lambda context: double)
+    object.__setattr__(each, "other", lambda context: {k: v.expand(BATCH, *v.shape[1:]) for k, v in first.items()})
+    assert torch.equal(row.answer(p), each.answer(p))
+    assert not close(row.answer(p), net.answer(p))
+
+
 @pytest.mark.parametrize("name", BUILDERS)
 def test_recorded_attention(name: str) -> None:
     """The network's own answer bit for bit, and the probabilities beside it."""
@@ -540,12 +566,96 @@ def test_recorded_attention(name: str) -> None:
     assert len(one.maps) == 1
 
 
-def test_recorded_cross_attention() -> None:
-    net, record = tiny("SD"), AttentionRecord(("mid_block",), ("cross",))
-    net.answer(record)
-    (found,) = record.maps.values()
-    assert found.shape == (BATCH, 24, TEXT)
-    assert close(found.sum(2), torch.ones(BATCH, 24))
+@pytest.mark.parametrize("name", ["SD", "PixArt", "LTX"])
+def test_recorded_cross_attention(name: str) -> None:
+    """Nothing of what a mask hides."""
+    net, record, maps = tiny(name), AttentionRecord(all_layers(name), ("cross",)), []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if query.shape[2] != key.shape[2]:
+            maps.append(softmax(query, key, torch.eye(TEXT).expand(*key.shape[:2], -1, -1), mask).mean(1))
+        return softmax(query, key, value, mask)
+
+    assert torch.equal(net.answer(record), net.answer())
+    with explicit(attend):
+        net.answer()
+    assert len(maps) == len(record.maps) > 1
+    for found, expected in zip(record.maps.values(), maps, strict=True):
+        assert close(found, expected)
+        assert (float(found[1, :, 3:].max()) == 0) == (
+            name != "SD"
+        )  # that text has three tokens, where there is a mask
+
+
+def test_layers_of_some_grids_are_recorded() -> None:
+    """Of 3 x 8 x 4 positions one of 3 x 4 x 2 is the half; so is 2 x 3 of 3 x 5."""
+    net = tiny("Wan")
+    for factors, count in (((), 4), ((2,), 4), ((1, 4), 0)):
+        record = AttentionRecord(("blocks",), factors=factors)
+        assert torch.equal(net.answer(record), net.answer())
+        assert len(record.maps) == count
+
+
+# --- architectures that a user describes ------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def forward(self, query: Tensor, keys: list[Tensor], **options: Any) -> Tensor:
+        parts = [nn.functional.scaled_dot_product_attention(query, key, 2 * key, **options) for key in keys]
+        return torch.stack(parts).sum(0)
+
+
+class Described(nn.Module):
+    def __init__(self, textual: bool) -> None:
+        super().__init__()
+        self.layer, self.textual = Attention(), textual
+
+    def forward(self, query: Tensor, key: Tensor, encoder_hidden_states: Tensor, **options: Any) -> Any:
+        keys = [encoder_hidden_states[:, None], key] if self.textual else [key]
+        return SimpleNamespace(sample=self.layer(query, keys, **options))
+
+
+def described(monkeypatch: pytest.MonkeyPatch, kind: str, heads: int, keys: int = 6, **options: Any) -> Tiny:
+    """One layer with four queries' heads and so many of the keys."""
+    monkeypatch.setitem(ARCHITECTURES, "Described", Architecture(("layer",), **{kind: ("",)}, attended=(0,)))
+    keywords = {"query": normal(0, BATCH, 4, 6, 8), "key": normal(1, BATCH, heads, keys, 8)}
+    keywords["encoder_hidden_states"] = normal(2, BATCH, TEXT, 8)
+    return Tiny(Described(kind == "cross"), {**keywords, **options}, (3, 5))
+
+
+def test_heads_that_share_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grouped queries; the options of the network's own call are kept."""
+    mask = torch.eye(6, dtype=torch.bool) | (normal(3, 6, 6) > 0)
+    net, record = described(monkeypatch, "own", 2, attn_mask=mask, enable_gqa=True), AttentionRecord(factors=(2,))
+    query, key = net.keywords["query"], net.keywords["key"].repeat_interleave(2, 1)
+    assert torch.equal(net.answer(record), net.answer())
+    expected = softmax(query, key, torch.eye(6).expand(BATCH, 4, 6, 6), mask).mean(1)
+    assert close(record.maps["layer"], expected)
+    assert torch.equal(net.answer(IdentityAttention()), 2 * key)
+    mean = query.mean(2, keepdim=True).expand_as(query)
+    assert close(net.answer(BlurredQueries()), softmax(mean, key, 2 * key, mask))
+    half = AttentionRecord.probabilities(query.bfloat16(), key.bfloat16(), mask)
+    assert half.dtype == torch.float32
+    assert torch.equal(half, AttentionRecord.probabilities(query.bfloat16().float(), key.bfloat16().float(), mask))
+
+
+def test_masks_of_a_joint_attention_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    masked = described(monkeypatch, "joint", 4, attn_mask=torch.ones(6, 6, dtype=torch.bool))
+    for perturbation in (IdentityAttention(), NormalizedAttention()):
+        with pytest.raises(UnsupportedError, match="mask of its own"):
+            masked.answer(perturbation)
+
+
+def test_pictures_as_prompts_are_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have an attention of their own behind the text's, in the same layer."""
+    net = described(monkeypatch, "cross", 1, 4)
+
+    def seen(key: Tensor) -> Tensor:
+        return softmax(net.keywords["query"], key.expand(-1, 4, -1, -1), 2 * key.expand(-1, 4, -1, -1), None)
+
+    own, other = (texts["encoder_hidden_states"][:, None] for texts in (net.keywords, net.other("neg")))
+    expected = seen(own) - 0.5 * seen(other) + seen(net.keywords["key"])
+    assert close(net.answer(SubtractedAttention("neg", 0.5), enable_gqa=True), expected)
 
 
 # --- the time, and derivatives --------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,10 +14,11 @@ from nets import BATCH, BUILDERS, Tiny, close, normal, sd3, tiny, unet2d_conditi
 from torch import nn
 
 import diffsteer as ds
-from diffsteer.errors import MissingContextError, UnknownNameError, UnsupportedError
+from diffsteer.errors import MissingContextError, ParameterError, UnknownNameError, UnsupportedError
 from diffsteer.perturb import (
     ARCHITECTURES,
     BlurredQueries,
+    Dropout,
     DroppedBlocks,
     IdentityAttention,
     Network,
@@ -44,12 +48,40 @@ def test_defaults_are_the_published_ones() -> None:
     assert chosen(IdentityAttention(), deep) == ["transformer_blocks.1.attn"]
     deeper = Tiny(sd3_of(38), deep.keywords, (8, 8))
     assert chosen(SkippedBlocks(), deeper) == [f"transformer_blocks.{i}" for i in (11, 13, 14)]  # in proportion
+    for net in (deep, deeper):
+        assert chosen(ShuffledTokens(SEEDS), net) == chosen(SkippedBlocks(), net)
 
 
 def sd3_of(depth: int) -> nn.Module:
-    net = tiny("SD3").net
+    return of_depth("SD3", num_layers=depth)
+
+
+def of_depth(name: str, **layers: int) -> nn.Module:
+    net = tiny(name).net
     with torch.device("meta"):
-        return type(net).from_config({**net.config, "num_layers": depth})
+        return type(net).from_config({**net.config, **layers})
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "skipped", "attended"),
+    [
+        ("Flux", {"num_layers": 19, "num_single_layers": 38}, 9, 9),
+        ("PixArt", {"num_layers": 28}, 14, 1),
+        ("DiT", {"num_layers": 28}, 14, 14),
+        ("Wan", {"num_layers": 30}, 8, 8),
+        ("LTX", {"num_layers": 28}, 19, 19),
+    ],
+)
+def test_defaults_of_transformers_at_their_published_depth(
+    name: str, layers: dict[str, int], skipped: int, attended: int
+) -> None:
+    known = tiny(name)
+    net = Tiny(of_depth(name, **layers), known.keywords, known.shape)
+    block = f"{known.blocks}.{{}}".format
+    assert chosen(SkippedBlocks(), net) == chosen(ShuffledTokens(SEEDS), net) == [block(skipped)]
+    (layer,) = chosen(IdentityAttention(), net)
+    assert layer.startswith(block(attended) + ".")
+    assert chosen(BlurredQueries(), net) == [layer]
 
 
 def test_shuffled_by_default_is_the_papers_choice_on_sdxl() -> None:
@@ -115,6 +147,9 @@ def test_a_network_without_such_layers_is_refused() -> None:
     net = tiny("UNet2D")
     with pytest.raises(UnsupportedError, match="no such layers"):
         Network.of(net.net, net.keywords, net.shape, net.other).attention(("cross",), (), ())
+    pooled = {"encoder_hidden_states": torch.zeros(BATCH, 12)}
+    with pytest.raises(UnsupportedError, match=r"\(B, tokens, channels\)"):
+        Network.of(net.net, pooled, net.shape, net.other).text()
     short = Tiny(sd3_of(2), net.keywords, (8, 8))
     with pytest.raises(UnsupportedError, match="between its first and its last"):
         chosen(DroppedBlocks(SEEDS), short)
@@ -185,9 +220,28 @@ def test_an_exception_leaves_nothing_behind(name: str) -> None:
 
 
 def test_seeds_are_one_per_sample() -> None:
-    for perturbation in (DroppedBlocks(SEEDS[:2]), ShuffledTokens(SEEDS[:2]), TimeNoise(SEEDS[:2])):
-        with pytest.raises(UnsupportedError, match=r"2 samples|for 2 samples"):
-            tiny("SD3").answer(perturbation)
+    for kind in (DroppedBlocks, Dropout, ShuffledTokens, TimeNoise):
+        with pytest.raises(UnsupportedError, match="2 samples"):
+            tiny("SD3").answer(kind(SEEDS[:2]))
+    for kind in (Dropout, ShuffledTokens, TimeNoise):  # a single one would be everybody's
+        with pytest.raises(UnsupportedError, match="1 samples"):
+            tiny("SD3").answer(kind(SEEDS[:1]))
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong"),
+    [
+        (BlurredQueries, (0.0, -1.0, math.nan)),
+        (partial(DroppedBlocks, SEEDS), (0.0, 1.0, math.nan)),
+        (partial(Dropout, SEEDS), (0.0, 1.0, math.nan)),
+        (partial(ShuffledTokens, SEEDS, ()), (0.0, 1.1, math.nan)),
+        (partial(TimeNoise, SEEDS), (-0.1, math.nan)),
+    ],
+)
+def test_refuses_what_is_out_of_range(make: Callable[[float], Any], wrong: tuple[float, ...]) -> None:
+    for value in wrong:
+        with pytest.raises(ParameterError, match=f"got {value}"):
+            make(value)
 
 
 def test_grids() -> None:
@@ -197,7 +251,8 @@ def test_grids() -> None:
     assert grid(15, (9, 6)) == (5, 3)  # rounded up, as strided convolutions do
     assert grid(24, (3, 8, 4)) == (3, 4, 2)
     assert grid(3, (6,)) == (3,)
-    assert grid(1, ()) == (1,) or grid(1, ()) == ()
+    assert grid(1, (8, 12)) == (1, 1)
+    assert grid(1, ()) == ()
     with pytest.raises(UnsupportedError, match="25 tokens are no shrunken grid of 8 x 12"):
         grid(25, (8, 12))
 
