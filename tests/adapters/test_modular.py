@@ -278,8 +278,22 @@ def test_controlnets_and_images(guess: bool) -> None:
             (away,) = yield [ds.Call("pos", x=1.5 * step.x)]
             return away, state, {}
 
-    with pytest.raises(UnsupportedError, match="own point only"):
-        run(pipe, "xl", as_guider(Elsewhere()), control_image=control, guess_mode=guess)
+    class Alike(ds.Guidance):
+        def guide(self, step, state):
+            second = torch.tensor([1])
+            whole, part = yield [ds.Call("pos"), ds.Call("pos", x=step.x[1:], rows=second)]
+            assert error(part, whole[1:]) < 1e-4
+            return whole, state, {}
+
+    class Later(ds.Guidance):
+        def guide(self, step, state):
+            (later,) = yield [ds.Call("pos", level=ds.Level(step.level.alpha, 0.5 * step.level.sigma))]
+            return later, state, {}
+
+    run(pipe, "xl", as_guider(Alike()), control_image=control, guess_mode=guess, num_inference_steps=2)
+    for method in (Elsewhere(), Later()):
+        with pytest.raises(UnsupportedError, match="own point only"):
+            run(pipe, "xl", as_guider(method), control_image=control, guess_mode=guess)
 
 
 def test_several_negatives_have_a_posterior_each() -> None:
@@ -528,6 +542,38 @@ def test_refusals_say_what_to_do() -> None:
     pipe = tiny.modular("flux2")
     with pytest.raises(UnsupportedError, match="reference images"):
         run(pipe, "flux2", as_guider(CFG), image=Image.new("RGB", (64, 64)))
+
+
+def test_eta_is_the_runs() -> None:
+    pipe, guider = tiny.modular("xl"), as_guider(CFG)
+    pipe.update_components(scheduler=d.DDIMScheduler(clip_sample=False))
+    for eta in (0.0, 0.7):
+        run(pipe, "xl", guider, eta=eta, num_inference_steps=2)
+        assert guider.last.record["stochastic"] == pytest.approx(eta**2)
+
+
+def test_half_precision() -> None:
+    """Other contexts are encoded in the precision that the prompt's encoding has by then."""
+    pipe = tiny.modular("xl")
+    pipe.to(torch.bfloat16)
+    out = run(pipe, "xl", as_guider("cfg:3.0+dng:prior=0.3"), **negatives("xl"), num_inference_steps=2)
+    assert out.isfinite().all()
+
+
+def test_prompts_are_needed_as_texts() -> None:
+    """The other contexts are encoded as they are, by the pipeline's own block."""
+    pipe = tiny.modular("xl")
+    block = pipe.blocks.sub_blocks["text_encoder"]
+    classic = tiny.stable_diffusion_xl()
+    given = dict(zip(POOLED, classic.encode_prompt("a", device="cpu"), strict=True))
+    pipe._blocks.sub_blocks.pop("text_encoder")
+    pipe.update_components(guider=as_guider(CFG))
+    with pytest.raises(UnsupportedError, match="no text_encoder block"):
+        pipe(**given, height=32, width=32, num_inference_steps=2, output="latents")
+    assert block is not None
+
+
+POOLED = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
 
 
 class Needy(ds.Guidance):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 import diffsteer as ds
 from diffsteer.adapters import calibration
 from diffsteer.calibration import LikelihoodRatio, read_off, watching
-from diffsteer.errors import ParameterError, UnsupportedError
+from diffsteer.errors import IgnoredPromptWarning, ParameterError, UnsupportedError
 from diffsteer.posterior import Tracked
 
 
@@ -121,6 +122,8 @@ def test_several_negatives_have_a_posterior_each_under_their_kind_of_sampler() -
     alike = ds.calibrate_pipeline(pipe, two, negative_prompt="red|red", num_rollouts=20, num_inference_steps=4)
     alone = ds.calibrate_pipeline(pipe, DNG, negative_prompt="red", num_rollouts=20, num_inference_steps=4)
     assert alike.priors == pytest.approx((alone.priors[0] / 2,) * 2)  # the same pictures are not counted twice
+    again = ds.calibrate_pipeline(pipe, alone, negative_prompt="red", num_rollouts=20, num_inference_steps=4)
+    assert again == alone  # whatever the method knew before
     call = {"negative_prompt": "red|blue", "num_inference_steps": 4, "output_type": "latent"}
     with ds.attach(pipe, CFG + dng) as attached:
         pipe("a circle", generator=torch.Generator().manual_seed(0), **call)
@@ -129,6 +132,18 @@ def test_several_negatives_have_a_posterior_each_under_their_kind_of_sampler() -
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     with ds.attach(pipe, dng), pytest.raises(UnsupportedError, match="kappa"):
         pipe("a circle", **call)
+
+
+def test_other_seeds_are_other_rollouts(recwarn: pytest.WarningsRecorder) -> None:
+    """And nothing is said of a prompt that the judge does not ask for, nor changed on the pipeline."""
+    pipe = ancestral()
+    pipe.set_progress_bar_config(disable=True, desc="mine")
+    options = {"prompt": "a", "beside": CFG, "negative_prompt": "red", "num_rollouts": 20, "num_inference_steps": 2}
+    warnings.simplefilter("always", IgnoredPromptWarning)
+    first, other = (ds.calibrate_pipeline(pipe, DNG, seed=seed, **options) for seed in (0, 1))
+    assert first.calibrations != other.calibrations
+    assert pipe._progress_bar_config == {"disable": True, "desc": "mine"}
+    assert not [w for w in recwarn if w.category is IgnoredPromptWarning]
 
 
 def showing(number: int) -> type[LikelihoodRatio]:
@@ -171,6 +186,7 @@ def test_pictures_that_nearly_all_show_the_negative(monkeypatch: pytest.MonkeyPa
         (" ", {}, "0 negative prompts"),
         ("red", {"num_rollouts": 19}, "use at least 20"),
         ("red", {"batch_size": 0}, "batch_size"),
+        ("red", {"seed": -1}, "seed at least 0"),
         ("red", {"prompt": "a circle"}, "go together"),
         ("red", {"beside": CFG}, "go together"),
     ],

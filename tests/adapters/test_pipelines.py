@@ -21,8 +21,9 @@ from PIL import Image
 from test_stable_diffusion import SCHEDULERS, with_scheduler
 
 import diffsteer as ds
-from diffsteer.adapters.specs import UNVERIFIED, VERIFIED
-from diffsteer.errors import IgnoredPromptWarning, ParameterError, UnsupportedError, UnverifiedWarning
+from diffsteer.adapters.contexts import pop_negatives, widen
+from diffsteer.adapters.specs import UNVERIFIED, VERIFIED, spec_of
+from diffsteer.errors import IgnoredPromptWarning, ParameterError, StateError, UnsupportedError, UnverifiedWarning
 from diffsteer.paths import convert
 
 pytestmark = pytest.mark.filterwarnings("ignore:this denoiser was distilled")  # Flux
@@ -432,6 +433,13 @@ def test_class_labels() -> None:
     assert handle.last.trace["posterior"].shape == (4, 2)
     with ds.attach(pipe, method), pytest.raises(ParameterError, match=r"negative_prompt: .*class_labels"):
         run(negative_prompt="cat")
+    with ds.attach(
+        pipe, ds.NegativePrompting.replacing_null(4.0), contexts={"neg": {"class_labels": torch.tensor([7])}}
+    ):
+        replaced = run()
+    with ds.attach(pipe, ds.ClassifierFreeGuidance(4.0), contexts={"null": {"class_labels": torch.tensor([7])}}):
+        assert abs(run() - replaced).max() < 1e-5
+    assert abs(replaced - native).max() > 1e-4
     for wrong in ("cat", {"class_label": torch.tensor([207])}):
         with ds.attach(pipe, method, contexts={"neg": wrong}), pytest.raises(ParameterError, match="class_labels"):
             run()
@@ -474,17 +482,29 @@ def test_sizes_of_the_negative_branch() -> None:
         assert error(run(**sizes), native) < 1e-5
 
 
-def test_own_guidance_left_on_is_refused() -> None:
-    pipe = tiny.lumina2()
-    with (
-        ds.attach(pipe, ds.ClassifierFreeGuidance(5.0)),
-        pytest.raises(ds.errors.ParameterError, match="cfg_trunc_ratio"),
-    ):
-        run(pipe, ROWS["Lumina2Pipeline"], cfg_trunc_ratio=0.5)
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("StableDiffusionXLPipeline", "guidance_rescale", 0.7),
+        ("StableDiffusion3Pipeline", "skip_guidance_layers", [0]),
+        ("WanPipeline", "guidance_scale_2", 3.0),
+        ("Lumina2Pipeline", "cfg_trunc_ratio", 0.5),
+        ("LTXPipeline", "guidance_rescale", 0.7),
+    ],
+)
+def test_own_guidance_left_on_is_refused(name: str, argument: str, value: Any) -> None:
+    pipe = ROWS[name].make()
+    with ds.attach(pipe, ds.ClassifierFreeGuidance(5.0)), pytest.raises(ParameterError, match=f"^{argument}=.* passed"):
+        run(pipe, ROWS[name], **{argument: value})
 
 
 class Derived(d.StableDiffusionPipeline):
     pass
+
+
+class Idle(d.StableDiffusionPipeline):
+    def __call__(self, prompt: str) -> None:
+        pass
 
 
 class Other(d.DDPMPipeline):
@@ -502,6 +522,52 @@ def test_classes_that_nobody_verified() -> None:
     unconditional = Other(unet=tiny.unet(), scheduler=d.DDPMScheduler())
     with pytest.raises(UnsupportedError, match=r"use one of them, or diffsteer.sample"):
         ds.attach(unconditional, ds.ClassifierFreeGuidance(5.0))
+    idle = tiny.stable_diffusion(Idle)
+    with (
+        pytest.warns(UnverifiedWarning),
+        ds.attach(idle, ds.ClassifierFreeGuidance(5.0)),
+        pytest.raises(StateError, match="never called unet; nothing was guided"),
+    ):
+        idle("a red house")
+
+
+def test_strangers_are_known_by_their_denoiser() -> None:
+    """SDXL's by what it embeds; neither without a text encoder's method nor beside a ControlNet."""
+
+    def stranger(net: torch.nn.Module, **parts: Any) -> Any:
+        return type("Stranger", (), {"unet": net, "encode_prompt": None, **parts})()
+
+    large = tiny.unet(**tiny.SIZES, cross_attention_dim=32)
+    for net, known in (
+        (tiny.unet(), "StableDiffusionPipeline"),
+        (large, "StableDiffusionXLPipeline"),
+    ):
+        with pytest.warns(UnverifiedWarning, match="only by its UNet2DConditionModel"):
+            assert spec_of(stranger(net)) is VERIFIED[known]
+    mute = type("Stranger", (), {"unet": large})()
+    for pipe in (stranger(large, controlnet=large), mute):
+        with pytest.raises(UnsupportedError, match="Stranger is not among"):
+            spec_of(pipe)
+
+
+def test_negatives_by_several_arguments() -> None:
+    """As many by each, or one would be left out."""
+    for first, second in (("a|b", "c"), ("a", "b|c")):
+        with pytest.raises(ParameterError, match="different numbers of negatives"):
+            pop_negatives({"prompt": "x", "negative_prompt": first, "negative_prompt_2": second})
+    both = {"prompt": "x", "negative_prompt": "a|b", "negative_prompt_2": "c|d"}
+    assert pop_negatives(both) == {
+        "neg": {"negative_prompt": "a", "negative_prompt_2": "c"},
+        "neg2": {"negative_prompt": "b", "negative_prompt_2": "d"},
+    }
+    assert both == {"prompt": "x"}
+
+
+def test_a_method_keeps_the_negative_that_it_names() -> None:
+    """What was written for "neg" alone gets all of them."""
+    tracker, second = ds.DynamicNegativeGuidance(), ds.DynamicNegativeGuidance(contexts=("neg2",))
+    widened = widen(tracker + second, ["neg", "neg2"], set())
+    assert [m.contexts for m in widened.methods] == [("neg", "neg2"), ("neg2",)]
 
 
 def test_a_class_known_by_its_denoiser_alone() -> None:
@@ -749,6 +815,14 @@ def test_methods_see_packed_latents_as_images(name: str, grid: tuple[int, ...]) 
         assert tuple(x.shape[2:]) == grid
         assert torch.equal(x[:, :, *(n - 1 for n in grid)], shown[:, -1])
         assert torch.equal(x[:, :, 0, 0, 1] if len(grid) == 3 else x[:, :, 0, 1], shown[:, 1])
+
+    class Smaller(ds.Guidance):
+        def guide(self, step, state):
+            (cond,) = yield [ds.Call("pos", x=step.x[..., 1:])]
+            return cond, state, {}
+
+    with ds.attach(pipe, Smaller()), pytest.raises(UnsupportedError, match="step's own size only"):
+        run(pipe, row, **size)
     per_row = packed.shape[1] // grid[0]
     assert (packed[:, :per_row] == 0).all()
     assert (packed[:, per_row:] != 0).all()

@@ -18,6 +18,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 import diffsteer as ds
 from diffsteer.engine import stream
 from diffsteer.errors import MissingContextError, ParameterError, StateError, UnsupportedError
+from diffsteer.perturb import ContextNoise
 
 CFG = ds.ClassifierFreeGuidance(5.0)
 BOTH = CFG + ds.DynamicNegativeGuidance(prior=0.1)
@@ -226,6 +227,10 @@ def test_trace_record_and_its_thinning(pipe) -> None:
     assert last.record["method"]["name"] == "Sum"
     assert last.record["contexts"] == ["pos", "null", "neg"]
     assert len(last.record["log_snr"]) == 6
+    assert (last.record["eta"], last.record["stochastic"]) == (0, 0)
+    with ds.attach(pipe, CFG) as handle:
+        latents(pipe, eta=0.7)
+    assert (handle.last.record["eta"], handle.last.record["stochastic"]) == (0.7, pytest.approx(0.49))
     with pytest.raises(ParameterError, match="trace must be"):
         ds.attach(pipe, CFG, trace="some")
 
@@ -329,6 +334,46 @@ def test_restored_after_an_error_inside_the_call(pipe) -> None:
     handle.detach()
     handle.detach()
     assert torch.equal(latents(pipe, guidance_scale=5.0), before)
+
+
+def test_a_handle_detaches_itself_alone(pipe) -> None:
+    first = ds.attach(pipe, CFG)
+    first.detach()
+    with ds.attach(pipe, ds.ClassifierFreeGuidance(2.0)):
+        first.detach()
+        assert latents(pipe).isfinite().all()
+        with pytest.raises(StateError, match="detach it first"):
+            ds.attach(pipe, CFG)
+
+
+def test_calls_inside_of_a_call(pipe) -> None:
+    """Another run is refused; encoding something by the way leaves the contexts as they are."""
+
+    def again(pipe, step, timestep, tensors):
+        latents(pipe)
+        return tensors
+
+    def encode(pipe, step, timestep, tensors):
+        encoded.append(pipe.encode_prompt("a hat", "cpu", 1, False)[0])
+        return tensors
+
+    encoded: list[torch.Tensor] = []
+    with ds.attach(pipe, BOTH):
+        with pytest.raises(StateError, match="inside its own call"):
+            latents(pipe, negative_prompt="meat", callback_on_step_end=again)
+        expected = latents(pipe, ["a", "b"], negative_prompt=["meat", "fish"])
+        ours = latents(pipe, ["a", "b"], negative_prompt=["meat", "fish"], callback_on_step_end=encode)
+        assert torch.equal(ours, expected)
+    assert torch.equal(encoded[0], pipe.encode_prompt("a hat", "cpu", 1, False)[0])
+
+
+def test_arguments_by_position(pipe) -> None:
+    with ds.attach(pipe, CFG):
+        assert torch.equal(pipe("a red house", 16, 16, generator=seeded(), **LATENT)[0], latents(pipe))
+        with pytest.raises(TypeError, match="positional arguments, got 99"):
+            pipe(*[None] * 99)
+        with pytest.raises(TypeError, match="got prompt twice"):
+            pipe("a red house", prompt="b")
 
 
 def test_the_scheduler_may_be_replaced_while_attached(pipe) -> None:
@@ -533,6 +578,8 @@ def test_refusals_say_what_to_do(pipe) -> None:
         latents(pipe, guidance_rescale=0.7)
     with pytest.raises(UnsupportedError, match="ip_adapter_image"):
         latents(pipe, ip_adapter_image=object())
+    with pytest.raises(UnsupportedError, match="ip_adapter_image_embeds"):
+        latents(pipe, ip_adapter_image_embeds=[torch.zeros(1, 4)])
     latents(pipe, negative_prompt="")  # as good as none
     handle.detach()
     with ds.attach(pipe, BOTH):
@@ -563,6 +610,16 @@ def test_refusals_say_what_to_do(pipe) -> None:
         ds.attach(pipe, CFG, contexts={"pos": "a"})
     with pytest.raises(UnsupportedError, match="use sample"):
         ds.attach(pipe, Needy())
+    with ds.attach(pipe, Elsewhere()), pytest.raises(UnsupportedError, match="starts elsewhere"):
+        latents(pipe)
+    with (
+        ds.attach(pipe, ds.NormalizedAttentionGuidance(context="ugly")),
+        pytest.raises(MissingContextError, match=r"no context 'ugly' among .*give it by contexts"),
+    ):
+        latents(pipe)
+    several = {"neg": {"encoder_hidden_states": torch.zeros(3, 16, 16)}}
+    with ds.attach(pipe, BOTH, contexts=several), pytest.raises(StateError, match=r"'neg' has 3: .*more negative"):
+        latents(pipe, ["a", "b"])
 
 
 def test_a_negative_that_is_given_twice_is_refused(pipe) -> None:
@@ -650,6 +707,75 @@ class Needy(ds.Guidance):
     needs = frozenset({"population"})
 
 
+class Elsewhere(ds.Guidance):
+    def start(self, run):
+        run.x = 2 * run.x
+
+    def guide(self, step, state):
+        (cond,) = yield [ds.Call("pos")]
+        return cond, state, {}
+
+
+def test_a_method_may_ask_for_nothing(pipe) -> None:
+    class Silent(ds.Guidance):
+        def guide(self, step, state):
+            yield []
+            return torch.zeros_like(step.x), state, {}
+
+    noise = torch.randn(1, 4, 8, 8, generator=seeded(3))
+    with ds.attach(pipe, Silent()) as handle:
+        out = latents(pipe, latents=noise)
+    assert handle.last.nfe.tolist() == [0]
+    assert float((out / noise).std()) < 1e-5  # no noise is seen: it grows only, everywhere alike
+
+
+def test_noise_on_the_context_of_some_rows(pipe) -> None:
+    """A sample's embedding has its own noise, alone or among others."""
+
+    class Noisy(ds.Guidance):
+        def guide(self, step, state):
+            seeds, second = torch.tensor([5, 6]), torch.tensor([1])
+            plain, whole, part = yield [
+                ds.Call("pos"),
+                ds.Call("pos", perturb=ContextNoise(0.6, 0.8, 0.0, seeds)),
+                ds.Call("pos", perturb=ContextNoise(0.6, 0.8, 0.0, seeds[1:]), rows=second),
+            ]
+            assert error(part, whole[1:]) < 1e-4
+            assert error(whole, plain) > 1e-4
+            return plain, state, {}
+
+    with ds.attach(pipe, Noisy()) as handle:
+        latents(pipe, ["a", "b"])
+    assert handle.last.nfe.tolist() == [8, 12]
+
+
+def test_times_between_those_of_the_schedule(pipe) -> None:
+    """A network that is asked at another level is told its time exactly, though the schedule's are integers."""
+    told, wanted = [], []
+
+    class Between(ds.Guidance):
+        def guide(self, step, state):
+            wanted.append(ds.Level(step.level.alpha, 0.8 * step.level.sigma))
+            cond, _ = yield [ds.Call("pos"), ds.Call("pos", level=wanted[-1])]
+            return cond, state, {}
+
+    hook = pipe.unet.time_proj.register_forward_pre_hook(lambda module, args: told.append(float(args[0])))
+    try:
+        guided(pipe, method=Between())
+    finally:
+        hook.remove()
+    times = torch.tensor(told[1::2], dtype=torch.float64)
+    alphas = torch.cumprod(1 - pipe.scheduler.betas.double(), 0)
+    log_snr, low = torch.log(alphas / (1 - alphas)), times.long()
+    at = log_snr[low] + (times - low) * (log_snr[low + 1] - log_snr[low])
+    off = at - torch.tensor([level.log_snr for level in wanted], dtype=torch.float64)
+    assert float(off[:3].abs().max()) < 2e-3
+    assert float(off[3]) == pytest.approx(0, abs=0.05)  # a steep end, where it matters how one interpolates
+    with_scheduler(pipe, "edm euler")
+    with ds.attach(pipe, Between()), pytest.raises(UnsupportedError, match="own noise level only"):
+        latents(pipe)
+
+
 def test_an_unknown_scheduler_is_refused(pipe) -> None:
     pipe.scheduler = d.IPNDMScheduler()
     with ds.attach(pipe, CFG), pytest.raises(UnsupportedError, match="IPNDM is not known; use one of"):
@@ -677,6 +803,20 @@ def test_half_precision(dtype: torch.dtype, tolerance: float) -> None:
     with ds.attach(half, BOTH) as handle:
         latents(half, negative_prompt="meat")
     assert handle.last.trace["posterior"].isfinite().all()
+    with ds.attach(half, Halving()):  # what edits samples, in single precision
+        assert latents(half).dtype == dtype
+    single = {"encoder_hidden_states": half.encode_prompt("a hat", "cpu", 1, False)[0].float()}
+    with ds.attach(half, ds.ComposableDiffusion({"pos": 5.0, "hat": 2.0}), contexts={"hat": single}):
+        assert latents(half).isfinite().all()
+
+
+class Halving(ds.Guidance):
+    def guide(self, step, state):
+        (cond,) = yield [ds.Call("pos")]
+        return cond, state, {}
+
+    def after(self, step, x_next, state):
+        return 0.5 * x_next, state
 
 
 def test_offload_hooks_stay_in_place() -> None:
