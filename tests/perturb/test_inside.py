@@ -648,7 +648,7 @@ def test_masks_of_a_joint_attention_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_pictures_as_prompts_are_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """They have an attention of their own behind the text's, in the same layer."""
-    net = described(monkeypatch, "cross", 1, 4)
+    net = described(monkeypatch, "cross", 1, 9)
 
     def seen(key: Tensor) -> Tensor:
         return softmax(net.keywords["query"], key.expand(-1, 4, -1, -1), 2 * key.expand(-1, 4, -1, -1), None)
