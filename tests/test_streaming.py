@@ -335,7 +335,7 @@ def test_refusals(tmp_path: Path) -> None:
             ds.sample_to(tmp_path, DEN, DNG, **RUN, **own)
     with pytest.raises(TypeError, match="eat"):
         ds.sample_to(tmp_path, DEN, DNG, **RUN, eat=1)
-    with pytest.raises(ParameterError, match="first at least 0"):
+    with pytest.raises(ParameterError, match="first must be a whole number"):
         ds.sample(DEN, DNG, first=-1, **RUN)
 
 

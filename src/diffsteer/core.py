@@ -139,16 +139,23 @@ def guide_in(method: Guidance, step: Step, state: State) -> Plan:
     try:
         calls = next(plan)
         while True:
-            predictions = yield [c if c.x is None else replace(c, x=c.x.to(given)) for c in calls]
-            calls = plan.send(
-                [
-                    _between(widened(p), c, step, step.space, method.space)
-                    for p, c in zip(predictions, calls, strict=True)
-                ]
-            )
+            predictions = yield [_cast(call, given) for call in calls]
+            calls = plan.send([_answer(p, c, step, method.space) for p, c in zip(predictions, calls, strict=True)])
     except StopIteration as done:
         prediction, state, info = done.value
         return _between(prediction, Call(), step, method.space, step.space).to(given), state, info
+
+
+def _cast(call: Call, dtype: torch.dtype) -> Call:
+    """A call at a point in the precision that the engine works in."""
+    with torch.set_grad_enabled(call.grad or torch.is_grad_enabled()):
+        return call if call.x is None else replace(call, x=call.x.to(dtype))
+
+
+def _answer(prediction: Tensor, call: Call, step: Step, space: str) -> Tensor:
+    """The engine's answer to a call in another space, in single precision at least, with its graph if it has one."""
+    with torch.set_grad_enabled(call.grad or torch.is_grad_enabled()):
+        return _between(widened(prediction), call, step, step.space, space)
 
 
 def widened(values: Tensor) -> Tensor:
@@ -198,6 +205,9 @@ class Sum(Guidance):
         return frozenset().union(*(m.needs for m in self.methods))
 
     def start(self, run: Run) -> State:
+        for method in self.methods:
+            if "recurrence" in method.needs:
+                raise _repeats(method)
         return tuple(m.start(run) for m in self.methods)
 
     def guide(self, step: Step, state: State) -> Plan:
@@ -215,13 +225,17 @@ class Sum(Guidance):
         for m, s in zip(self.methods, state, strict=True):
             answer = m.after(step, x_next, s)
             if isinstance(answer, Repeat):
-                raise UnsupportedError(
-                    f"{type(m).__name__} repeats steps, which the other terms of a sum would take for steps; run it "
-                    "without recurrence, or give it what remembers no steps as its base= instead"
-                )
+                raise _repeats(m)
             x_next, s = answer
             states.append(s)
         return x_next, tuple(states)
+
+
+def _repeats(method: Guidance) -> UnsupportedError:
+    return UnsupportedError(
+        f"{type(method).__name__} repeats steps, which the other terms of a sum would take for steps; run it without "
+        "recurrence, or give it what remembers no steps as its base= instead"
+    )
 
 
 def check_methods(*methods: Any) -> None:

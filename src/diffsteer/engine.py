@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -133,6 +134,11 @@ class Engine:
 
     def after_or_repeat(self, x_next: Tensor) -> Tensor | Repeat:
         """The same for a loop that can run a level again: where it does, it goes on from ``Repeat.x``."""
+        if not _finite(x_next):
+            raise NonFiniteError(
+                f"the networks' answers at step {self.step.index} (rho = {self.step.level.rho:.4g}) are finite, but "
+                "the sample made of them is not: lower the method's scale, or change the scheduler's settings"
+            )
         answer = self.method.after(self.step, x_next, self.state)
         if isinstance(answer, Repeat):
             self.state = answer.state
@@ -405,9 +411,11 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's too
+        return int(value) if isinstance(value, Integral) else float(value)
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
-    return value if isinstance(value, (int, float, str, bool, type(None))) else repr(value)
+    return value if isinstance(value, (str, bool, type(None))) else repr(value)
 
 
 def stack_trace(kept: list[dict[str, Tensor]], size: int) -> dict[str, Tensor]:
@@ -426,8 +434,8 @@ def every_kth(trace: str) -> int:
     """The k of "every:k"; 1 for "full", 0 for "off"."""
     if trace in ("full", "off"):
         return int(trace == "full")
-    kind, _, number = trace.partition(":")
-    if kind != "every" or not number.isdigit() or int(number) < 1:
+    kind, _, number = str(trace).partition(":")
+    if kind != "every" or not number.isdecimal() or int(number) < 1:
         raise ParameterError(f"trace must be 'full', 'off' or 'every:k', got {trace!r}")
     return int(number)
 

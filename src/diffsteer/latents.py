@@ -15,7 +15,7 @@ from diffsteer.denoisers import Denoiser, usable
 from diffsteer.energy.chains import Chain, LatentOptimizer, Shifts
 from diffsteer.energy.data import told
 from diffsteer.energy.forces import check
-from diffsteer.engine import Engine, describe, describe_scheduler, stream, versions
+from diffsteer.engine import Engine, describe, describe_scheduler, plain, stream, versions
 from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.paths import convert
 from diffsteer.sampling import Result, Unguided, advancing, check_dtype, checked_shape, on_path
@@ -136,7 +136,7 @@ def optimize_latents(
         "versions": versions(),
     }  # fmt: skip
     return OptimizedResult(
-        torch.cat(samples), {"energy": torch.cat(energies, 1)}, torch.cat(nfe), record, torch.cat(noises)
+        torch.cat(samples), {"energy": torch.cat(energies, 1)}, torch.cat(nfe), plain(record), torch.cat(noises)
     )
 
 

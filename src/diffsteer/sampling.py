@@ -26,6 +26,7 @@ from diffsteer.engine import (
     describe_scheduler,
     every_kth,
     join_traces,
+    plain,
     stack_trace,
     stream,
     versions,
@@ -137,9 +138,7 @@ def sample(
     check_methods(method)
     device = usable(device)
     check_dtype(dtype)
-    if first < 0:
-        raise ParameterError(f"samples are numbered from 0: first at least 0, got {first}")
-    shape = checked_shape(denoiser, shape, num_samples, batch_size, seed, x_T)
+    shape = checked_shape(denoiser, shape, num_samples, batch_size, seed, x_T, first)
     every = every_kth(trace)
     batch = batch_size or min(num_samples, 256)
     view = SchedulerView(scheduler, steps, eta, device)
@@ -178,12 +177,12 @@ def sample(
         "seconds": time.perf_counter() - started,
         "versions": versions(),
     }  # fmt: skip
-    return Result(torch.cat(samples), join_traces(traces), torch.cat(nfe), record)
+    return Result(torch.cat(samples), join_traces(traces), torch.cat(nfe), plain(record))
 
 
 def check_dtype(dtype: Any) -> None:
     """Refuse what samples cannot be drawn in."""
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise ParameterError(f"dtype is a floating one of torch's, such as torch.float32; got {dtype!r}")
 
 
@@ -194,17 +193,21 @@ def checked_shape(
     batch_size: int | None,
     seed: int,
     x_T: Tensor | None,
+    first: int = 0,
 ) -> tuple[int, ...]:
     """The shape of one sample, if all that is asked for goes with it."""
     _check_denoiser(denoiser, "the first argument")
-    shape = tuple(shape if shape is not None else denoiser.shape or ())
+    shape = shape if shape is not None else denoiser.shape or ()
+    if not isinstance(shape, Sequence) or not all(isinstance(size, Integral) and size > 0 for size in shape):
+        raise ParameterError(f"shape is that of one sample, such as (3, 32, 32); got {shape!r}")
     if not shape:
         raise ParameterError(
             "the denoiser does not know the shape of a sample; pass shape=, best to diffsteer.denoiser()"
         )
-    counts = {"num_samples": num_samples, "batch_size": num_samples if batch_size is None else batch_size, "seed": seed}
+    shape, batch_size = tuple(shape), num_samples if batch_size is None else batch_size
+    counts = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed, "first": first}
     for name, count in counts.items():
-        least = 0 if name == "seed" else 1
+        least = 0 if name in ("seed", "first") else 1
         if not isinstance(count, Integral) or count < least:
             raise ParameterError(f"{name} must be a whole number of at least {least}, got {count!r}")
     if x_T is not None and (not isinstance(x_T, Tensor) or tuple(x_T.shape) != (num_samples, *shape)):
@@ -224,6 +227,10 @@ def _check_denoiser(value: Any, name: str) -> None:
 def on_path(denoiser: Denoiser, models: Mapping[str, Denoiser] | None, view: SchedulerView) -> dict[str, Denoiser]:
     """The networks by name, as they answer on a scheduler's path; the denoiser is "main"."""
     models = by_name("models", models)
+    if "main" in models:
+        raise ParameterError(
+            '"main" is the first argument, the denoiser; models= is for others, by the names methods use'
+        )
     for name, net in models.items():
         _check_denoiser(net, f"models[{name!r}]")
     # eps says nothing of x0 at pure noise, where flow schedulers start: there a network converts on its own path

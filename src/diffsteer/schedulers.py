@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -48,6 +48,10 @@ _FIRST_ORDER = (
     "FlowMatchEulerDiscrete",
     "FlowMatchLCM",
 )
+
+# what diffusers accepts, and then does not do
+_NO_X0 = ("PNDM", "EulerAncestralDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", *_EDM)
+_NO_THIRD_ORDER = (("DPMSolverMultistep", "sde-dpmsolver"), ("EDMDPMSolverMultistep", "sde-dpmsolver++"))
 
 
 def _kind(scheduler: Any) -> str:
@@ -88,12 +92,7 @@ class ScheduleReading:
         own = (c.__name__ for c in type(scheduler).__mro__ if c.__module__.startswith("diffusers."))
         self.name, self.kind = next(own, type(scheduler).__name__).removesuffix("Scheduler"), _kind(scheduler)
         config = scheduler.config
-        if str(config.get("variance_type")).startswith("learned"):
-            fixed = "'fixed_small'" if self.name.startswith("DDPM") else None
-            raise UnsupportedError(
-                f"{type(scheduler).__name__} has variance_type={config.variance_type!r}: it reads a variance that the "
-                f"network adds to its prediction, which guidance does not carry; build it with variance_type={fixed}"
-            )
+        self._check_complete()
         for option in ("clip_sample", "thresholding"):
             if config.get(option, False):
                 warnings.warn(
@@ -106,6 +105,31 @@ class ScheduleReading:
         self.levels = [self._level(i) for i in range(len(self.timesteps))] + [self._last()]
         self.stochastic, self.ancestral = self._stochastic(), self._ancestral()
         self.prediction = "x0" if self.kind == "edm" else prediction_space(config.get("prediction_type", "flow"))
+
+    def _check_complete(self) -> None:
+        """Refuse settings that want what guidance does not carry, or that diffusers breaks on amid a run."""
+        config, name = self.scheduler.config, type(self.scheduler).__name__
+        if str(config.get("variance_type")).startswith("learned"):
+            fixed = "'fixed_small'" if self.name.startswith("DDPM") else None
+            raise UnsupportedError(
+                f"{name} has variance_type={config.variance_type!r}: it reads a variance that the network adds to its "
+                f"prediction, which guidance does not carry; build it with variance_type={fixed}"
+            )
+        if config.get("prediction_type") == "sample" and self.name in _NO_X0:
+            raise UnsupportedError(
+                f"diffusers' {name} makes no steps of prediction_type='sample'; build it with 'epsilon', whatever the "
+                "network predicts: that is what denoiser(..., prediction=) is told"
+            )
+        if config.get("solver_order") == 3 and (self.name, config.get("algorithm_type")) in _NO_THIRD_ORDER:
+            raise UnsupportedError(
+                f"diffusers' {name} has no third order of {config.algorithm_type!r}; build it with solver_order=2"
+            )
+        ends_at_0 = self.name == "UniPCMultistep" and config.final_sigmas_type == "zero"
+        if ends_at_0 and (config.solver_type == "bh1" or not config.predict_x0):
+            raise UnsupportedError(
+                f"diffusers' {name} divides by 0 in its last step with solver_type='bh1' or predict_x0=False; build it "
+                "with final_sigmas_type='sigma_min'"
+            )
 
     def require(self, needs: frozenset[str]) -> None:
         """Refuse a method that needs what this scheduler does not do."""
@@ -122,6 +146,11 @@ class ScheduleReading:
             raise UnsupportedError(
                 f"this method needs a scheduler that makes each step from one evaluation; {self.name} does not: use "
                 "DDIM, DDPM, Euler, Euler ancestral or FlowMatchEuler"
+            )
+        if "noise" in needs and not self.stochastic:
+            raise UnsupportedError(
+                f"mode='mean' moves a step's mean by its variance, and {self.name} has none, or an unknown one; use "
+                "mode='score', or DDPM, Euler ancestral, or DDIM with eta > 0"
             )
         if "first_order" in needs and self._astray():
             warnings.warn(
@@ -255,7 +284,9 @@ class SchedulerView(ScheduleReading):
         if not isinstance(steps, Integral) or steps < 1:
             raise ParameterError(f"steps must be a whole number of at least 1, got {steps}")
         _kind(scheduler)  # an unknown one is refused before it is touched
-        own = type(scheduler).from_config(scheduler.config)
+        # diffusers takes what was given by position for a default, which another scheduler need not keep
+        config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+        own = type(scheduler).from_config(config)
         if hasattr(own, "set_shift") and scheduler.shift != own.shift:  # records and stored runs go by the config
             raise UnsupportedError(
                 f"set_shift() has set this {type(scheduler).__name__} to {scheduler.shift}, of which its config says "
@@ -267,10 +298,10 @@ class SchedulerView(ScheduleReading):
                 "from_config(scheduler.config, invert_sigmas=False)"
             )
         self._accepted = set(inspect.signature(own.step).parameters)
+        if not isinstance(eta, Real) or not 0 <= eta <= 1:
+            raise ParameterError(f"eta must be in [0, 1], got {eta!r}")
         if eta and "eta" not in self._accepted:
             raise ParameterError(f"{type(scheduler).__name__} takes no eta; leave it 0 or use DDIMScheduler")
-        if not 0 <= eta <= 1:
-            raise ParameterError(f"eta must be in [0, 1], got {eta}")
         try:
             own.set_timesteps(steps, device=device)
         except ValueError as error:
@@ -282,8 +313,18 @@ class SchedulerView(ScheduleReading):
                 "the picture, which only a pipeline tells it; use its from_config(scheduler.config, "
                 f"use_dynamic_shifting=False, {shift}=3.0), or diffsteer.attach() the method to the pipeline"
             ) from error
+        if hasattr(
+            own, "set_begin_index"
+        ):  # it would look for its first timestep, and take the second if there are two
+            own.set_begin_index(0)
         super().__init__(own, eta)
         self._check_descent(steps)
+        if self.prediction == "eps" and self.levels[0].alpha == 0:
+            raise UnsupportedError(
+                f"this {type(scheduler).__name__} starts at pure noise, of which prediction_type='epsilon' says "
+                "nothing; build it with 'v_prediction', whatever the network predicts: that is what "
+                "denoiser(..., prediction=) is told"
+            )
 
     def _check_descent(self, steps: int) -> None:
         """Refuse more steps than the schedule has levels: diffusers then repeats some, and its solvers divide by 0."""

@@ -98,6 +98,10 @@ class MixtureDenoiser:
         """x0 at ``x``, (B, D), under one context."""
         if context not in self.contexts:
             raise MissingContextError(f"no context {context!r} among {list(self.contexts)}")
+        if x.shape[1:] != self.shape:
+            raise ParameterError(
+                f"samples of this mixture are {self.shape}, got {tuple(x.shape[1:])}; leave out shape="
+            )
         if perturb is not None:
             raise UnsupportedError("a mixture has nothing inside that could be perturbed")
         return self.mixture.predict(x, level, self.contexts[context])

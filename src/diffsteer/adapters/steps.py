@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from diffsteer.adapters.network import PipelineNet
 from diffsteer.core import Guidance, Info, widened
-from diffsteer.engine import Batching, Engine, describe, describe_scheduler, every_kth, stack_trace, stream, versions
+from diffsteer.engine import (
+    Batching,
+    Engine,
+    describe,
+    describe_scheduler,
+    every_kth,
+    plain,
+    stack_trace,
+    stream,
+    versions,
+)
 from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.paths import Level
 from diffsteer.sampling import Result
@@ -83,7 +93,7 @@ class GuidedSteps:
     def record(self, steps: int, contexts: list[str]) -> dict[str, Any]:
         """What ran, as plain data."""
         assert self.engine is not None
-        return {
+        told = {
             "method": describe(self.method),
             "scheduler": describe_scheduler(self.reading.scheduler),
             "steps": steps, "eta": self.eta, "stochastic": self.reading.stochastic, "contexts": contexts,
@@ -92,6 +102,7 @@ class GuidedSteps:
             "inner": list(self.engine.inner),
             "versions": versions(),
         }  # fmt: skip
+        return {name: plain(value) for name, value in told.items()}
 
     def outcome(self, x: Tensor, record: dict[str, Any]) -> Result:
         """What the run has come to, at ``x``, (B, ...)."""
@@ -134,7 +145,7 @@ def check_needs(method: Guidance, models: Mapping[str, nn.Module]) -> None:
     """Refuse what no pipeline can give, and a network in the place of its own."""
     if "main" in models:
         raise ParameterError('"main" is the pipeline\'s own denoiser; models= is for others, by the names methods use')
-    unmet = sorted(set(method.needs) - {"neg", "grad", "first_order", "perturb"})
+    unmet = sorted(set(method.needs) - {"neg", "grad", "first_order", "noise", "perturb"})
     if unmet:
         raise UnsupportedError(f"a pipeline cannot give what this method needs: {', '.join(unmet)}; use sample()")
 

@@ -54,8 +54,10 @@ def is_noise(step: Step) -> bool:
 
 
 def needs_of(mode: str) -> frozenset[str]:
-    """What a mode needs of a sampler: vectors that act on x_s want steps made of one evaluation."""
-    return frozenset() if mode in ("score", "x0_rederive") else frozenset({"first_order"})
+    """What a mode needs of a sampler: vectors that act on x_s want steps made of one evaluation, "mean" also noise."""
+    if mode in ("score", "x0_rederive"):
+        return frozenset()
+    return frozenset({"first_order", "noise"} if mode == "mean" else {"first_order"})
 
 
 def check_mode(mode: str, allowed: tuple[str, ...] = MODES) -> None:

@@ -13,6 +13,7 @@ from diffsteer.errors import UnknownNameError
 
 _LIMITS = {
     "first_order": "one-evaluation schedulers",
+    "noise": "schedulers that add noise",
     "perturb": "known architectures",
     "recurrence": "one-evaluation schedulers, no pipelines",
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffsteer.core import Call, Guidance, Plan, State, Step
-from diffsteer.errors import ParameterError
+from diffsteer.errors import ParameterError, UnsupportedError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
 from diffsteer.perturb import AttentionRecord, blur, grid
@@ -92,6 +92,10 @@ class SelfAttentionGuidance(Guidance):
             return only, state, {}
         record = AttentionRecord(self.layers) if self.threshold else None
         (eps,) = yield [Call(self.context, perturb=record)]
+        if step.x.ndim < 3:
+            raise UnsupportedError(
+                f"self-attention guidance blurs pictures; samples of shape {tuple(step.x.shape[1:])} are none"
+            )
         clean = step.x - step.level.sigma * eps  # alpha x0
         smooth = clean
         for axis in range(2, clean.ndim):
