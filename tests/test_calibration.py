@@ -11,8 +11,10 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
+    PNDMScheduler,
 )
 
 import diffsteer as ds
@@ -234,6 +236,49 @@ def test_a_second_order_schedulers_inner_points_are_no_levels_of_a_filter(kind: 
     assert len(log_snr) == len(set(log_snr)) == 8
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "number"), [(FlowMatchEulerDiscreteScheduler(), 7), (PNDMScheduler(skip_prk_steps=True), 8)]
+)
+def test_pure_noise_and_repeated_levels_are_no_levels_of_a_filter(scheduler, number: int) -> None:
+    net, method = Biased(0.35), ds.DynamicNegativeGuidance(prior=1 / 8)
+    fitted = ds.calibrate(net, method, scheduler=scheduler, steps=8, num_rollouts=100)
+    assert len(fitted.calibrations[0].log_snr) == number
+    out = ds.sample(net, fitted, scheduler=scheduler, steps=8, num_samples=4)
+    assert bool(out.samples.isfinite().all())
+
+
+@pytest.mark.parametrize("scheduler", [DDPM, DDIM])
+def test_each_context_is_calibrated_as_if_alone(scheduler) -> None:
+    net, priors = Biased(0.35), {"neg": 1 / 8, "neg2": 1 / 4}
+    net.inner = net.mixture.denoiser({"null": None, "neg": [0], "neg2": [3, 4]})
+    net.contexts, run = net.inner.contexts, {"scheduler": scheduler, "steps": 6, "num_rollouts": 100}
+    both = ds.DynamicNegativeGuidance(prior=tuple(priors.values()), contexts=tuple(priors))
+    alone = [ds.DynamicNegativeGuidance(prior=prior, contexts=(context,)) for context, prior in priors.items()]
+    found = [ds.calibrate(net, method, **run).calibrations for method in (both, *alone)]
+    assert found[0] == (*found[1], *found[2])
+    assert found[1] != found[2]
+
+
+def test_a_fit_owes_nothing_to_how_the_method_acts() -> None:
+    """Nor to a calibration of before, for other steps."""
+    net, plain = Biased(0.35), ds.DynamicNegativeGuidance(prior=1 / 8)
+    first, *others = (
+        ds.calibrate(net, method, scheduler=DDPM, steps=6, num_rollouts=100).calibration
+        for method in (
+            plain,
+            dataclasses.replace(plain, scale=9.0, baseline=0.5, late=1.0, p_max=0.13, p_min=0.1),
+            ds.calibrate(net, plain, scheduler=DDPM, steps=5, num_rollouts=100),
+        )
+    )
+    assert others == [first, first]
+
+
+def test_a_concept_that_all_rollouts_show_is_refused() -> None:
+    method = ds.DynamicNegativeGuidance(prior=0.999, p_max=0.9999)
+    with pytest.raises(ParameterError, match=r"100 of 100 rollouts show 'neg'.*smaller prior"):
+        ds.calibrate(Biased(0.35), method, scheduler=DDPM, steps=4, num_rollouts=100)
+
+
 def test_the_filter_knows_what_the_size_tells_and_keeps_it() -> None:
     """Of four levels the second tells, and the tracked log-odds are noise: at the last one it is still known."""
     generator = torch.Generator().manual_seed(0)
@@ -273,6 +318,15 @@ def test_the_likelihood_ratio_is_exact_where_the_denoiser_is(scheduler, monkeypa
         error, spread = (found.mean(1) - exact_log_ratio(mixture, points, among)).abs(), found.std(1) / 200**0.5
         assert (error < 4 * spread + 0.01 * found.mean(1).abs() + 0.03).all(), (context, error, spread)
     assert float(out.nfe[0]) == 3 * 200
+
+
+def test_the_likelihood_ratio_looks_at_steps_alone() -> None:
+    """Not at the inner points of Heun's, which are at the next one's level."""
+    net = ds.toy.hard().denoiser({"null": None, "neg": [0]})
+    out = ds.sample(net, LikelihoodRatio(torch.zeros(2, 4)), scheduler=HeunDiscreteScheduler(), steps=8, num_samples=2)
+    moved = out.trace["log_ratio:neg"].diff(dim=0)[:, 0] != 0
+    assert not bool(moved[0::2].any())
+    assert bool(moved[1::2].any())
 
 
 def test_the_likelihood_ratio_counts_the_decisive_levels_alone_and_each_sample_by_itself() -> None:

@@ -602,6 +602,21 @@ def test_pure_noise_tells_nothing():
     assert float((played[2].info["posterior"] - 0.2).abs().max()) > 1e-6
 
 
+def test_a_run_from_a_noised_image_starts_at_the_prior():
+    """Its first level is none of pure noise, and what the image shows there is in the prior."""
+    scene = script(stochastic=0.0)
+    later = replace(scene, levels=scene.levels[3:], points=scene.points[3:])
+    for whole, started in ((True, scene), (False, later)):
+        first = play(DNG(prior=0.3, temperature=0.05), started)[0].info["posterior"]
+        assert bool((first == first[0]).all()) != whole
+        assert (abs(float(first[0]) - 0.3) < 1e-12) != whole
+
+
+def test_a_posterior_from_outside_is_not_frozen():
+    for a, b in zip(play(DNG(estimator=told, rho_min=1e9), script()), play(DNG(estimator=told), script()), strict=True):
+        assert torch.equal(a.info["posterior"], b.info["posterior"])
+
+
 @pytest.mark.parametrize("prior", [0.07, 0.6])
 def test_late_scales_push_at_pure_noise_by_the_odds_alone(prior):
     scene = script(coordinates="flow")
@@ -627,10 +642,64 @@ def test_doubt_leaves_samples_in_doubt_alone():
     assert bool((full[:, lost] != sparing[:, lost]).any(0).all())
 
 
-@pytest.mark.parametrize("kappa", [0.0, 0.25])
-def test_difference_is_the_probe_without_gradients(kappa):
-    scene = script(stochastic=kappa)
-    method = DNG(prior=0.3, temperature=0.05, p_min=1e-3)
+def linear(scene, slope):
+    """A script whose branches differ by ``slope(rho)`` times x / alpha in their scores there."""
+
+    def null(x, alpha, sigma):
+        return x * sigma / (alpha**2 + sigma**2)
+
+    def negative(x, alpha, sigma):
+        return null(x, alpha, sigma) - sigma / alpha * slope(sigma / alpha) * x / alpha
+
+    return replace(scene, networks={"null": null, "neg": negative})
+
+
+@pytest.mark.parametrize("softening", [0.5, math.inf])
+def test_what_is_held_is_what_varies_slowly(softening):
+    """k**2 div g, or div g without a softening: where that is the same at every level, sparing it costs nothing."""
+
+    def slope(rho):
+        return 0.2 if math.isinf(softening) else 2.0 / (rho**2 + softening) ** 2
+
+    scene = linear(script(stochastic=0.0, batch=20, shape=(4,)), slope)
+    method = DNG(prior=0.3, temperature=0.1, p_min=1e-4, divergence="exact", softening=softening, lazy=False)
+    full, sparing = (
+        torch.stack([p.info["posterior"] for p in play(replace(method, doubt=doubt), scene)]) for doubt in (1e-6, 0.07)
+    )
+    assert float((full[:-1] < 0.07).double().mean()) > 0.1
+    np.testing.assert_allclose(sparing, full, rtol=1e-6)
+
+
+def test_three_tenths_of_a_probes_divergence_are_those_before():
+    """In one dimension a probe is exact; what it is mixed with is the last mixture, as k**2 div g."""
+    method = DNG(prior=0.3, temperature=0.01, estimator="ito", softening=0.5)
+    scene = linear(script(stochastic=0.25, shape=(1,)), lambda rho: 1 / (1 + rho))
+    exact, probed = (steps_of(replace(method, divergence=d), scene) for d in ("exact", "probe"))
+    rho = np.array([level.sigma / level.alpha for level in scene.levels[:-1]])
+    k, mixed = rho**2 + 0.5, [1 / (1 + rho[0])]
+    for i in range(1, len(rho)):
+        mixed.append(0.3 * mixed[-1] * (k[i - 1] / k[i]) ** 2 + 0.7 / (1 + rho[i]))
+    expected = -0.01 * 0.75 * (rho[:-1] ** 2 - rho[1:] ** 2) / 2 * (np.array(mixed) - 1 / (1 + rho))[:-1]
+    np.testing.assert_allclose(probed - exact, np.repeat(expected[:, None], 5, 1), rtol=1e-5, atol=1e-12)
+
+
+def test_rare_concepts_are_in_doubt_from_the_start():
+    """Down to a quarter of their prior, where ``doubt`` is more."""
+    scene = script(stochastic=0.0)
+    method = DNG(prior=0.01, temperature=0.3, divergence="exact")
+    default, quarter, sparing = (
+        torch.stack([p.info["posterior"] for p in play(replace(method, doubt=doubt), scene)])
+        for doubt in (0.018, 0.0025, 0.0001)
+    )
+    assert torch.equal(default, quarter)
+    assert not torch.equal(default, sparing)
+
+
+@pytest.mark.parametrize(("kappa", "temperature"), [(0.0, 0.05), (0.25, 0.05), (0.0, 0.3)])
+def test_difference_is_the_probe_without_gradients(kappa, temperature):
+    """Also where some samples are spared it, at the higher temperature."""
+    scene = script(stochastic=kappa, batch=10)
+    method = DNG(prior=0.3, temperature=temperature, p_min=1e-3, doubt=0.07)
     exact = play(replace(method, divergence="exact"), scene)
     probe, difference = (play(replace(method, divergence=d), scene) for d in ("probe", "difference"))
     for a, b in zip(probe, difference, strict=True):
@@ -791,7 +860,10 @@ def test_positive_prompt_and_dynamic_negative():
         {"negligible": 1.0}, {"negligible": -0.1}, {"patience": -1.0}, {"patience": float("nan")},
         {"baseline": 1.1}, {"baseline": -0.1}, {"baseline": float("nan")},
         {"late": -1.0}, {"late": float("inf")}, {"late": float("nan")},
-        {"prior": [0.1, 0.1], "contexts": ("neg", "neg2")},
+        {"prior": [0.1, 0.1], "contexts": ("neg", "neg2")}, {"prior": (0.1, 0.1)},
+        {"prior": (0.5, 0.5), "contexts": ("neg", "neg2")}, {"contexts": ("neg", "neg")},
+        {"calibration": (_PLANE, _PLANE)}, {"offset": float("nan")}, {"softening": 0.0},
+        {"doubt": 0.0}, {"doubt": 1.0}, {"rho_min": -1.0}, {"rho_min": float("nan")},
     ],
     ids=str,
 )  # fmt: skip
@@ -800,15 +872,49 @@ def test_refuses_parameters(wrong):
         DNG(**wrong)
 
 
-@pytest.mark.parametrize("estimator", ["kernel", "ito"])
+def test_null_is_not_unwanted():
+    with pytest.raises(ParameterError, match="cannot be unwanted"):
+        DNG(contexts=("neg", "null"))
+
+
+@pytest.mark.parametrize("estimator", ["odds", "kernel", "ito"])
 def test_refuses_a_deterministic_sampler_without_divergence(estimator):
     with pytest.raises(UnsupportedError, match="surrogate"):
         play(DNG(estimator=estimator), script(stochastic=0.0))
 
 
+@pytest.mark.parametrize("estimator", ["odds", "kernel"])
+@pytest.mark.parametrize("stochastic", [0.25, None])
+def test_kernels_want_the_full_noise(estimator, stochastic):
+    with pytest.raises(UnsupportedError, match="full ancestral noise"):
+        play(DNG(estimator=estimator), replace(script(), stochastic=stochastic))
+
+
 def test_refuses_unknown_noise():
-    with pytest.raises(UnsupportedError, match="callable"):
-        play(DNG(), replace(script(), stochastic=None))
+    for estimator in ("auto", "ito"):
+        with pytest.raises(UnsupportedError, match="callable"):
+            play(DNG(estimator=estimator), replace(script(), stochastic=None))
+    for estimator in ("ode", told):
+        play(DNG(estimator=estimator), replace(script(steps=2), stochastic=None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_differences_want_single_precision(dtype):
+    """Of the points and of the network, where a divergence is wanted at all."""
+    method, scene = DNG(divergence="difference"), script(steps=2, stochastic=0.0)
+    with pytest.raises(UnsupportedError, match="hardly tell apart"):
+        play(method, scene, dtype=dtype)
+    with pytest.raises(UnsupportedError, match="hardly tell apart"):
+        method.start(ds.Run(torch.zeros(5, 2, 3), scene.levels, 0.0, ("null", "neg"), precision=dtype))
+    play(method, script(steps=2), dtype=dtype)
+
+
+def test_a_state_without_probes_is_refused():
+    x, levels = torch.zeros(2, 3), script(stochastic=0.0).levels
+    state = DNG(divergence="exact").start(ds.Run(x, levels, 0.0, ("null", "neg")))
+    with pytest.raises(StateError, match="without probes"):
+        step = ds.Step(x, levels[0], levels[1], 0, 12, "eps", stochastic=0.0)
+        ds.core.drive(DNG(), step, state, lambda calls: [c.x * 0.1 for c in calls])
 
 
 def test_state_belongs_to_its_batch():
