@@ -197,6 +197,7 @@ def test_rollouts_in_batches_are_the_same_rollouts() -> None:
     whole = ds.calibrate(net, method, **options, progress=done.append).calibrations[0]
     parts = ds.calibrate(net, method, **options, batch_size=30).calibrations[0]
     assert sum(done) == 2 * 100 * 10  # the rollouts, and their likelihood ratio
+    assert ds.calibrate(net, method, **options | {"seed": 6}).calibrations[0] != whole
     for name in ("drift", "forgetting", "size", "gain"):
         assert getattr(parts, name) == pytest.approx(getattr(whole, name), abs=2e-3)  # rounding of the chunk's shape
 

@@ -26,7 +26,7 @@ from diffsteer.energy.forces import (
     unit,
 )
 from diffsteer.energy.losses import ClassEnergy, CosineEnergy, Residual, SphericalEnergy, SumEnergy
-from diffsteer.energy.steps import Landing, act, land, renoise, score_of
+from diffsteer.energy.steps import Landing, act, land, needs_of, renoise, score_of
 from diffsteer.engine import Engine, describe, stream
 from diffsteer.errors import ParameterError, StateError, UnsupportedError
 from diffsteer.paths import convert
@@ -131,8 +131,9 @@ def test_the_table_of_modes(mode: str, eta: float, space: str) -> None:
         "score": s_t**2 / a_t * b, "mean": fresh**2, "x0_rederive": b, "x0_keep_eps": a_s, "jump": 1.0,
     }[mode]  # fmt: skip
     torch.testing.assert_close(moved, factor * vector, rtol=1e-5, atol=1e-6)  # diffusers' levels are single precision
+    prediction, jump = act(mode, step, plain, vector)
+    assert needs_of(mode) == (frozenset() if jump is None else {"first_order"})
     if mode == "score":
-        prediction, _ = act(mode, step, plain, vector)
         torch.testing.assert_close(score_of(step, prediction - plain), vector)
 
 
@@ -383,6 +384,17 @@ def test_a_matched_length_does_not_depend_on_the_energys_size() -> None:
     assert bool((matched_rms(0 * small, torch.ones_like(small)) == 0).all())
 
 
+def test_energies_are_asked_in_single_precision_at_least() -> None:
+    """Their squares overflow half precision."""
+    far = torch.full((2, 3), 300.0, dtype=torch.float16)
+    step = ds.Step(far, ds.Level(1.0, 1.0), ds.Level(1.0, 0.0), 0, 1, "x0")
+    for force, _ in (
+        clean_force(lambda x: x.square().sum(1), far, None),
+        noisy_force(lambda x, level: x.square().sum(1) / unit(level), step),
+    ):
+        torch.testing.assert_close(force, torch.full((2, 3), -600.0))
+
+
 def test_a_length_that_overflows_half_precision_is_clipped() -> None:
     long = torch.full((1, 4, 64, 64), 1e3, dtype=torch.float16)
     torch.testing.assert_close(clipped_norm(long, 128.0), torch.ones_like(long), rtol=0.01, atol=0)
@@ -509,6 +521,23 @@ def test_whole_runs_take_each_samples_own_data(batch_size: int) -> None:
     torch.testing.assert_close(part.samples, ways["sample"]().samples[3:])
 
 
+def test_an_image_that_fits_its_measurement_is_left_alone() -> None:
+    x = torch.tensor([[0.3, -0.2], [1.0, 0.5]])
+    for squared in (False, True):
+        force, values = clean_force(Residual(x[0], squared=squared), x, None)
+        assert values[0] == 0
+        assert force[0].tolist() == [0.0, 0.0]
+        assert bool((force[1] != 0).all())
+
+
+def test_noise_wants_a_stream_of_every_sample() -> None:
+    x = torch.zeros(2, 3)
+    for streams in ((), [stream(0, 0)], [stream(0, i) for i in range(3)]):
+        step = ds.Step(x, ds.Level(0.6, 0.8), ds.Level(0.8, 0.6), 0, 1, "x0", generators=streams)
+        with pytest.raises(UnsupportedError, match="one random stream per sample"):
+            renoise(step, x)
+
+
 def test_what_is_wrong_with_the_data_of_an_energy() -> None:
     x = torch.tensor([[0.3, -0.2], [1.0, 0.5]])
     right = ClassEnergy(logits, torch.tensor([0, 1]))(x)
@@ -517,6 +546,11 @@ def test_what_is_wrong_with_the_data_of_an_energy() -> None:
     for label in (torch.tensor([0.0, 1.0]), 1.0):
         with pytest.raises(ParameterError, match="whole number"):
             ClassEnergy(logits, label)(x)  # type: ignore[arg-type]
+    for label in (-1, 2, torch.tensor([0, -1])):
+        with pytest.raises(ParameterError, match="none of the classifier's"):
+            ClassEnergy(logits, label)(x)
+    with pytest.raises(ParameterError, match="at least one energy"):
+        SumEnergy([])
     for other in (torch.zeros(3), torch.zeros(5, 1, 2)):
         with pytest.raises(ParameterError, match="measurement"):
             Residual(other)(x)

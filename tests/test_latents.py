@@ -130,6 +130,14 @@ def test_refuses_chains_that_cannot_be_run_again(method: Any) -> None:
 ONLY: dict[Any, dict[str, Any]] = {ds.DOODL: {}, ds.DiGIN: {"contexts": ()}}
 
 
+@both
+def test_noise_to_begin_with_comes_in_any_precision(method: Any) -> None:
+    begun = torch.linspace(-1, 1, 6).reshape(3, 2)
+    outs = [ds.optimize_latents(DENOISER, method, num_samples=3, x_T=x, **RUN) for x in (begun, begun.double())]
+    assert outs[0].samples.dtype == outs[0].noise.dtype == torch.float64
+    assert torch.equal(outs[0].samples, outs[1].samples)
+
+
 def test_they_are_listed_and_cited_but_guide_no_step() -> None:
     assert ds.list_optimizers() == ["dig-in", "doodl"]
     assert not set(ds.list_optimizers()) & set(ds.list_methods())

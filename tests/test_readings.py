@@ -150,6 +150,7 @@ def test_readings_survive_json(reading) -> None:
         ({"slope": None}, "slope"),
         ({"intercept": (0.0, math.nan)}, "intercept"),
         ({"log_snr": (-1.0, -4.0)}, "increase"),
+        ({"log_snr": (-1.0, -1.0)}, "increase"),
         ({"log_snr": (), "intercept": (), "slope": (), "size": (), "usual": ()}, "log_snr"),
     ],
 )

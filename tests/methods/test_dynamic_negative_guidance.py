@@ -346,6 +346,8 @@ CASE = Case(
     (ds.DynamicNegativeGuidance(prior=0.2), 0.0),
     (ds.DynamicNegativeGuidance(prior=0.2, divergence="exact"), 0.25),
     (ds.DynamicNegativeGuidance(prior=0.1, contexts=("neg", "neg2")), 1.0),
+    (ds.DynamicNegativeGuidance(prior=0.2, calibration=_FILTER), 0.0),
+    (ds.DynamicNegativeGuidance(prior=0.2, calibration=_FLAT), 1.0),
 ],
     formulas=[
         (
@@ -902,10 +904,10 @@ def test_refuses_unknown_noise():
 def test_differences_want_single_precision(dtype):
     """Of the points and of the network, where a divergence is wanted at all."""
     method, scene = DNG(divergence="difference"), script(steps=2, stochastic=0.0)
-    with pytest.raises(UnsupportedError, match="hardly tell apart"):
-        play(method, scene, dtype=dtype)
-    with pytest.raises(UnsupportedError, match="hardly tell apart"):
-        method.start(ds.Run(torch.zeros(5, 2, 3), scene.levels, 0.0, ("null", "neg"), precision=dtype))
+    for points, network in ((dtype, torch.float32), (torch.float32, dtype)):
+        x = torch.zeros(5, 2, 3, dtype=points)
+        with pytest.raises(UnsupportedError, match="hardly tell apart"):
+            method.start(ds.Run(x, scene.levels, 0.0, ("null", "neg"), precision=network))
     play(method, script(steps=2), dtype=dtype)
 
 
