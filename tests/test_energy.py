@@ -285,6 +285,21 @@ def test_an_energy_of_noisy_images_is_not_asked_of_pure_noise(method: Guidance) 
     assert bool(torch.isfinite(out.samples).all())
 
 
+@pytest.mark.parametrize("coordinates", ["ve", "flow"])
+def test_an_energy_is_first_asked_in_its_own_coordinates(coordinates: str) -> None:
+    """Of clean images in variance-preserving ones, of noisy images in the sampler's."""
+    scene, seen = script(steps=2, coordinates=coordinates), list[torch.Tensor]()
+
+    def energy(x: torch.Tensor, *level: ds.Level) -> torch.Tensor:
+        seen.append(x.detach())
+        return waves(x)
+
+    for method, size in ((ds.ClassifierGuidance(energy), 1.0), (ds.FreeDoM(energy), unit(scene.levels[0]))):
+        seen.clear()
+        play(method, scene)
+        torch.testing.assert_close(seen[0], torch.as_tensor(scene.points[0]) / size)
+
+
 def test_an_energy_of_noisy_images_is_no_base() -> None:
     """The method around it would take its force for a constant."""
     outer = ds.FreeDoM(waves, 0.1, base=ds.ClassifierGuidance(noisy_waves, 0.1, "score"))

@@ -914,8 +914,8 @@ def test_differences_want_single_precision(dtype):
 def test_a_state_without_probes_is_refused():
     x, levels = torch.zeros(2, 3), script(stochastic=0.0).levels
     state = DNG(divergence="exact").start(ds.Run(x, levels, 0.0, ("null", "neg")))
+    step = ds.Step(x, levels[0], levels[1], 0, 12, "eps", stochastic=0.0)
     with pytest.raises(StateError, match="without probes"):
-        step = ds.Step(x, levels[0], levels[1], 0, 12, "eps", stochastic=0.0)
         ds.core.drive(DNG(), step, state, lambda calls: [c.x * 0.1 for c in calls])
 
 
