@@ -298,6 +298,18 @@ def test_the_filter_knows_what_the_size_tells_and_keeps_it() -> None:
     assert max(map(abs, found["gain"])) < 0.05
 
 
+def test_a_filter_forgets_at_most_nearly_all_and_nothing_grows_by_itself() -> None:
+    """Where what is new says the contrary of what was known, given both; and where it says nothing."""
+    member = torch.arange(200) % 5 == 0
+    shared = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_snr, silent = torch.tensor([-1.0, 0.0, 2.0]), torch.zeros(200, dtype=torch.float64)
+    for last, forgetting in ((3.0 * member + shared, -math.log(0.01) / 2), (silent, 0.0)):
+        size = torch.stack([silent, member + (shared if forgetting else silent), last])
+        found = fit_filter(log_snr, torch.zeros(3, 200).double(), size, member.double(), prior=0.2)
+        assert found["forgetting"] == pytest.approx((0.0, found["forgetting"][1], forgetting), abs=1e-4)
+        assert min(found["forgetting"]) >= 0
+
+
 def exact_log_ratio(mixture: ds.toy.GaussianMixture, x: torch.Tensor, among: list[int]) -> torch.Tensor:
     """log p(x | among) - log p(x)."""
     joint = mixture.log_joint(x, ds.Level(1.0, 0.0))
