@@ -92,10 +92,6 @@ CASE = Case(
             {"temperature": 0.05, "offset": -0.1, "divergence": "exact", "estimator": "ito"},
             {"stochastic": 0.25, "coordinates": "flow", "seed": 9},
         ),
-        (
-            {"temperature": 0.1, "offset": -0.4, "divergence": "exact", "estimator": "ito", "mixing": 0.95},
-            {"stochastic": 0.25, "seed": 11},
-        ),
         ({"estimator": told, "mixing": 0.7}, {"stochastic": 0.0, "seed": 10}),
     ],
     contract=[
