@@ -604,6 +604,15 @@ def test_pure_noise_tells_nothing():
     assert float((played[2].info["posterior"] - 0.2).abs().max()) > 1e-6
 
 
+def test_a_second_witness_is_not_asked_of_pure_noise():
+    scene, seen = script(coordinates="flow"), []
+    scene = replace(scene, levels=(ds.Level(0.0, 1.0), *scene.levels[1:]))
+    networks = {c: (lambda x, alpha, sigma, g=g: g * x) for c, g in (("null", 0.5), ("neg", 0.8))}
+    method = DNG(prior=0.2, estimator="ito", evidence=lambda x0, level: seen.append(level) or witness(x0, level))
+    np.testing.assert_allclose(play(method, replace(scene, networks=networks))[0].info["posterior"], 0.2, rtol=1e-12)
+    assert seen == list(scene.levels[1:-1])
+
+
 def test_a_run_from_a_noised_image_starts_at_the_prior():
     """Its first level is none of pure noise, and what the image shows there is in the prior."""
     scene = script(stochastic=0.0)
@@ -937,8 +946,9 @@ def test_refuses_to_be_told_what_is_no_number_per_sample(broken):
         play(DNG(evidence=broken), script())
     with pytest.raises(NonFiniteError, match="estimator"):
         play(DNG(estimator=broken), script())
-    with pytest.raises(ParameterError, match="one at a time"):
-        DNG(evidence=witness, contexts=("neg", "neg2"))
+    for option in ("evidence", "estimator"):
+        with pytest.raises(ParameterError, match="one at a time"):
+            DNG(**{option: witness}, contexts=("neg", "neg2"))
     for wrong, says in (
         ({"evidence": 3}, "evidence maps"),
         ({"calibration": 3}, "calibrate"),
