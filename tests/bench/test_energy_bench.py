@@ -25,8 +25,8 @@ from diffsteer.bench.energy import (
     real_images,
     tasks_of,
 )
-from diffsteer.bench.removal import Outcome
-from diffsteer.errors import ParameterError, UnknownNameError
+from diffsteer.bench.removal import Outcome, scheduler
+from diffsteer.errors import NonFiniteError, ParameterError, UnknownNameError
 
 TINY = Plan(samples=10, images=4, choosing=10, steps=2)
 
@@ -92,7 +92,10 @@ def test_measures_of_perfect_and_of_useless_answers(model, real) -> None:
     perfect = task.measure(kept(task.truth))
     assert perfect["psnr"] > 50
     assert perfect["residual"] == pytest.approx(benching.NOISE, rel=0.25)
+    low, high = perfect["psnr_interval"]
+    assert low < perfect["psnr"] < high
     assert task.measure(kept(-task.truth))["psnr"] < 10
+    assert task.measure(kept(-task.truth))["residual"] > 1
     assert not {t.numpy().tobytes() for t in task.truth} & {t.numpy().tobytes() for t in report.truth}
 
     labels, others = tasks_of(model, "labels", replace(TINY, choosing=50), real)
@@ -104,6 +107,53 @@ def test_measures_of_perfect_and_of_useless_answers(model, real) -> None:
         for x in (right, right.roll(1, 0), torch.randn_like(right))
     ]
     assert abs(distances[0]) < 1 < min(distances[1:])  # other classes are as far away as noise
+
+
+def test_every_image_has_its_class_and_noise_of_its_own(model, real) -> None:
+    task, _ = tasks_of(model, "deblurring", replace(TINY, choosing=40), real)
+    assert float((model.judge(task.truth).argmax(1) == task.wanted).double().mean()) > 0.9
+    noise = (task.measurement - task.operator(task.truth)).flatten(1)
+    assert float(noise.std()) == pytest.approx(benching.NOISE, rel=0.1)
+    assert float(torch.corrcoef(noise).fill_diagonal_(0).abs().max()) < 0.6
+
+
+def test_an_energy_is_of_what_is_wanted_of_each_sample(model, real, tmp_path: Path) -> None:
+    task, _ = tasks_of(model, "labels", TINY, real)
+    right = torch.stack([real.images[real.labels == k][0] for k in task.wanted])
+    energy = task.energy("plain")
+    assert bool((energy(right) < energy(right.roll(1, 0))).all())
+    asked = benching._run(task, "conditional", 0.0, 2, tmp_path)
+    plain = ds.sample(
+        model.denoiser(pos=task.wanted), ds.Unguided("pos"), scheduler=scheduler(model, "ddpm"), num_samples=10, steps=2
+    )
+    assert torch.equal(asked.images, kept(plain.samples).images)
+    assert benching._measure(task, "x", 0.0, True, asked).accuracy == float(
+        (asked.labels == task.wanted).double().mean()
+    )
+
+
+def test_runs_of_other_classes_images_and_energies_never_mix(model, real, tmp_path: Path) -> None:
+    pairs = [tasks_of(model, kind, replace(TINY, images=10), real) for kind in ("labels", "inpainting")]
+    for task in (task for pair in pairs for task in pair):
+        benching._run(task, "unguided", 0.0, 2, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+
+
+def test_a_method_that_leaves_the_numbers_behind_is_told_and_has_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = benching._run
+
+    def diverging(task, key, scale, *rest):
+        if scale == INVERSE["mpgd"].scales[1]:
+            raise NonFiniteError("gone")
+        return run(task, key, scale, *rest)
+
+    monkeypatch.setattr(benching, "_run", diverging)
+    plan = replace(TINY, tasks=("inpainting",), methods=("mpgd",))
+    lines = bench_energy("digits", plan, out=tmp_path)
+    assert [line.scale for line in lines if not line.reported] == [INVERSE["mpgd"].scales[i] for i in (0, 2)]
+    assert "inpainting mpgd 1.8" in (tmp_path / "energy.md").read_text()
 
 
 def test_who_guides_never_judges(model) -> None:
@@ -166,6 +216,8 @@ def test_gains_are_differences_of_the_same_images(results: Path) -> None:
     assert mine["mpgd"]["over_dps"] == pytest.approx(mine["mpgd"]["psnr"] - mine["dps"]["psnr"], abs=1e-4)
     assert mine["dps"]["over_unguided"] == pytest.approx(mine["dps"]["psnr"] - mine["unguided"]["psnr"], abs=1e-4)
     assert mine["dps"]["over_dps"] is None
+    low, high = mine["mpgd"]["over_dps_interval"]
+    assert low < mine["mpgd"]["over_dps"] < high
 
 
 def test_refuses(model, real) -> None:

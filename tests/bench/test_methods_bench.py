@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import diffsteer as ds
+from diffsteer.bench import metrics
 from diffsteer.bench.catalogue import bench_methods
 from diffsteer.bench.findings import finding
-from diffsteer.bench.removal import scheduler
-from diffsteer.bench.tasks import CLASSES, EMBEDDED, ONE, TUNED, TWICE, TWO, Bench, Classes, Column
+from diffsteer.bench.removal import measure, scheduler, unguided
+from diffsteer.bench.tasks import CLASSES, EMBEDDED, ONE, TUNED, TWICE, TWO, Bench, Classes, Column, labelled
 from diffsteer.bench.trials import TRIALS, Trial, method_of
 from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
 from diffsteer.methods import entry
@@ -134,9 +135,20 @@ def test_removal_is_of_the_classes_that_are_reported(bench: Bench) -> None:
     assert ONE.setting(bench).concepts == (5,)
     assert TWO.setting(bench).concepts == (5, 6)
     assert (ONE.setting(bench).samples, ONE.setting(bench).steps) == (10, 6)
-    values = ONE.values(bench, ONE.outcome(bench, ds.NegativePrompting(0.3)))
+    made = ONE.outcome(bench, ds.NegativePrompting(0.3))
+    values = ONE.values(bench, made)
     assert values.keys() >= {column.name for column in ONE.columns}
     assert values["untouched"] < 1
+    assert torch.equal(ONE.framed(bench.model, made), made.labels == 5)
+    base, aside = (unguided(bench.model, replace(ONE.setting(bench), seed=k, samples=n)) for k, n in ((0, 10), (1, 30)))
+    row = measure(bench.model, ONE.setting(bench), made, aside, "", "", base)
+    for name, interval in (
+        ("forbidden_share", row.forbidden_interval),
+        ("kl_rejection", row.kl_rejection_interval),
+        ("fd_rejection", row.fd_rejection_interval),
+    ):
+        assert (values[name], values[f"{name}_low"], values[f"{name}_high"]) == (getattr(row, name), *interval)
+    assert values["untouched"] == row.untouched
     assert ONE.values(bench, ONE.outcome(bench, ds.Unguided()))["untouched"] == 1
 
 
@@ -190,3 +202,28 @@ def test_a_claim_that_holds_at_few_scales_shows_in_part() -> None:
     others = lines(scale=[1.0, 2.0, 3.0], recall=[0.7, 0.7, 0.7])
     found = finding(trial, lines(scale=[1.0, 2.0, 3.0], recall=[0.7, 0.7, 0.9]), others)
     assert found.endswith("higher at 1, the same at 2 of 3 (0.90 against 0.70 at 3). **It shows in part.**")
+
+
+def test_contexts_beside_the_class_are_the_others(bench: Bench) -> None:
+    labels = torch.arange(10).roll(3)
+    contexts = {name: asked["class_labels"] for name, asked in labelled(bench, labels)["main"].contexts.items()}
+    assert torch.equal(contexts["next"], (labels + 1) % 10)
+    assert [contexts[f"class:{k}"] for k in range(10)] == list(range(10))
+
+
+def test_classes_are_compared_with_the_data(bench: Bench) -> None:
+    for task in (CLASSES, TWICE):
+        made = task.outcome(bench, ds.Unguided("pos"))
+        images = task._sampled(bench, ds.Unguided("pos"))[0]
+        small = torch.nn.functional.avg_pool2d(images, task.times)
+        assert torch.equal(made.labels, bench.model.judge(small).argmax(1))
+        torch.testing.assert_close(made.features, bench.model.features(small))
+        made = replace(made, labels=(torch.arange(20) % 10).index_fill(0, torch.arange(5), 0))
+        values = task.values(bench, made)
+        real = bench.model.reference["features"].float()
+        overlap = metrics.precision_recall_density_coverage(real, made.features)
+        assert (values["precision"], values["recall"]) == overlap[:2]
+        assert values["distance"] == metrics.frechet_distance(made.features, real)
+        assert values["accuracy_low"] < values["accuracy"] == 16 / 20 < values["accuracy_high"]
+        assert values["saturation"] == float(((images < -1.05) | (images > 1.05)).double().mean()) > 0
+        assert values["contrast"] == pytest.approx(float(images.flatten(1).var(1).sqrt().mean()), rel=1e-5)

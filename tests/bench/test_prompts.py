@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from diffsteer.bench import prompt_runs
 from diffsteer.bench.intervals import share_interval
-from diffsteer.bench.judges import ClipJudge, ReaderJudge, Verdict
+from diffsteer.bench.judges import ClipJudge, ReaderJudge, Verdict, said_of
 from diffsteer.bench.prompt_report import summary
 from diffsteer.bench.prompt_runs import (
     DYNAMIC,
@@ -42,9 +42,10 @@ from diffsteer.bench.prompt_runs import (
     scheduler,
 )
 from diffsteer.bench.prompts import bench_prompts, operating_points
+from diffsteer.engine import stream
 from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError, WeightsError
-from diffsteer.methods import DynamicNegativeGuidance
-from diffsteer.shapes import Scene, Shape, draw, holds, scene
+from diffsteer.methods import ClassifierFreeGuidance, DynamicNegativeGuidance, NegativePrompting
+from diffsteer.shapes import BACKGROUNDS, COLOURS, KINDS, Scene, Shape, draw, holds, scene
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
 import tiny
@@ -197,6 +198,16 @@ def test_intervals_know_how_little_was_seen(bench: Bench) -> None:
     _, (_, many) = prompt_runs._mean([(prompt_runs._kl(groups), sure[0], sure[0][::-1])])
     assert few > 5 * many
 
+    class Even(Clean):
+        def __call__(self, pictures, prompt, negative) -> Verdict:
+            return replace(
+                super().__call__(pictures, prompt, negative), attributes=np.tile([1.0, 0.0], (len(pictures), 1))
+            )
+
+    bench.judge = Even()  # no resample shows another value
+    low, high = measure(bench, SAMPLER, "related", PLAN.grid[:1], "none", 0.0).kl_interval
+    assert high - low > 0.01
+
 
 def test_kl_is_added_up_over_attributes_and_counts_what_leaks() -> None:
     def verdict(rows: list[list[float]]) -> Verdict:
@@ -225,7 +236,32 @@ def test_the_reader_judges_by_what_is_drawn() -> None:
     assert verdict.forbidden.tolist() == [0, 1, 0]
     assert verdict.undecided.tolist() == [False, False, True]
     assert [verdict.attributes[:, a:b].sum(1).tolist() for a, b in verdict.groups] == [[1, 1, 0]] * 4
-    assert len(verdict.rejected().forbidden) == 2
+    kept = verdict.rejected()
+    assert (kept.forbidden.tolist(), kept.faithful.tolist(), kept.undecided.tolist()) == ([0, 0], [1, 0], [False, True])
+    assert np.array_equal(kept.attributes, verdict.attributes[[0, 2]])
+
+
+def test_attributes_are_shares_of_the_shapes() -> None:
+    def of(*shapes: tuple[str, str], background: str = "black") -> Scene:
+        return Scene(
+            tuple(Shape(kind, colour, 17 + 30 * i, 30, 10) for i, (kind, colour) in enumerate(shapes)), background
+        )
+
+    scenes = [
+        of(("circle", "red")),
+        of(("circle", "red"), ("circle", "blue")),
+        of(("square", "red"), ("circle", "red")),
+    ]
+    verdict = said_of([*scenes, None], "a circle", "")
+    names = ["one", "two", *KINDS, *COLOURS, *BACKGROUNDS]
+    said = [{name: share for name, share in zip(names, row, strict=True) if share} for row in verdict.attributes]
+    assert said == [
+        {"one": 1, "circle": 1, "red": 1, "black": 1},
+        {"two": 1, "circle": 1, "red": 0.5, "blue": 0.5, "black": 1},
+        {"two": 1, "circle": 0.5, "square": 0.5, "red": 1, "black": 1},
+        {},
+    ]
+    assert not verdict.forbidden.any(), "an empty negative forbids nothing"
 
 
 def test_the_grid_asks_what_it_says_it_asks() -> None:
@@ -286,7 +322,9 @@ def test_which_dng_asks_for_which_calibration(bench: Bench) -> None:
 
 def test_methods_have_their_own_names_and_wrong_ones_are_refused() -> None:
     made = {name: method_for(name, 2.0, guidance_scale=1.5, dng=DNG, steps=25) for name in NAMES}
-    assert made["sld"].warmup == 5
+    assert made["np"] == ClassifierFreeGuidance(1.5) + NegativePrompting(2.0)
+    assert made["replace"] == NegativePrompting.replacing_null(2.0)
+    assert (made["sld"].scale, made["sld"].safety_scale, made["sld"].warmup) == (1.5, 2.0, 5)
     assert made["dng"].methods[1] == made["dng-any"].methods[1] == replace(DNG, scale=2.0)
     assert made["dng-baseline"].methods[1] == replace(DNG, scale=2.0, baseline=0.5)
     assert made["dng-late"].methods[1] == replace(DNG, scale=2.0, late=1.0)
@@ -337,6 +375,9 @@ def test_any_pipeline_with_clip_instead_of_a_reader(clip: str, tmp_path: Path) -
     assert {x.pairs for x in lines} == {"chosen on", "related", "unrelated"}
     assert all(-1 <= x.forbidden <= 1 and x.kl is None for x in lines)
     assert "rejection" not in {x.method for x in lines}
+    assert {x.n for x in lines} == {2}, "one pair each"
+    chosen = operating_points(lines, "ddim-4", ("np", "dng"))
+    assert {(x.method, x.scale) for x in lines if x.pairs != "chosen on"} == {("none", 0.0), *chosen.items()}
     record = json.loads((tmp_path / "out/results.json").read_text())
     assert len(record["lines"]) == len(lines) == 2 * 4 + 2 * 3
     page = (tmp_path / "out/report.html").read_text()
@@ -348,3 +389,61 @@ def test_any_pipeline_with_clip_instead_of_a_reader(clip: str, tmp_path: Path) -
     assert "CLIP score of the prompt" in summary(lines, False)
     with pytest.raises(WeightsError, match="cannot be loaded"):
         ClipJudge(str(tmp_path / "nothing"))
+
+
+def test_every_picture_has_noise_of_its_own_and_that_of_its_seed(bench: Bench, pipe) -> None:
+    ours, theirs = (bench.run(PLAN.grid[0], SAMPLER, "none", 0.0, target=aside).pictures for aside in (False, True))
+    assert (len(ours), len(theirs)) == (3, 12)
+    assert len({picture.tobytes() for picture in (*ours, *theirs)}) == 15
+    own = pipe.scheduler
+    pipe.scheduler = scheduler(pipe, "ddim")
+    alone = pipe(
+        "a circle", negative_prompt="red", guidance_scale=2.0, num_inference_steps=3, output_type="np",
+        generator=stream(0, 2),
+    ).images  # fmt: skip
+    pipe.scheduler = own
+    pushed = bench.run(PLAN.grid[0], SAMPLER, "replace", 2.0).pictures[2]
+    assert np.abs(pushed - alone[0] * 255.0).max() < 1
+    assert pipe.scheduler is own
+
+
+def test_a_line_is_the_mean_over_its_pairs(bench: Bench) -> None:
+    class Odd(Bright):
+        """Says other things of other pictures and of other prompts."""
+
+        def __call__(self, pictures, prompt, negative) -> Verdict:
+            number = pictures.astype(int).sum((1, 2, 3)) + len(prompt)
+            bad, dark = (number % 3 == 0).astype(float), number % 5 == 0
+            shown = np.stack([number % 2 == 0, number % 2 == 1], 1) * ~dark[:, None]
+            return Verdict(bad, (number % 4 == 0).astype(float), dark, shown.astype(float), ((0, 2),))
+
+    bench.judge = Odd()
+    bench.plan = PLAN.but(samples=5)
+    line = measure(bench, SAMPLER, "related", GRID_OF_TWO, "np", 2.0)
+    runs = [bench.run(pair, SAMPLER, "np", 2.0) for pair in GRID_OF_TWO]
+    seen = [bench.judge(run.pictures, pair.prompt, pair.negative) for run, pair in zip(runs, GRID_OF_TWO, strict=True)]
+    aside = [bench.run(pair, SAMPLER, "none", 0.0, target=True).pictures for pair in GRID_OF_TWO]
+    kept = [bench.judge(x, p.prompt, p.negative).rejected() for x, p in zip(aside, GRID_OF_TWO, strict=True)]
+    assert (line.n, line.nfe) == (10, np.mean([run.nfe for run in runs]))
+    for name in ("forbidden", "faithful", "undecided"):
+        assert getattr(line, name) == pytest.approx(np.mean([getattr(v, name).mean() for v in seen]))
+    assert line.kl == pytest.approx(np.mean([kl_to(t)(v.attributes) for v, t in zip(seen, kept, strict=True)]))
+    assert line.distance == pytest.approx(np.mean([bench.moved(pair, SAMPLER, "np", 2.0) for pair in GRID_OF_TWO]))
+    assert line.seconds == pytest.approx(np.mean([run.seconds / 5 for run in runs]))
+    for value, (low, high) in ((line.forbidden, line.forbidden_interval), (line.distance, line.distance_interval)):
+        assert low < value < high
+    few = share_interval(round(10 * line.forbidden), 10)
+    assert line.forbidden_interval[0] <= few[0] < few[1] <= line.forbidden_interval[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_clip_scores_every_picture_against_both_texts(clip: str) -> None:
+    judge, pictures = ClipJudge(clip), np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    verdict = judge(pictures, "a circle", "red")
+    for i, picture in enumerate(pictures):
+        for text, score in (("a circle", verdict.faithful[i]), ("red", verdict.forbidden[i])):
+            inputs = judge.processor(text=[text], images=[picture], return_tensors="pt")
+            with torch.inference_mode():
+                alone = judge.model(**inputs).logits_per_image / judge.model.logit_scale.exp()
+            assert score == pytest.approx(float(alone), abs=1e-5)
+    assert np.ptp([*verdict.faithful, *verdict.forbidden]) > 1e-3

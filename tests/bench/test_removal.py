@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import diffsteer as ds
-from diffsteer.bench import removal, sweep_report
+from diffsteer.bench import balance, metrics, removal, sweep_report
 from diffsteer.bench import sweep as sweeping
 from diffsteer.bench.removal import (
     SCHEDULERS,
@@ -46,25 +47,31 @@ def outcome(labels: list[int]) -> Outcome:
 
 
 def test_rejection_pays_for_what_it_throws_away() -> None:
-    kept = reject(outcome([3] * 20 + [1] * 60), (3,))
+    drawn = outcome([3] * 20 + [1] * 60)
+    kept = reject(drawn, (3,))
     assert kept.labels.tolist() == [1] * 60
+    assert torch.equal(kept.features, drawn.features[20:])
     assert kept.nfe == pytest.approx(50 / 0.75)
+    assert reject(outcome([3] * 4), (3,)).nfe == 50 * 4, "none is kept: more than all of them"
 
 
 def test_asking_for_the_other_classes_leaves_out_what_was_asked_for_not_what_was_drawn(model) -> None:
     """Sample 3 was asked for as a 3, whatever it became; sample 4 is kept although it became one."""
     labels = [0, 1, 2, 7, 3, 5, 6, 7, 8, 9] * 2
-    kept = asked_otherwise(model, outcome(labels), (3,))
+    drawn = outcome(labels)
+    kept = asked_otherwise(model, drawn, (3,))
     assert kept.labels.tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9] * 2
-    assert kept.features.shape == (18, 64)
+    assert torch.equal(kept.features, drawn.features[[i for i in range(20) if i % 10 != 3]])
+    assert kept.seconds == pytest.approx(0.9 * drawn.seconds)
 
 
 def test_every_class_is_asked_for_in_turn(model, tmp_path: Path) -> None:
-    made = conditional(model, SETTING, store=tmp_path)
+    made = conditional(model, replace(SETTING, seed=1), store=tmp_path)
     den = model.denoiser(pos=torch.arange(10))
-    plain = ds.sample(den, ds.Unguided("pos"), scheduler=scheduler(model, "ddpm"), num_samples=16, steps=4)
+    plain = ds.sample(den, ds.Unguided("pos"), scheduler=scheduler(model, "ddpm"), num_samples=16, steps=4, seed=1)
     assert torch.equal(made.images, ((plain.samples.clamp(-1, 1) + 1) * 127.5).round().byte())
-    assert conditional(model, replace(SETTING, concepts=(5,)), store=tmp_path).result is None, "one run for all"
+    again = conditional(model, replace(SETTING, seed=1, concepts=(5,)), store=tmp_path)
+    assert again.result is None, "one run for all"
 
 
 def test_measure_counts_what_the_judge_says(model) -> None:
@@ -74,6 +81,7 @@ def test_measure_counts_what_the_judge_says(model) -> None:
     assert row.forbidden_interval[0] < 5 / 185 < row.forbidden_interval[1]
     assert row.kl_rejection == pytest.approx(row.kl_uniform, abs=1e-9)
     assert row.kl_rejection == pytest.approx(math.log((1 / 9) / (20.5 / 190)))  # every count raised by a half
+    assert row.kl_rejection_interval[1] > 1.1 * row.kl_uniform_interval[1], "the rejection set was drawn too"
 
 
 def test_few_samples_have_no_neighbours(model) -> None:
@@ -83,8 +91,10 @@ def test_few_samples_have_no_neighbours(model) -> None:
 
 
 def test_the_share_of_a_run_has_that_share_of_its_time() -> None:
-    part = sweeping._first(outcome([0, 1, 2, 3]), 1)
-    assert (len(part.labels), len(part.features), part.seconds) == (1, 1, outcome([0, 1, 2, 3]).seconds / 4)
+    whole = replace(outcome([0, 1, 2, 3]), images=torch.arange(4))
+    part = sweeping._first(whole, 1)
+    assert (part.labels.tolist(), part.images.tolist(), part.seconds) == ([0], [0], whole.seconds / 4)
+    assert torch.equal(part.features, whole.features[:1])
 
 
 def test_recommended_scales_are_the_samplers(model) -> None:
@@ -134,10 +144,47 @@ def test_methods_follow_model_and_sampler(model) -> None:
     assert two.contexts == ("neg:3", "neg:8")
     assert len(method_for(model, "np", replace(SETTING, concepts=(3, 8))).methods) == 2
     assert callable(method_for(model, "ceiling", SETTING).estimator)
+    assert method_for(model, "np", SETTING, 0.0).scale == 0
+    published, own = (method_for(model, name, SETTING) for name in ("sld", "sld-medium"))
+    assert (published.safety_scale, own.safety_scale) == (100, 1000)
+    assert published.positive == own.positive == "null"
     with pytest.raises(UnsupportedError, match="one concept at a time"):
         method_for(model, "ceiling", replace(SETTING, concepts=(3, 8)))
     with pytest.raises(UnknownNameError, match="known: unguided"):
         method_for(model, "magic", SETTING)
+
+
+def test_the_ceiling_is_driven_by_the_posterior_of_its_class(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(model), "posterior", lambda self, label: partial(print, label))
+    assert method_for(model, "ceiling", SETTING).estimator.args == (3,)
+
+
+def test_separate_networks_are_asked_for_and_calibrated_apart(
+    model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denoiser(self, **given):
+        asked.append(given)
+        raise KeyboardInterrupt
+
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(type(model), "denoiser", denoiser)
+    monkeypatch.setattr(type(model), "alone", (3, 5))
+    with pytest.raises(KeyboardInterrupt):
+        run(model, replace(SETTING, separate=True), ds.NegativePrompting())
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_model(replace(model, folder=tmp_path), "ddpm", separate=True)
+    assert asked == [{"pos": None, "neg": (3,), "separate": True}, {"neg": (3, 5), "separate": True}]
+    names = [removal.calibrated_as(replace(SETTING, separate=separate)) for separate in (False, True)]
+    assert names == ["sde", "sde/separate"]
+
+
+def test_concepts_are_calibrated_all_or_none(model, tmp_path: Path) -> None:
+    mine = ds.zoo.load(shutil.copytree(model.folder, tmp_path / "mine"))
+    stored = json.loads((mine.folder / "calibration.json").read_text())
+    del stored["sde"]["8"]
+    (mine.folder / "calibration.json").write_text(json.dumps(stored))
+    assert method_for(mine, "dng", SETTING).calibrations == (model.calibration(3, "sde"),)
+    assert method_for(mine, "dng", replace(SETTING, concepts=(3, 8))).calibrations == (None, None)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -198,6 +245,24 @@ def test_a_model_is_calibrated_in_its_own_folder(model, tmp_path: Path) -> None:
     calibrate_model(mine, "ddim", steps=3, rollouts=110)
     assert mine.calibration(3, "sde") == before
     assert mine.calibration(3, "ode").steps == 3
+
+
+def test_every_class_gets_the_calibration_that_is_its_own(
+    model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = ds.zoo.load(shutil.copytree(model.folder, tmp_path / "mine"))
+    asked = {}
+
+    def calibrated(denoiser, method, **given):
+        asked.update(given, method=method)
+        return replace(method, calibration=tuple(replace(model.calibration(0, "ode"), steps=20 + k) for k in range(10)))
+
+    monkeypatch.setattr(removal, "calibrate", calibrated)
+    calibrate_model(mine, "ddim", steps=3, rollouts=110, seed=7)
+    assert [mine.calibration(k, "ode").steps for k in range(10)] == list(range(20, 30))
+    assert [mine.calibration(k, "sde") for k in range(10)] == [model.calibration(k, "sde") for k in range(10)]
+    assert (asked["steps"], asked["num_rollouts"], asked["seed"]) == (3, 110, 7)
+    assert (asked["method"].scale, asked["method"].priors) == (0, tuple(map(model.share, range(10))))
 
 
 @pytest.mark.parametrize("damage", ['{"ode": {"3": {"log_snr": [0.0], "gain": [0.0]}}}', "[1]", "{", ""])
@@ -304,3 +369,134 @@ def test_an_unknown_method_is_refused_before_anything_runs(tmp_path: Path) -> No
     with pytest.raises(UnknownNameError, match="magic"):
         sweeping.sweep("digits", tier, out=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_figure_is_of_the_sets_that_it_names(model) -> None:
+    ours, target = outcome([0, 1, 2, 4] * 10), outcome([3, 1, 1, 2, 4, 5, 6, 7, 8, 9, 0] * 10)
+    row = measure(model, SETTING, ours, target, "x", "1")
+    rejection = target.features[target.labels != 3]
+    data = model.reference["features"][model.reference["labels"] != 3].float()
+    assert row.fd_rejection == metrics.frechet_distance(ours.features, rejection)
+    assert row.fd_data == metrics.frechet_distance(ours.features, data)
+    overlap = metrics.precision_recall_density_coverage(rejection, ours.features, k=5)
+    assert (row.precision, row.recall, row.density, row.coverage) == overlap
+    assert overlap.precision != overlap.recall
+    counts, kept = [10, 10, 10, 0, 10, 0, 0, 0, 0, 0], [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert row.kl_rejection == balance.kl_shares([1, 2, 1, 1, 1, 1, 1, 1, 1], counts, kept)
+    assert row.kl_uniform == balance.kl_uniform(counts, kept)
+    assert row.kl_uniform_interval == balance.kl_interval([1] * 9, counts, kept)
+
+
+def test_untouched_is_what_nobody_would_tell_apart(model) -> None:
+    """A tenth of half the range of a pixel is 12.75 of 255."""
+    target, base = outcome(list(range(10)) * 4), torch.full((4, 1, 8, 8), 100, dtype=torch.uint8)
+    moved = base + torch.tensor([0, 12, 13, 50], dtype=torch.uint8).reshape(4, 1, 1, 1)
+    ours, plain = (replace(outcome([0, 1, 2, 4]), images=images) for images in (moved, base))
+    assert measure(model, SETTING, ours, target, "x", "1", plain).untouched == 0.5
+    assert measure(model, SETTING, ours, target, "x", "1").untouched is None
+
+
+def test_the_rejection_set_is_larger_and_of_other_seeds(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Setting] = []
+
+    def drawn(model, setting: Setting, *, store: Path) -> Outcome:
+        asked.append(setting)
+        return outcome([3, 1] * (setting.samples // 2))
+
+    monkeypatch.setattr(sweeping, "unguided", drawn)
+    bases = sweeping._Bases(model, 32, False, tmp_path)
+    assert len(bases.base(replace(SETTING, seed=5)).labels) == SETTING.samples
+    assert len(bases.target(replace(SETTING, seed=5)).labels) == 3 * 32
+    assert [(setting.seed, setting.samples) for setting in asked] == [(5, 32), (6, 96)]
+    monkeypatch.setattr(sweeping, "unguided", lambda model, setting, store: outcome([3] * 8))
+    with pytest.raises(ParameterError, match="nothing to compare with"):
+        bases.target(SETTING)
+
+
+def test_the_rows_without_a_method(model) -> None:
+    """Of the same network: as it is, without what is forbidden, and asked for the other classes alone."""
+    base, target = outcome([3, 0, 1, 2] * 10), outcome([0, 1, 2, 3, 4] * 20)
+    asked = outcome([0, 1, 2, 3, 4, 5, 3, 7, 8, 9] * 10)
+    runs = {"base": base, "target": target, "conditional": asked}
+    bases = SimpleNamespace(**{k: lambda setting, of=v: of for k, v in runs.items()})
+    entries = {e.method: e for e in sweeping._references(model, replace(SETTING, samples=40), bases, True)}
+    assert {name: (e.row.forbidden, e.row.n) for name, e in entries.items()} == {
+        "unguided": (10, 40),
+        "rejection": (0, 30),
+        "conditional": (4, 40),
+    }
+    row = measure(model, SETTING, base, target, "", "")
+    for entry in entries.values():
+        assert (entry.concept, entry.scheduler, entry.reported) == ("3", "ddpm-4", True)
+        assert (entry.row.fd_rejection == row.fd_rejection) == (entry.method == "unguided")
+
+
+def test_the_better_front_is_ahead_on_both_axes(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeping, "RESAMPLES", 40)
+    random = torch.Generator().manual_seed(0)
+
+    def made(labels: list[int], shift: float) -> Outcome:
+        features = torch.randn(len(labels), 3, generator=random) + shift
+        features[:, 0] += 5 * (torch.tensor(labels) == 5)  # what is forbidden looks different
+        return Outcome(torch.tensor(labels), features, 50.0, 1.0, {})
+
+    target, few = made(list(range(10)) * 60, 0.0), [c for c in range(10) if c != 5] * 22
+    good, bad = made([*few, 5, 5], 0.2), made([*few[:170], *[5] * 10, *[0] * 20], 1.0)
+    bases = SimpleNamespace(separate=False, target=lambda setting: target)
+    tier = sweeping.Tier((("ddpm", 4),), 200, methods=("np", "dng"))
+    rejection = target.features[target.labels != 5]
+
+    def decades(found: Outcome, loss: float, worst: float) -> float:
+        share = float((found.labels == 5).double().mean())
+        return math.log10(0.1 / share) * math.log10(worst / loss)
+
+    def kl(found: Outcome) -> float:
+        counts = balance.class_counts(found.labels, 10)
+        return balance.kl_uniform(counts, [c for c in range(10) if c != 5])
+
+    distances = [metrics.frechet_distance(found.features, rejection) for found in (good, bad)]
+    gaps = {
+        "KL": decades(good, kl(good), 1.0) - decades(bad, kl(bad), 1.0),
+        "distance": decades(good, distances[0], 100.0) - decades(bad, distances[1], 100.0),
+    }
+    for ours, theirs, sign in ((good, bad, 1), (bad, good, -1)):
+        runs = {("ddpm-4", 5, "dng"): [ours], ("ddpm-4", 5, "np"): [theirs]}
+        leads = list(sweeping._leads(model, runs, bases, [5], tier))
+        assert [(lead.concept, lead.axis) for lead in leads] == [
+            (c, axis) for axis in ("KL", "distance") for c in ("5", "mean")
+        ]
+        for lead in leads:
+            assert lead.difference == pytest.approx(sign * gaps[lead.axis])
+            assert min(sign * end for end in lead.interval) > 0
+            assert lead.interval[0] < lead.difference < lead.interval[1]
+            assert sweep_report._signed(lead).endswith("ahead" if sign > 0 else "behind")
+
+
+def test_a_verdict_needs_an_interval_without_0() -> None:
+    said = {
+        (low, high): sweep_report._signed(sweep_report.Lead("ddpm-4", "5", "np", "KL", 0.25, (low, high)))
+        for low, high in ((-0.5, 0.75), (0.125, 0.5), (-0.5, -0.125))
+    }
+    assert said[-0.5, 0.75] == "+0.25 (-0.50 to +0.75), even"
+    assert said[0.125, 0.5].endswith(", ahead")
+    assert said[-0.5, -0.125].endswith(", behind")
+
+
+def test_a_table_has_the_reported_rows_of_its_sampler_and_scale(model) -> None:
+    row = measure(model, SETTING, outcome([3, 0, 1, 2] * 4), outcome([0, 1, 2, 3] * 10), "x", "1")
+
+    def entry(sampler: str, scale: float, share: float, kl: float, reported: bool = True) -> sweep_report.Entry:
+        changed = replace(row, forbidden_share=share, kl_rejection=kl, kl_uniform=9.0)
+        return sweep_report.Entry(sampler, "3", "np", scale, reported, changed)
+
+    entries = [
+        entry("ddpm-4", 1.0, 0.1, 1.0), entry("ddpm-4", 1.0, 0.3, 2.0), entry("ddpm-4", 2.0, 0.5, 4.0),
+        entry("ddim-4", 1.0, 0.6, 5.0), entry("ddpm-4", 1.0, 0.9, 8.0, reported=False),
+    ]  # fmt: skip
+    tables = {title: lines for title, _, lines in sweep_report._tables(model, entries, [], {}, [], [])}
+    lines = {title.split()[3]: body for title, body in tables.items() if title.startswith("The sweep")}
+    above = [f"{share - model.floor(['3']):+.2%}" for share in (0.2, 0.5, 0.6)]
+    assert [line[1:6] for line in lines["ddpm-4,"]] == [
+        ["1", "20.00%", above[0], "1.500", "9.000"], ["2", "50.00%", above[1], "4.000", "9.000"],
+    ]  # fmt: skip
+    assert [line[1:6] for line in lines["ddim-4,"]] == [["1", "60.00%", above[2], "5.000", "9.000"]]
