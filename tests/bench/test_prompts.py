@@ -18,6 +18,7 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
+from diffsteer import zoo
 from diffsteer.bench import prompt_runs
 from diffsteer.bench.intervals import share_interval
 from diffsteer.bench.judges import ClipJudge, ReaderJudge, Verdict, said_of
@@ -447,3 +448,19 @@ def test_clip_scores_every_picture_against_both_texts(clip: str) -> None:
                 alone = judge.model(**inputs).logits_per_image / judge.model.logit_scale.exp()
             assert score == pytest.approx(float(alone), abs=1e-5)
     assert np.ptp([*verdict.faithful, *verdict.forbidden]) > 1e-3
+
+
+def test_a_calibration_is_made_as_it_will_be_used(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = zoo.load_model("digits").calibration(3, "ode")
+    fitted = DynamicNegativeGuidance(prior=0.3, estimator="surrogate", calibration=reading)
+    asked: list[dict] = []
+    monkeypatch.setattr(prompt_runs, "calibrate_pipeline", lambda pipe, method, **given: asked.append(given) or fitted)
+    assert bench.tracker("a circle", "red", SAMPLER) == bench.tracker("", "red", SAMPLER) == fitted
+    common = {
+        "negative_prompt": "red", "num_inference_steps": 3, "num_rollouts": 20, "batch_size": 2, "seed": 2,
+    }  # fmt: skip
+    beside = ClassifierFreeGuidance(PLAN.guidance_scale)
+    assert asked == [{**common, "prompt": "a circle", "beside": beside}, {**common, "prompt": "", "beside": None}]
+    assert len({path.name for path in bench.store.glob("*.json")}) == 2
+    Bench(bench.pipe, Bright(), PLAN.but(rollouts=21), bench.store).tracker("a circle", "red", SAMPLER)
+    assert asked[2:] == [{**asked[0], "num_rollouts": 21}], "another calibration"

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -195,16 +196,41 @@ def test_every_named_scheduler_runs(model, name: str) -> None:
         scheduler(model, "magic")
 
 
-def test_operating_points_are_read_off_the_choosing_half_alone(model) -> None:
-    def entry(concept: str, scale: float, share: float, kl: float, reported: bool) -> sweeping.Entry:
-        row = measure(model, SETTING, outcome([0] * 20), outcome([1] * 20 + [0] * 20), "x", "")
-        row = replace(row, forbidden_share=share, kl_rejection=kl)
-        return sweeping.Entry("ddpm", concept, "np", scale, reported, row)
+def test_operating_points_are_read_off_the_choosing_half_alone(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = measure(model, SETTING, outcome([0] * 20), outcome([1] * 20 + [0] * 20), "x", "")
+    monkeypatch.setattr(type(model), "floor", lambda self, concepts: 0.02)
 
-    safe = [entry("0", 0.3, 0.004, 0.2, False), entry("0", 0.5, 0.0, 0.4, False), entry("0", 0.1, 0.05, 0.1, False)]
-    misleading = [entry("7", 0.1, 0.0, 0.01, True)]
+    def entry(scale: float, share: float, kl: float, concept: str = "0", method: str = "np") -> sweeping.Entry:
+        row = replace(plain, forbidden_share=share, kl_rejection=kl)
+        return sweeping.Entry("ddpm", concept, method, scale, concept == "7", row)
+
+    safe = [entry(0.3, 0.028, 0.2), entry(0.5, 0.02, 0.4), entry(0.1, 0.05, 0.1)]
+    misleading = [entry(0.5, 0.0, 0.0, "7"), entry(0.5, 0.0, 0.0, method="sld"), entry(0.7, 0.0, 0.0, "7")] * 3
     assert sweeping.operating_points(safe + misleading, model, [0], ["np"]) == {"np": 0.3}
-    assert sweeping.operating_points([safe[2]], model, [0], ["np"]) == {"np": 0.1}
+    mnist = replace(model, config={**model.config, "name": "mnist"})
+    assert sweeping.operating_points(safe, mnist, [0], ["np"]) == {"np": 0.5}
+    unsafe = [entry(0.1, 0.06, 0.1), entry(0.2, 0.05, 0.3)]
+    assert sweeping.operating_points(unsafe, model, [0], ["np", "sld"]) == {"np": 0.2}
+    uneven = [entry(0.3, 0.02, 0.2), entry(0.3, 0.06, 0.2, "1"), entry(0.5, 0.03, 0.4), entry(0.5, 0.03, 0.4, "1")]
+    assert sweeping.operating_points(uneven, model, [0, 1], ["np"]) == {"np": 0.5}, "safe is safe in the mean"
+
+
+def test_a_tier_runs_what_it_reports_and_half_as_much_for_choosing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watched(model, plan, *rest) -> None:
+        planned.extend(plan)
+        raise KeyboardInterrupt
+
+    planned: list[sweeping._Job] = []
+    monkeypatch.setattr(sweeping, "_share_out", watched)
+    tier = sweeping.Tier((("ddpm", 50), ("ddim", 50)), 64, concepts=2, choose=True, methods=("np", "ceiling"))
+    with pytest.raises(KeyboardInterrupt):
+        sweeping.sweep("digits", tier, out=tmp_path)
+    samples = {(job.sampler, job.method, *job.setting.concepts): job.setting.samples for job in planned}
+    reported = {(s, m, c): 64 for s in ("ddpm-50", "ddim-50") for m in tier.methods for c in (5, 6)}
+    assert samples == reported | {("ddpm-50", "np", c): 32 for c in range(5)}
+    assert {job.scale for job in planned if (job.sampler, job.method) == ("ddim-50", "np")} == {0.2, 0.3, 0.5, 0.8}
 
 
 def test_a_tier_can_be_run_in_parts(model) -> None:
@@ -472,6 +498,56 @@ def test_the_better_front_is_ahead_on_both_axes(model, monkeypatch: pytest.Monke
             assert sweep_report._signed(lead).endswith("ahead" if sign > 0 else "behind")
 
 
+def test_a_draw_of_a_distance_lead_resamples_everything(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the methods and of the rejection set, and counts that might have been others."""
+
+    class Rows:
+        def integers(self, n: int, size: int) -> np.ndarray:
+            return np.arange(size) // 2
+
+        def poisson(self, mean: float, size: int) -> np.ndarray:
+            return np.arange(1, size + 1)
+
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Rows())
+    monkeypatch.setattr(sweeping, "RESAMPLES", 2)
+    kinds = ([0, 1, 2, 3, 5, 6, 7, 8] * 5, 0.0), ([0, 1, 5, 2] * 10, 0.5), ([5, 1, 2, 3, 5] * 20, 1.0)
+    drawn = [(outcome(labels), shift) for labels, shift in kinds]
+    ours, theirs, target = (replace(each, features=each.features[:, :3] + shift) for each, shift in drawn)
+    (_, draws), volumes = sweeping._distance_lead(model, [ours], [theirs], target, 5), []
+    aside, labels = (x[torch.arange(100) // 2] for x in (target.features, target.labels))
+    for number, found in enumerate((ours, theirs), start=1):
+        rows = torch.arange(40) // 2
+        share = (int((found.labels[rows] == 5).sum()) + number) / 40
+        distance = metrics.frechet_distance(found.features[rows], aside[labels != 5])
+        volumes.append(math.log10(float((labels == 5).double().mean()) / share) * math.log10(100 / distance))
+    assert draws == pytest.approx([volumes[0] - volumes[1]] * 2)
+
+
+def test_a_mean_lead_is_that_of_its_concepts_joint_draws(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = {5: np.array([-1.0, 0.0, 1.0]), 6: np.array([5.0, 4.0, 3.0])}
+    for name in ("_kl_lead", "_distance_lead"):
+        monkeypatch.setattr(sweeping, name, lambda model, ours, theirs, target, c: (draws[c].mean(), draws[c]))
+    bases = SimpleNamespace(separate=False, target=lambda setting: outcome(list(range(10))))
+    runs = {("ddpm-4", c, name): [] for c in (5, 6) for name in ("dng", "np")}
+    tier = sweeping.Tier((("ddpm", 4),), 40, methods=("np", "dng"))
+    leads = [lead for lead in sweeping._leads(model, runs, bases, [5, 6], tier) if lead.concept == "mean"]
+    assert [(lead.difference, lead.interval) for lead in leads] == [(2.0, (2.0, 2.0))] * 2
+
+
+def test_pictures_are_of_the_swept_scale_next_to_the_operating_point(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    base, guided = (
+        replace(outcome(labels), images=images + k) for k, labels in enumerate(([0, 1, 2, 3], [3, 3, 1, 0]))
+    )
+    monkeypatch.setattr(sweeping._Job, "run", lambda job, model, store: guided)
+    bases = SimpleNamespace(store=None, base=lambda setting: base)
+    panels = sweeping._panels(model, SETTING, {"np": 0.27}, bases)
+    assert [panel.label for panel in panels] == ["Unguided", "Negative prompting 0.3"]
+    assert torch.equal(panels[1].images, guided.pixels)
+    assert panels[1].forbidden.tolist() == [True, True, False, False]
+    assert panels[1].class_shares.tolist() == [0.25, 0.25, 0, 0.5, *[0] * 6]
+
+
 def test_a_verdict_needs_an_interval_without_0() -> None:
     said = {
         (low, high): sweep_report._signed(sweep_report.Lead("ddpm-4", "5", "np", "KL", 0.25, (low, high)))
@@ -493,7 +569,12 @@ def test_a_table_has_the_reported_rows_of_its_sampler_and_scale(model) -> None:
         entry("ddpm-4", 1.0, 0.1, 1.0), entry("ddpm-4", 1.0, 0.3, 2.0), entry("ddpm-4", 2.0, 0.5, 4.0),
         entry("ddim-4", 1.0, 0.6, 5.0), entry("ddpm-4", 1.0, 0.9, 8.0, reported=False),
     ]  # fmt: skip
-    tables = {title: lines for title, _, lines in sweep_report._tables(model, entries, [], {}, [], [])}
+    leads = [
+        sweep_report.Lead("ddpm-4", "3", "np", axis, gap, (0.0, 1.0)) for axis, gap in (("distance", 0.25), ("KL", 0.5))
+    ]
+    tables = {title: lines for title, _, lines in sweep_report._tables(model, entries, leads, {}, [], [])}
+    (lead,) = next(body for title, body in tables.items() if title.startswith("Fronts"))
+    assert [cell.split()[0] for cell in lead[3:]] == ["+0.50", "+0.25"]
     lines = {title.split()[3]: body for title, body in tables.items() if title.startswith("The sweep")}
     above = [f"{share - model.floor(['3']):+.2%}" for share in (0.2, 0.5, 0.6)]
     assert [line[1:6] for line in lines["ddpm-4,"]] == [
