@@ -103,12 +103,13 @@ def test_from_the_command_line(folder: str, tmp_path: Path) -> None:
 
 
 def test_the_rows_beside_it_are_the_pipelines_own_under_the_same_seeds(folder: str, tmp_path: Path) -> None:
-    results = generate("a circle", num=2, pipeline=folder, negative="red|blue", steps=3, method=METHOD, out=tmp_path)
+    options = {"negative": "red|blue", "steps": 3, "method": METHOD, "seed": 3}
+    results = generate("a circle", num=2, pipeline=folder, out=tmp_path, **options)
     pipe = load_pipeline(folder, "cpu", "float32")
     for label, own in {"negative prompt": {"negative_prompt": "red, blue"}, "no negative": {}}.items():
         native = [
             pipe(
-                "a circle", generator=stream(0, i), num_inference_steps=3, guidance_scale=3.0, output_type="latent",
+                "a circle", generator=stream(3, i), num_inference_steps=3, guidance_scale=3.0, output_type="latent",
                 **own,
             ).images
             for i in range(2)
@@ -149,6 +150,9 @@ def test_a_sheet_of_many_pictures_has_no_empty_panels(tmp_path: Path, figures: l
 
 
 def test_a_method_that_reports_nothing_has_no_trace(folder: str, tmp_path: Path) -> None:
+    for stale in ("000.png", "001.png", "trace.png"):
+        (tmp_path / stale).touch()
+    (tmp_path / "record.json").write_text('{"num": 2}')
     generate("a", pipeline=folder, method="cfg:3", num=1, steps=2, out=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000.png", "record.json", "sheet.png"]
 
@@ -230,9 +234,15 @@ def test_calibration_sees_what_will_be_generated(folder: str, tmp_path: Path, mo
 
     monkeypatch.setattr(generating, "calibrate_pipeline", watched)
     options = {"pipeline": folder, "negative": "red", "method": METHOD, "steps": 2, "num": 1, "compare": False}
-    generate("a", out=tmp_path, calibrate=40, size=(32, 16), batch_size=1, **options)
+    generate("a", out=tmp_path, calibrate=40, size=(32, 16), batch_size=1, seed=5, **options)
     (said,) = asked
     assert (said["width"], said["height"], said["batch_size"]) == (32, 16, 1)
+    assert (said["prompt"], said["negative_prompt"], said["beside"]) == ("a", "red", ClassifierFreeGuidance(3.0))
+    assert (said["num_inference_steps"], said["num_rollouts"], said["seed"]) == (2, 40, 6), "other noise than theirs"
+    generate("a", out=tmp_path, **options)
+    assert len(asked) == 1, "only where it is asked for"
+    generate("a circle", out=tmp_path, **(options | {"pipeline": "shapes", "method": None}))
+    assert [(said["num_rollouts"], said["batch_size"]) for said in asked[1:]] == [(128, 32)], "or costs little"
 
 
 def test_without_a_negative_the_prompt_alone_guides(folder: str, tmp_path: Path) -> None:

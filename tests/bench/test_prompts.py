@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -14,7 +15,7 @@ import pytest
 pytest.importorskip("transformers", reason='needs pip install "diffsteer[pipelines]"')
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
@@ -135,6 +136,23 @@ def test_other_settings_have_another_name_too() -> None:
     assert fingerprint(one) != fingerprint(other)
 
 
+def test_other_words_have_another_name_too() -> None:
+    one, other = tiny.stable_diffusion(), tiny.stable_diffusion()
+    other.tokenizer = copy.deepcopy(other.tokenizer)
+    assert fingerprint(one) == fingerprint(other)
+    other.tokenizer.add_tokens(["<circle>"])
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_every_sampler_is_its_own_and_clips_nothing() -> None:
+    pipe = tiny.stable_diffusion()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True)
+    made = [scheduler(pipe, name) for name, _ in SAMPLERS]
+    kinds = [DDPMScheduler, EulerAncestralDiscreteScheduler, DDIMScheduler, DPMSolverMultistepScheduler]
+    assert list(map(type, made)) == kinds
+    assert not any(own.config.get("clip_sample") for own in made)
+
+
 def test_damaged_runs_say_what_to_do(bench: Bench) -> None:
     pair = PLAN.grid[0]
     bench.run(pair, SAMPLER, "none", 0.0)
@@ -157,12 +175,13 @@ def test_large_runs_are_read_back(bench: Bench, monkeypatch: pytest.MonkeyPatch)
 def test_a_scale_of_zero_moves_nothing_and_others_do(bench: Bench) -> None:
     pair = PLAN.grid[0]
     assert bench.moved(pair, SAMPLER, "np", 0.0).max() < 0.01  # a rounded pixel
-    moved = bench.moved(pair, SAMPLER, "np", 2.0)
-    ours, base = (bench.run(pair, SAMPLER, m, w).pictures.astype(float) for m, w in (("np", 2.0), ("none", 0.0)))
-    assert moved == pytest.approx(
-        [math.sqrt(np.mean((a / 127.5 - b / 127.5) ** 2)) for a, b in zip(ours, base, strict=True)]
-    )
-    assert moved.min() > 0
+    for method in ("np", "replace"):
+        moved = bench.moved(pair, SAMPLER, method, 2.0)
+        ours, base = (bench.run(pair, SAMPLER, m, w).pictures.astype(float) for m, w in ((method, 2.0), ("none", 0.0)))
+        assert moved == pytest.approx(
+            [math.sqrt(np.mean((a / 127.5 - b / 127.5) ** 2)) for a, b in zip(ours, base, strict=True)]
+        )
+        assert moved.min() > 0
 
 
 def test_rejection_throws_away_and_pays(bench: Bench) -> None:
@@ -170,7 +189,7 @@ def test_rejection_throws_away_and_pays(bench: Bench) -> None:
     none = measure(bench, SAMPLER, "related", PLAN.grid[:1], "none", 0.0)
     assert (none.forbidden, line.forbidden) == (1 / 3, 0)
     assert (none.n, line.n) == (3, 2)
-    assert line.nfe == pytest.approx(none.nfe * 1.5)
+    assert (line.nfe, line.seconds) == pytest.approx((none.nfe * 1.5, none.seconds * 1.5))
     assert line.kl < none.kl
 
 
@@ -180,6 +199,23 @@ def test_where_hardly_anything_is_kept_there_is_no_rejection_row(bench: Bench) -
     )})()  # fmt: skip
     assert measure(bench, SAMPLER, "related", PLAN.grid[:1], "rejection", 0.0) is None
     assert measure(bench, SAMPLER, "related", PLAN.grid[:1], "none", 0.0).kl is not None
+    dark = bench.judge
+    bench.judge = type("Half", (Bright,), {"__call__": lambda self, pictures, prompt, negative: (
+        dark if prompt == "a circle" else Bright())(pictures, prompt, negative)
+    })()  # fmt: skip
+    assert measure(bench, SAMPLER, "related", PLAN.grid[1:], "rejection", 0.0) is not None
+    assert measure(bench, SAMPLER, "related", PLAN.grid, "rejection", 0.0) is None, "of one pair"
+
+
+def test_where_nothing_can_be_read_there_is_no_kl(bench: Bench) -> None:
+    class Blind(Bright):
+        def __call__(self, pictures, prompt, negative) -> Verdict:
+            n = len(pictures)
+            return Verdict(np.zeros(n), np.zeros(n), np.full(n, len(pictures) == 3), np.zeros((n, 2)), ((0, 2),))
+
+    bench.judge = Blind()
+    line = measure(bench, SAMPLER, "related", PLAN.grid[:1], "none", 0.0)
+    assert (line.kl, line.kl_interval, line.undecided) == (None, None, 1.0)
 
 
 def test_intervals_know_how_little_was_seen(bench: Bench) -> None:
@@ -193,6 +229,17 @@ def test_intervals_know_how_little_was_seen(bench: Bench) -> None:
     bench.judge = Clean()
     line = measure(bench, SAMPLER, "related", PLAN.grid[:1], "none", 0.0)
     assert line.forbidden_interval == (0.0, pytest.approx(share_interval(0, 3)[1]))
+    bench.judge = type("All", (Bright,), {"__call__": lambda self, *seen: replace(
+        Bright.__call__(self, *seen), forbidden=np.array([1.0] * 3 + [0.0] * 9)[: len(seen[0])]
+    )})()  # fmt: skip
+    line = measure(bench, SAMPLER, "related", PLAN.grid[:1], "none", 0.0)
+    assert line.forbidden_interval == (pytest.approx(share_interval(3, 3)[0]), 1.0)
+    bench.judge = Bright()
+    line = measure(bench, SAMPLER, "related", PLAN.grid[:1] * 4, "none", 0.0)  # four times the same is no more
+    once = measure(bench, SAMPLER, "related", PLAN.grid[:1], "none", 0.0)
+    assert line.forbidden_interval[1] == pytest.approx(once.forbidden_interval[1])
+    assert line.forbidden_interval[1] > share_interval(4, 12)[1]
+    bench.judge = Clean()
     sure = [np.repeat([[1.0, 0.0], [0.0, 1.0]], 1000, axis=0), np.repeat([[1.0, 0.0], [0.0, 1.0]], 10, axis=0)]
     groups = [(0, 2)]
     _, (_, few) = prompt_runs._mean([(prompt_runs._kl(groups), *sure)])
@@ -339,6 +386,9 @@ def test_methods_have_their_own_names_and_wrong_ones_are_refused() -> None:
     for prior in (0.0, 2.0):
         with pytest.raises(ParameterError, match="prior must be inside"):
             Plan(prior=prior)
+    for pair in (Pair("", "red"), Pair("a circle", "")):
+        with pytest.raises(ParameterError, match="a pair needs"):
+            Plan(grid=(pair,))
     with pytest.raises(ParameterError, match="guidance_scale must be at least 0"):
         Plan(guidance_scale=-1.0)
     with pytest.raises(ParameterError, match="ddim:50"):
@@ -397,14 +447,15 @@ def test_every_picture_has_noise_of_its_own_and_that_of_its_seed(bench: Bench, p
     assert (len(ours), len(theirs)) == (3, 12)
     assert len({picture.tobytes() for picture in (*ours, *theirs)}) == 15
     own = pipe.scheduler
-    pipe.scheduler = scheduler(pipe, "ddim")
-    alone = pipe(
-        "a circle", negative_prompt="red", guidance_scale=2.0, num_inference_steps=3, output_type="np",
-        generator=stream(0, 2),
-    ).images  # fmt: skip
-    pipe.scheduler = own
-    pushed = bench.run(PLAN.grid[0], SAMPLER, "replace", 2.0).pictures[2]
-    assert np.abs(pushed - alone[0] * 255.0).max() < 1
+    for method, scale, negative in (("none", 0.0, {}), ("replace", 2.0, {"negative_prompt": "red"})):
+        pipe.scheduler = scheduler(pipe, "ddim")
+        alone = pipe(
+            "a circle", guidance_scale=scale or PLAN.guidance_scale, num_inference_steps=3, output_type="np",
+            generator=stream(0, 2), **negative,
+        ).images  # fmt: skip
+        pipe.scheduler = own
+        made = bench.run(PLAN.grid[0], SAMPLER, method, scale).pictures[2]
+        assert np.abs(made - alone[0] * 255.0).max() < 0.51
     assert pipe.scheduler is own
 
 
@@ -416,7 +467,7 @@ def test_a_line_is_the_mean_over_its_pairs(bench: Bench) -> None:
             number = pictures.astype(int).sum((1, 2, 3)) + len(prompt)
             bad, dark = (number % 3 == 0).astype(float), number % 5 == 0
             shown = np.stack([number % 2 == 0, number % 2 == 1], 1) * ~dark[:, None]
-            return Verdict(bad, (number % 4 == 0).astype(float), dark, shown.astype(float), ((0, 2),))
+            return Verdict(bad, (number % 4 < 3).astype(float), dark, shown.astype(float), ((0, 2),))
 
     bench.judge = Odd()
     bench.plan = PLAN.but(samples=5)
@@ -435,6 +486,7 @@ def test_a_line_is_the_mean_over_its_pairs(bench: Bench) -> None:
         assert low < value < high
     few = share_interval(round(10 * line.forbidden), 10)
     assert line.forbidden_interval[0] <= few[0] < few[1] <= line.forbidden_interval[1]
+    assert len({line.forbidden, line.faithful, line.undecided}) == 3, "or one may stand for another"
 
 
 @pytest.mark.filterwarnings("ignore")
