@@ -25,6 +25,7 @@ from diffsteer.bench.removal import (
     asked_otherwise,
     calibrate_model,
     conditional,
+    eight_bits,
     measure,
     method_for,
     reject,
@@ -112,6 +113,19 @@ def test_runs_are_kept_and_read_back(model, tmp_path: Path) -> None:
     assert torch.equal(first.labels, second.labels)
     assert torch.equal(first.features, second.features)
     assert first.nfe == second.nfe == 8
+
+
+def test_pictures_are_kept_to_half_a_step_of_8_bits() -> None:
+    x = torch.linspace(-1.5, 1.5, 999).reshape(9, 1, 3, 37)
+    kept = replace(outcome([0] * 9), images=eight_bits(x))
+    assert float((kept.pixels - x.clamp(-1, 1)).abs().max()) <= 1.001 / 255
+
+
+def test_the_price_of_a_run_is_the_mean_over_its_samples(model) -> None:
+    method = ds.DynamicNegativeGuidance(prior=0.01, negligible=0.01)
+    made = run(model, replace(SETTING, steps=12), method)
+    assert len(set(made.result.nfe.tolist())) > 1
+    assert made.nfe == float(made.result.nfe.double().mean())
 
 
 def test_runs_of_another_version_are_made_again(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
