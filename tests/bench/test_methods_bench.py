@@ -106,6 +106,10 @@ def test_a_method_for_each_class_makes_the_same_samples_as_one_for_all(bench: Be
     den = bench.model.denoiser(pos=torch.arange(10))
     plain = ds.sample(den, method, scheduler=scheduler(bench.model, "ddim"), num_samples=20, steps=3)
     assert torch.equal(one[0], plain.samples)
+    own = tuple(ds.ClassifierFreeGuidance(1.0 + k) for k in range(10))
+    mixed, alone = (CLASSES._sampled(bench, methods)[0] for methods in (own, own[7]))
+    torch.testing.assert_close(mixed[7::10], alone[7::10], atol=1e-4, rtol=0)
+    assert not torch.allclose(mixed[2::10], alone[2::10], atol=1e-2)
 
 
 def test_what_the_tasks_sample(bench: Bench) -> None:
@@ -227,3 +231,22 @@ def test_classes_are_compared_with_the_data(bench: Bench) -> None:
         assert values["accuracy_low"] < values["accuracy"] == 16 / 20 < values["accuracy_high"]
         assert values["saturation"] == float(((images < -1.05) | (images > 1.05)).double().mean()) > 0
         assert values["contrast"] == pytest.approx(float(images.flatten(1).var(1).sqrt().mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("expect", "recall", "nfe", "verdict"),
+    [
+        ({"recall": "="}, [0.7, 0.9], [50, 50], "shows in part"),
+        ({"recall": "="}, [0.5, 0.9], [50, 50], "does not show here"),
+        ({"recall": ">", "nfe": "<"}, [0.9, 0.9], [25, 25], "shows"),
+        ({"recall": ">", "nfe": "<"}, [0.9, 0.5], [25, 25], "shows in part"),  # one column differs at one scale
+        ({"recall": ">", "nfe": "<"}, [0.9, 0.9], [50, 50], "shows in part"),
+        ({"recall": ">", "nfe": "<"}, [0.7, 0.7], [50, 50], "does not show here"),
+    ],
+)
+def test_a_verdict_is_of_all_columns_at_all_scales(expect, recall: list[float], nfe: list[float], verdict: str) -> None:
+    trial = Trial(lambda bench, w: ds.Unguided(), (1.0, 2.0), "so", expect)
+    other = lines(scale=[1.0], recall=[0.7], nfe=[50])
+    found = finding(trial, lines(scale=[1.0, 2.0], recall=recall, nfe=nfe), other)
+    assert found.endswith(f"**It {verdict}.**")
+    assert "nearest" not in found, "there is but one"
