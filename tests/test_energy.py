@@ -132,7 +132,7 @@ def test_the_table_of_modes(mode: str, eta: float, space: str) -> None:
     }[mode]  # fmt: skip
     torch.testing.assert_close(moved, factor * vector, rtol=1e-5, atol=1e-6)  # diffusers' levels are single precision
     prediction, jump = act(mode, step, plain, vector)
-    assert needs_of(mode) == (frozenset() if jump is None else {"first_order"})
+    assert needs_of(mode) == ({"first_order"} if jump is not None else set()) | ({"noise"} if mode == "mean" else set())
     if mode == "score":
         torch.testing.assert_close(score_of(step, prediction - plain), vector)
 
@@ -609,3 +609,26 @@ def test_a_record_does_not_copy_what_it_describes() -> None:
         ],
         "weights": [1.0, 0.5],
     }
+
+
+LATE = ds.FreeDoM(waves, 0.1, num_recurrences=2, recurrence_window=(0.5, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        (ds.Window(ds.ClassifierGuidance(noisy_waves, mode="mean"), high=0.3), "mode='mean'"),
+        (ds.ClassifierFreeGuidance(2.0) + LATE, "repeats steps"),
+        (ds.FreeDoM(waves, 0.1, base=ds.Window(LATE)), "repeats levels"),
+        (ds.ReadoutGuidance(lambda maps, level: 0.0, ("a",), base=LATE), "repeats levels"),
+    ],
+)
+def test_what_a_run_would_come_to_late_is_refused_before_the_first_step(method: Guidance, says: str) -> None:
+    steps: list[int] = []
+    den = ds.toy.ring().denoiser({"null": None, "pos": [1]})
+    with pytest.raises(UnsupportedError, match=says):
+        ds.sample(
+            den, method, scheduler=DDIMScheduler(clip_sample=False), num_samples=2, steps=20,
+            callback=lambda index, x, info: steps.append(index),
+        )  # fmt: skip
+    assert not steps

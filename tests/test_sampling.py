@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler
 
 import diffsteer as ds
 from diffsteer.core import Call, Guidance
@@ -143,11 +144,24 @@ def test_x_T_is_used() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_samples": 2.0}, {"num_samples": 0}, {"batch_size": 0}, {"batch_size": "4"}, {"seed": -1}]
+    "wrong",
+    [{"num_samples": 2.0}, {"num_samples": 0}, {"batch_size": 0}, {"batch_size": "4"}, {"seed": -1}, {"first": 1.0}],
 )
 def test_numbers_of_samples_are_whole(wrong: dict[str, Any]) -> None:
     with pytest.raises(ParameterError, match=f"{next(iter(wrong))} must be a whole number of at least"):
         run(**wrong)
+
+
+def test_numbers_may_be_numpys(tmp_path) -> None:
+    numbers = {"num_samples": 3, "batch_size": 2, "steps": 4, "seed": 1}
+    theirs = {name: np.int64(number) for name, number in numbers.items()}
+    ddim = {"scheduler": DDIMScheduler(clip_sample=False), "eta": np.float32(0.5)}
+    out = run(**ddim, **theirs, shape=[np.int64(2)])
+    assert torch.equal(out.samples, run(**{**ddim, "eta": 0.5}, **numbers).samples)
+    assert json.loads(json.dumps(out.record))["seed"] == 1
+    stored = ds.sample_to(tmp_path / "run", DEN, DNG, **ddim, **theirs)
+    assert torch.equal(torch.cat([part.samples for part in stored]), out.samples)
+    assert len(ds.sample_to(tmp_path / "run", DEN, DNG, **{**ddim, "eta": 0.5}, **numbers)) == 2
 
 
 @dataclass(frozen=True)
@@ -405,6 +419,20 @@ def test_the_precision_of_a_network_is_its_coarsest() -> None:
     assert ds.denoiser(torch.nn.Identity()).precision is None
 
 
+@dataclass(frozen=True)
+class DividesByZero(Guidance):
+    """At the last step."""
+
+    def guide(self, step, state):
+        (x0,) = yield [Call("null")]
+        return x0 / float(step.number + 1 < step.num_steps), state, {}
+
+
+def test_no_sample_is_ever_nan() -> None:
+    with pytest.raises(NonFiniteError, match=r"answers at step 3 .* are finite, but the sample"):
+        run(DividesByZero(), steps=4)
+
+
 class Broken:
     """NaN in one branch from one step on."""
 
@@ -499,7 +527,19 @@ def test_refusals_name_the_remedy() -> None:
         run(device="nowhere")
     with pytest.raises(ParameterError, match="'noise' is none of"):
         ds.denoiser(torch.nn.Identity(), prediction="noise")
-    for dtype in (torch.int64, "float32"):
+    for shape in (2, (2.0,), (0,), "2"):
+        with pytest.raises(ParameterError, match="shape is that of one sample"):
+            run(shape=shape)
+    with pytest.raises(ParameterError, match=r"samples of this mixture are \(2,\), got \(3,\)"):
+        run(shape=(3,))
+    with pytest.raises(ParameterError, match="the denoiser; models= is for others"):
+        run(models={"main": DEN})
+    with pytest.raises(ParameterError, match="eta must be"):
+        run(eta=None)
+    for trace in (None, "every:²", "every:0"):
+        with pytest.raises(ParameterError, match="trace must be"):
+            run(trace=trace)
+    for dtype in (torch.int64, "float32", torch.float8_e4m3fn):
         with pytest.raises(ParameterError, match="dtype is a floating one"):
             run(dtype=dtype)
     with pytest.raises(ParameterError, match="about one context, by its name"):
@@ -571,3 +611,85 @@ def test_what_is_no_method_is_refused() -> None:
     for wrong in ("cfg:2", ds.ClassifierFreeGuidance):
         with pytest.raises(ParameterError, match="method must be a Guidance"):
             ds.sample(DEN, wrong, scheduler=DDIMScheduler(clip_sample=False), num_samples=1, steps=2)  # type: ignore[arg-type]
+
+
+# --- what holds whatever the method ----------------------------------------------------------------------------------
+
+
+class Told:
+    """The ring in four contexts, which remembers whom it was asked for and what it gave, and may break down."""
+
+    space, path, shape = "x0", None, (2,)
+    inner = MIX.denoiser({"null": None, "pos": [1, 2], "neg": [0], "neg2": [3, 4]})
+    contexts = inner.contexts
+
+    def __init__(self, fails_at: int = -1) -> None:
+        self.fails_at, self.asked, self.seen = fails_at, list[int](), list[tuple[torch.Tensor, ...]]()
+
+    def predict(self, context, x, level, samples, perturb=None):
+        if len(self.seen) == self.fails_at:
+            raise InterruptedError
+        self.asked += samples.tolist()
+        out = self.inner.predict(context, x, level, samples, perturb)
+        self.seen.append((x, x.detach().clone(), out, out.detach().clone()))
+        return out
+
+    def with_path(self, path, space=None):
+        return self
+
+
+CFG = ds.ClassifierFreeGuidance(2.0)
+METHODS = {
+    "dng": DNG,
+    "two": ds.DynamicNegativeGuidance(prior=0.1, contexts=("neg", "neg2")),
+    "sum": CFG + DNG,
+    "adaptive": ds.AdaptiveGuidance(2.0, 0.9, "x0"),
+    "characteristic": ds.CharacteristicGuidance(3.0, tolerance=1e-5, max_iterations=6),
+    "feedback": ds.FeedbackGuidance(temperature=0.1, offset=-0.1),
+    "relative": CFG + ds.Relative(DNG),
+}
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def ran(name: str, den: Told, scheduler: Any = None, **keywords: Any) -> ds.Result:
+    scheduler = scheduler or DDIMScheduler(clip_sample=False)
+    run = {"num_samples": 6, "steps": 6, "dtype": torch.float64, **keywords}
+    return ds.sample(den, METHODS[name], scheduler=scheduler, **run)
+
+
+@every_method
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(clip_sample=False), DDPM, HeunDiscreteScheduler()])
+def test_evaluations_are_counted_as_the_network_was_asked(name: str, scheduler) -> None:
+    den = Told()
+    out = ran(name, den, scheduler, num_samples=7, batch_size=3)
+    assert [den.asked.count(i) for i in range(7)] == out.nfe.tolist()
+
+
+@every_method
+def test_a_run_leaves_everything_as_it_was(name: str) -> None:
+    """Its method and scheduler, the global random state, and what the network and the callback were given."""
+    euler, kept, den = EulerAncestralDiscreteScheduler(), list[tuple[torch.Tensor, ...]](), Told()
+    before, state = (repr(METHODS[name]), repr(vars(euler))), torch.get_rng_state()
+    ran(name, den, euler, callback=lambda i, x, info: kept.extend((v, v.clone()) for v in (x, *info.values())))
+    assert (repr(METHODS[name]), repr(vars(euler))) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for pair in den.seen for a, b in (pair[:2], pair[2:]))
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in kept)
+
+
+@every_method
+@pytest.mark.parametrize("fails_at", [0, 5])
+def test_a_run_that_broke_down_leaves_no_trace(name: str, fails_at: int) -> None:
+    den = Told(fails_at)
+    with pytest.raises(InterruptedError):
+        ran(name, den, batch_size=4)
+    den.fails_at = -1
+    assert torch.equal(ran(name, den, batch_size=4).samples, ran(name, Told(), batch_size=4).samples)
+
+
+def test_the_order_of_contexts_does_not_matter() -> None:
+    orders = (((0.1, 0.2), ("neg", "neg2")), ((0.2, 0.1), ("neg2", "neg")))
+    methods = [ds.DynamicNegativeGuidance(prior=p, contexts=c, divergence="exact") for p, c in orders]
+    keywords = {"scheduler": DDIMScheduler(clip_sample=False), "num_samples": 6, "steps": 6, "dtype": torch.float64}
+    one, other = (ds.sample(Told(), method, **keywords).samples for method in methods)
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

@@ -551,3 +551,68 @@ def test_a_solver_that_needs_no_step_before_may_stand_still() -> None:
         scheduler = d.DPMSolverMultistepScheduler(solver_order=order)
         with pytest.raises(ParameterError, match="lower noise level") if refused else contextlib.nullcontext():
             SchedulerView(scheduler, 1000)
+
+
+def test_what_a_scheduler_was_given_by_position_holds() -> None:
+    kept = SchedulerView(d.DDPMScheduler(500, 0.001, clip_sample=False), 5)
+    assert kept.timesteps.tolist() == [400, 300, 200, 100, 0]
+    assert (
+        kept.levels
+        == SchedulerView(d.DDPMScheduler(num_train_timesteps=500, beta_start=0.001, clip_sample=False), 5).levels
+    )
+
+
+MULTISTEP = (
+    d.DPMSolverMultistepScheduler, d.DPMSolverSinglestepScheduler, d.UniPCMultistepScheduler, d.DEISMultistepScheduler,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("sigmas", ["karras", "exponential", "beta"])
+@pytest.mark.parametrize("kind", MULTISTEP)
+def test_a_first_timestep_that_comes_twice_is_the_first_step(kind: type, sigmas: str) -> None:
+    """As rounding makes it of a cosine schedule; diffusers would begin at the second, and end beyond the last."""
+    scheduler = kind(beta_schedule="squaredcos_cap_v2", **{f"use_{sigmas}_sigmas": True})
+    view, x = SchedulerView(scheduler, 10), torch.ones(1, 2, dtype=torch.float64)
+    assert view.timesteps[0] == view.timesteps[1]
+    view.step(x, "x0", 0, x, [])
+    assert view.scheduler.step_index == 1
+    out = ds.sample(DEN, scheduler=scheduler, num_samples=2, steps=10)
+    assert bool(out.samples.isfinite().all())
+
+
+ENDS_AT_0 = {"solver_type": "bh1"}, {"predict_x0": False}
+BROKEN = [
+    *((kind(prediction_type="sample"), "'epsilon'") for kind in (
+        d.PNDMScheduler, d.EulerAncestralDiscreteScheduler, d.KDPM2DiscreteScheduler, d.KDPM2AncestralDiscreteScheduler,
+        d.EDMEulerScheduler, d.EDMDPMSolverMultistepScheduler,
+    )),
+    (
+        d.DPMSolverMultistepScheduler(
+            algorithm_type="sde-dpmsolver", solver_order=3, final_sigmas_type="sigma_min"
+        ), "solver_order=2",
+    ),
+    (d.EDMDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=3), "solver_order=2"),
+    *((d.UniPCMultistepScheduler(**option), "sigma_min") for option in ENDS_AT_0),
+    (
+        d.DDIMScheduler(clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"), "'v_prediction'",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("scheduler", "remedy"), BROKEN, ids=lambda s: type(s).__name__)
+def test_what_diffusers_breaks_on_is_refused_before_the_first_step(scheduler, remedy: str) -> None:
+    with pytest.raises(UnsupportedError, match=remedy):
+        SchedulerView(scheduler, 6)
+
+
+def test_what_is_near_to_what_breaks_is_sampled() -> None:
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    for scheduler in (
+        d.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", solver_order=3),
+        d.DDIMScheduler(clip_sample=False, prediction_type="v_prediction", **zero),
+        d.DDIMScheduler(clip_sample=False, prediction_type="sample", **zero),
+        d.DDIMScheduler(clip_sample=False, rescale_betas_zero_snr=True),
+        *(d.UniPCMultistepScheduler(final_sigmas_type="sigma_min", **option) for option in ENDS_AT_0),
+        d.HeunDiscreteScheduler(prediction_type="epsilon"),
+    ):
+        assert bool(ds.sample(DEN, scheduler=scheduler, num_samples=2, steps=6).samples.isfinite().all())

@@ -541,6 +541,7 @@ def test_strangers_are_known_by_their_denoiser() -> None:
     for net, known in (
         (tiny.unet(), "StableDiffusionPipeline"),
         (large, "StableDiffusionXLPipeline"),
+        (torch.compile(large, backend="eager"), "StableDiffusionXLPipeline"),
     ):
         with pytest.warns(UnverifiedWarning, match="only by its UNet2DConditionModel"):
             assert spec_of(stranger(net)) is VERIFIED[known]

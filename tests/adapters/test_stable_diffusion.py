@@ -406,6 +406,13 @@ def test_custom_contexts(pipe) -> None:
     embedding = pipe.encode_prompt("a hat", "cpu", 1, False)[0]
     with ds.attach(pipe, method, contexts={"hat": {"encoder_hidden_states": embedding}}):
         assert torch.equal(latents(pipe), text)
+    longer = torch.randn(1, 2 * embedding.shape[1], embedding.shape[2], generator=torch.Generator().manual_seed(0))
+    for batching in (0, 2):
+        of_all, of_each = [], [longer, longer.expand(2, -1, -1)]
+        for given in of_each:
+            with ds.attach(pipe, method, contexts={"hat": {"encoder_hidden_states": given}}, batching=batching):
+                of_all.append(latents(pipe, ["a", "b"]))
+        assert torch.equal(*of_all)
     with ds.attach(pipe, CFG, contexts={"null": "ugly"}):
         assert error(latents(pipe), latents(tiny.stable_diffusion(), guidance_scale=5.0, negative_prompt="ugly")) < 1e-5
 
@@ -734,19 +741,20 @@ def test_noise_on_the_context_of_some_rows(pipe) -> None:
 
     class Noisy(ds.Guidance):
         def guide(self, step, state):
-            seeds, rows = torch.tensor([5, 6, 7]), torch.tensor([2, 0])
-            plain, whole, part = yield [
+            seeds, choices = torch.tensor([5, 6, 7]), (torch.tensor([2, 0]), torch.tensor([1, 2, 0]))
+            plain, whole, *parts = yield [
                 ds.Call("pos"),
                 ds.Call("pos", perturb=ContextNoise(0.6, 0.8, 0.0, seeds)),
-                ds.Call("pos", perturb=ContextNoise(0.6, 0.8, 0.0, seeds[rows]), rows=rows),
+                *(ds.Call("pos", perturb=ContextNoise(0.6, 0.8, 0.0, seeds[rows]), rows=rows) for rows in choices),
             ]
-            assert error(part, whole[rows]) < 1e-4
+            for part, rows in zip(parts, choices, strict=True):
+                assert error(part, whole[rows]) < 1e-4
             assert error(whole, plain) > 1e-4
             return plain, state, {}
 
     with ds.attach(pipe, Noisy()) as handle:
         latents(pipe, ["a", "b", "c"])
-    assert handle.last.nfe.tolist() == [12, 8, 12]
+    assert handle.last.nfe.tolist() == [16, 12, 16]
 
 
 def test_times_between_those_of_the_schedule(pipe) -> None:

@@ -559,3 +559,60 @@ def test_a_schedule_of_what_only_mixes_predictions_is_accepted():
         ds.Schedule(inner, lambda rho: 1.0)
     with pytest.raises(ParameterError, match="after the step"):
         ds.Schedule(ds.Switch(ds.ManifoldPreservingGuidance(lambda x: x.flatten(1).sum(1), 0.3), CFG, 1.0), abs)
+
+
+# --- derivatives, through a space that is not the network's -----------------------------------------------------------
+
+
+class In:
+    """The exact denoiser of a ring, in another space."""
+
+    path, contexts, shape = None, {"null": None, "pos": [1, 2], "neg": [0]}, (2,)
+    exact = ds.toy.ring().denoiser(contexts)
+
+    def __init__(self, space: str) -> None:
+        self.space = space
+
+    def predict(self, context, x, level, samples, perturb=None):
+        return convert(self.exact.predict(context, x, level, samples), x, level, "x0", self.space)
+
+    def with_path(self, path, space=None):
+        return self
+
+
+def _first(x):
+    return x[:, 0]
+
+
+DIFFERENTIATING = {
+    "probe": ds.DynamicNegativeGuidance(prior=1 / 8),
+    "exact": ds.DynamicNegativeGuidance(prior=1 / 8, divergence="exact"),
+    "sum": CFG + ds.DynamicNegativeGuidance(prior=1 / 8),
+    "dps": ds.DiffusionPosteriorSampling(_first, 0.3),
+    "universal": ds.UniversalGuidance(_first, 0.3, base=CFG),
+    "tfg": ds.TrainingFreeGuidance(_first),
+}
+
+
+@pytest.mark.parametrize("space", ["x0", "eps", "v"])
+@pytest.mark.parametrize("name", DIFFERENTIATING)
+def test_derivatives_survive_the_way_through_another_space(name, space):
+    """Around a method, rescaling by nothing and a bound that is never met are the method itself."""
+    run = {"scheduler": DDIMScheduler(clip_sample=False), "num_samples": 6, "steps": 8, "dtype": torch.float64}
+    method = DIFFERENTIATING[name]
+    alone = ds.sample(In(space), method, **run)
+    for around in (ds.Rescale(method, 0.0, "null"), ds.Renorm(method, None, 1e9, "null")):
+        out = ds.sample(In(space), around, **run)
+        torch.testing.assert_close(out.samples, alone.samples, rtol=1e-7, atol=1e-9)
+        assert torch.equal(out.nfe, alone.nfe)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_derivatives_survive_a_change_of_precision(dtype):
+    """A method of another space runs in single precision around a network in half."""
+    run = {"scheduler": DDIMScheduler(clip_sample=False), "num_samples": 6, "steps": 8, "dtype": dtype}
+    method = DIFFERENTIATING["dps"]
+    plain, alone, out = (
+        ds.sample(In("x0"), m, **run).samples.float() for m in (ds.Unguided(), method, ds.Rescale(method, 0.0, "null"))
+    )
+    assert float((out - alone).abs().mean()) < 0.1 * float((alone - plain).abs().mean())

@@ -223,7 +223,7 @@ def test_seeds_are_one_per_sample() -> None:
     for kind in (DroppedBlocks, Dropout, ShuffledTokens, TimeNoise):
         with pytest.raises(UnsupportedError, match="2 samples"):
             tiny("SD3").answer(kind(SEEDS[:2]))
-    for kind in (Dropout, ShuffledTokens, TimeNoise):  # a single one would be everybody's
+    for kind in (DroppedBlocks, Dropout, ShuffledTokens, TimeNoise):  # a single one would be everybody's
         with pytest.raises(UnsupportedError, match="1 samples"):
             tiny("SD3").answer(kind(SEEDS[:1]))
 

@@ -293,8 +293,8 @@ def _fit(value: Tensor | None, positive: Any) -> Tensor | None:
     if value is None or not isinstance(positive, Tensor):
         return value
     value = value.to(positive.device, positive.dtype)
-    if len(value) == 1 < len(positive) and value.shape[1:] == positive.shape[1:]:
-        value = value.expand_as(positive).contiguous()
+    if len(value) == 1 < len(positive) and value.ndim == positive.ndim:
+        value = value.expand(len(positive), *value.shape[1:]).contiguous()
     return value
 
 

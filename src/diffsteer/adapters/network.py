@@ -127,17 +127,17 @@ class PipelineNet:
     def predict(self, context: str, x: Tensor, level: Level, samples: Tensor, perturb: Any = None) -> Tensor:
         """Prediction in ``space`` at ``x``, (B, ...)."""
         rows = self._rows(samples)
-        bundle = self.contexts[context]
+        bundle, noisy = self.contexts[context], dict[str, Any]()  # the latter for these rows alone
         if isinstance(perturb, ContextNoise):
             arguments = self._arguments(context)
             given = {name: _read(arguments, name) for name in self.conditioning}
-            bundle = bundle | perturb.apply(given if rows is None else select(given, rows, len(self.x)))
+            noisy = perturb.apply(given if rows is None else select(given, rows, len(self.x)))
         inside, more = self._input(context, x, level, rows)
         own = context == "pos" and inside is self.call.x and perturb is None and not torch.is_grad_enabled()
         if self.ready is not None and own:
             self.last = self.ready
         elif perturb is None or isinstance(perturb, ContextNoise):
-            self.last = self.call.forward(**self.call.at(bundle, inside, rows, **more))
+            self.last = self.call.forward(**place(self.call.at(bundle, inside, rows, **more), noisy))
         else:
             plain = self._arguments(context)
             with perturbed(perturb, self.call.module, plain, x.shape[2:], self._arguments) as seen:

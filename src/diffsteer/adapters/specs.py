@@ -187,7 +187,8 @@ def spec_of(pipe: Any) -> Spec:
 
 def _family(pipe: Any) -> tuple[str, Spec | None]:
     """The class of a pipeline's denoiser, and what is known of those."""
-    net = next((net for net in (getattr(pipe, "unet", None), getattr(pipe, "transformer", None)) if net), None)
+    nets = (getattr(pipe, name, None) for name in ("unet", "transformer"))
+    net = next((net for net in nets if net is not None), None)  # compiled ones have no truth value
     name = type(getattr(net, "_orig_mod", net)).__name__
     if name == "UNet2DConditionModel" and net.config.get("addition_embed_type") == "text_time":
         return name, _SDXL

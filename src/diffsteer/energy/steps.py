@@ -149,10 +149,7 @@ def land_around(base: str | Guidance, step: Step, x_next: Tensor, state: Any) ->
     if isinstance(base, Guidance):
         answer = base.after(step, x_next, state.base)
         if isinstance(answer, Repeat):
-            raise UnsupportedError(
-                f"{type(base).__name__} repeats levels, which the method around it would take for one; set "
-                "num_recurrences of the outer method instead"
-            )
+            raise _repeats(base)
         x_next, inner = answer
         state = replace(state, base=inner)
     answer = land(step, x_next, state.landing)
@@ -162,6 +159,13 @@ def land_around(base: str | Guidance, step: Step, x_next: Tensor, state: Any) ->
             "step: num_recurrences=1, or a base without a memory such as ClassifierFreeGuidance"
         )
     return within(answer, lambda own: replace(state, landing=own))
+
+
+def _repeats(base: Guidance) -> UnsupportedError:
+    return UnsupportedError(
+        f"{type(base).__name__} repeats levels, which the method around it would take for one; set num_recurrences of "
+        "the outer method instead"
+    )
 
 
 def _remembers(state: Any) -> bool:
@@ -213,6 +217,15 @@ class Inside:
     landing: Landing
 
 
+def start_inside(base: str | Guidance, run: Run) -> Inside:
+    """The state of a method around ``base`` before the first step; refuses a base that repeats levels itself."""
+    if isinstance(base, str):
+        return Inside(None, Landing())
+    if "recurrence" in base.needs:
+        raise _repeats(base)
+    return Inside(base.start(run), Landing())
+
+
 class EnergyGuidance(Guidance):
     """What every method of this family shares: an energy that is checked at the start, and a :class:`Landing`."""
 
@@ -238,7 +251,7 @@ class EnergyGuidance(Guidance):
         check(told(self.energy, run.samples), *((x * unit(level), level) if self.noisy else (x,)))
         if not self.around:
             return Landing()
-        return Inside(self.base.start(run) if isinstance(self.base, Guidance) else None, Landing())
+        return start_inside(self.base, run)
 
     def after(self, step: Step, x_next: Tensor, state: Any) -> After:
         return land_around(self.base, step, x_next, state) if self.around else land(step, x_next, state)

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffsteer.core import After, Call, Guidance, Info, Plan, Run, State, Step, altered, guide_in, widened
 from diffsteer.energy.data import told
 from diffsteer.energy.forces import descent, needs_inside, reference, uncoupled, unit
-from diffsteer.energy.steps import Inside, Landing, alphas, is_noise, land_around
+from diffsteer.energy.steps import Inside, Landing, alphas, is_noise, land_around, start_inside
 from diffsteer.errors import ParameterError
 from diffsteer.methods._checks import check_scale
 from diffsteer.methods._registry import register
@@ -104,7 +104,7 @@ class ReadoutGuidance(Guidance):
         return needs_inside(self.base) | {"first_order", "perturb"}
 
     def start(self, run: Run) -> Inside:
-        return Inside(self.base.start(run) if isinstance(self.base, Guidance) else None, Landing())
+        return start_inside(self.base, run)
 
     def guide(self, step: Step, state: Inside) -> Plan:
         low, high = self.window

@@ -81,6 +81,7 @@ class DroppedBlocks(Perturbation):
         self, network: Network, site: Site, rows: Tensor, native: Replacement, *args: Any, **keywords: Any
     ) -> Any:
         before = _streams(network, site, args, keywords)
+        _check_rows(len(rows), next(iter(before.values())))
         if bool(rows.all()):
             return _skip(network, site, native, *args, **keywords)
         answer = native(*args, **keywords)
