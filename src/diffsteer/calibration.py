@@ -193,7 +193,6 @@ def read_off(
     )
     rising = torch.argsort(levels, stable=True)
     rising = rising[(outer & levels.isfinite())[rising]]
-    rising = rising[torch.cat([levels[rising].diff() > 0, torch.tensor([True])])]  # some schedulers repeat a level
     log_snr = levels[rising]
     shared: dict[str, Any] = {
         "log_snr": _rounded(log_snr), "stochastic": record["stochastic"], "steps": len(levels),

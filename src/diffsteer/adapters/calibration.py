@@ -117,7 +117,7 @@ def calibrate_pipeline(
         advance(len(numbers) * num_inference_steps)
         return attached.last
 
-    method, unwanted = replace(method, calibration=None), {"negative_prompt": negative_prompt}
+    unwanted = {"negative_prompt": negative_prompt}
     with _quiet(pipe), advancing(progress, _PASSES * num_rollouts * num_inference_steps) as advance:
         idle = beside or ClassifierFreeGuidance(0.0)
         ratios = []

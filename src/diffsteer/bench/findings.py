@@ -32,7 +32,7 @@ def finding(trial: Trial, lines: Sequence[Line], others: Sequence[Line]) -> str:
         mostly.append(2 * signs.count(wanted) >= len(signs))
         if wanted != "=" or set(trial.expect.values()) == {"="}:  # else what stays the same is a condition
             ever.append(wanted in signs)
-        differs.append(any(sign not in (wanted, "=") or wanted == "=" != sign for sign in signs))
+        differs.append(any(sign not in (wanted, "=") for sign in signs))
     whole = all(mostly) and not any(differs)
     verdict = "shows" if whole else "shows in part" if any(ever) else "does not show here"
     nearest = "scale" if trial.match == "scale" else columns[trial.match].title

@@ -351,8 +351,7 @@ def _entry(
     model: Model, setting: Setting, method: str, scale: float, outcome: Outcome, bases: _Bases, reported: bool
 ) -> Entry:
     text = f"{scale:g}" if scale else ""
-    base = None if method in ("rejection", "conditional") else bases.base(setting)
-    row = measure(model, setting, outcome, bases.target(setting), NAMES[method], text, base)
+    row = measure(model, setting, outcome, bases.target(setting), NAMES[method], text, bases.base(setting))
     return Entry(sampler_name(setting), model.classes[setting.concepts[0]], method, scale, reported, row)
 
 

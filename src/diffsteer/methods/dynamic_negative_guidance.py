@@ -334,9 +334,7 @@ class DynamicNegativeGuidance(Guidance):
         if len(rows) == 0:
             return step.x[rows], step.x[rows], f
         tracker, reading, whole = self._trackers[i], self.calibrations[i], len(rows) == len(step.x)
-        streams = [step.generators[k] for k in rows.tolist()] if step.generators else ()
-        numbers = None if step.samples is None else step.samples[rows.cpu()]
-        inner = step if whole else replace(step, x=step.x[rows], generators=streams, samples=numbers)
+        inner = step if whole else replace(step, x=step.x[rows], generators=(), samples=None)  # a tracker draws nothing
         plan = tracker.visit(inner, f.tracked, alt=self.contexts[i])
         if not whole:
             plan = altered(plan, lambda c: replace(c, rows=rows if c.rows is None else rows[c.rows]))
