@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -246,6 +247,14 @@ def test_pure_noise_and_repeated_levels_are_no_levels_of_a_filter(scheduler, num
     assert len(fitted.calibrations[0].log_snr) == number
     out = ds.sample(net, fitted, scheduler=scheduler, steps=8, num_samples=4)
     assert bool(out.samples.isfinite().all())
+
+
+def test_levels_that_a_solver_repeats_count_once() -> None:
+    """One of first order does, with more steps than it has timesteps."""
+    few = DPMSolverMultistepScheduler(num_train_timesteps=30, solver_order=1)
+    method = ds.DynamicNegativeGuidance(prior=1 / 8)
+    fitted = ds.calibrate(Biased(0.35), method, scheduler=few, steps=36, num_rollouts=100)
+    assert len(fitted.calibrations[0].log_snr) < 31
 
 
 @pytest.mark.parametrize("scheduler", [DDPM, DDIM])

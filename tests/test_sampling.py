@@ -156,7 +156,7 @@ def test_numbers_may_be_numpys(tmp_path) -> None:
     numbers = {"num_samples": 3, "batch_size": 2, "steps": 4, "seed": 1}
     theirs = {name: np.int64(number) for name, number in numbers.items()}
     ddim = {"scheduler": DDIMScheduler(clip_sample=False), "eta": np.float32(0.5)}
-    out = run(**ddim, **theirs, shape=[np.int64(2)])
+    out = run(**ddim, **theirs, shape=np.array([2]))
     assert torch.equal(out.samples, run(**{**ddim, "eta": 0.5}, **numbers).samples)
     assert json.loads(json.dumps(out.record))["seed"] == 1
     stored = ds.sample_to(tmp_path / "run", DEN, DNG, **ddim, **theirs)
@@ -428,9 +428,18 @@ class DividesByZero(Guidance):
         return x0 / float(step.number + 1 < step.num_steps), state, {}
 
 
-def test_no_sample_is_ever_nan() -> None:
+@dataclass(frozen=True)
+class Explodes(ds.Unguided):
+    """After the last step."""
+
+    def after(self, step, x_next, state):
+        return x_next / float(step.number + 1 < step.num_steps), state
+
+
+@pytest.mark.parametrize("method", [DividesByZero(), Explodes()])
+def test_no_sample_is_ever_nan(method: Guidance) -> None:
     with pytest.raises(NonFiniteError, match=r"answers at step 3 .* are finite, but the sample"):
-        run(DividesByZero(), steps=4)
+        run(method, steps=4)
 
 
 class Broken:
@@ -563,6 +572,9 @@ def test_a_state_of_another_batch_is_refused() -> None:
 
 
 def test_describe_is_plain_data() -> None:
+    told = describe(ds.DynamicNegativeGuidance(prior=np.float32(0.25), lazy=np.bool_(True)))
+    assert (told["prior"], told["lazy"]) == (0.25, True)
+    assert type(told["lazy"]) is bool
     method = ds.ClassifierFreeGuidance(2.0) + ds.Window(ds.DynamicNegativeGuidance(estimator=MIX.posterior), 0.1, 1.0)
     told = json.loads(json.dumps(describe(method)))
     assert told["methods"][0] == {"name": "ClassifierFreeGuidance", "scale": 2.0}

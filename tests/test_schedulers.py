@@ -373,9 +373,9 @@ def test_refusals_name_the_remedy() -> None:
         SchedulerView(d.VQDiffusionScheduler(num_vec_classes=4), 5)
     with pytest.raises(ParameterError, match="takes no eta"):
         SchedulerView(d.DDPMScheduler(clip_sample=False), 5, eta=0.5)
-    with pytest.raises(ParameterError, match=r"eta must be in \[0, 1\]"):
+    with pytest.raises(ParameterError, match=r"eta must be a number"):
         SchedulerView(d.DDIMScheduler(clip_sample=False), 5, eta=1.5)
-    with pytest.raises(ParameterError, match=r"eta must be in \[0, 1\]"):
+    with pytest.raises(ParameterError, match=r"eta must be a number"):
         SchedulerView(d.DDIMScheduler(clip_sample=False), 5, eta=-0.5)
     for steps in (0, 4.0):
         with pytest.raises(ParameterError, match="steps must be a whole number of at least 1"):
@@ -580,7 +580,7 @@ def test_a_first_timestep_that_comes_twice_is_the_first_step(kind: type, sigmas:
     assert bool(out.samples.isfinite().all())
 
 
-ENDS_AT_0 = {"solver_type": "bh1"}, {"predict_x0": False}
+ENDS_AT_0 = {"solver_type": "bh1"}, {"predict_x0": False}, {"lower_order_final": False}
 BROKEN = [
     *((kind(prediction_type="sample"), "'epsilon'") for kind in (
         d.PNDMScheduler, d.EulerAncestralDiscreteScheduler, d.KDPM2DiscreteScheduler, d.KDPM2AncestralDiscreteScheduler,

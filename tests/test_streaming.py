@@ -343,8 +343,9 @@ def test_refusals(tmp_path: Path) -> None:
     "wrong",
     [{"steps": 0}, {"steps": 1001}, {"batch_size": 0}, {"num_samples": 0}, {"trace": "some"}, {"batching": -1},
      {"seed": -1}, {"eta": 2.0}, {"shape": ()}, {"method": "cfg:2"},
-     {"method": ds.CFGPlusPlus(0.6), "scheduler": UniPCMultistepScheduler()}],
-    ids=str,
+     {"method": ds.CFGPlusPlus(0.6), "scheduler": UniPCMultistepScheduler()}, {"models": {"main": DEN}},
+     {"dtype": torch.int64}],
+    ids=lambda wrong: next(iter(wrong)),
 )  # fmt: skip
 def test_what_is_refused_leaves_no_run_behind(tmp_path: Path, wrong: dict) -> None:
     with pytest.raises((ParameterError, UnsupportedError)):

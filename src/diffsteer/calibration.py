@@ -193,6 +193,7 @@ def read_off(
     )
     rising = torch.argsort(levels, stable=True)
     rising = rising[(outer & levels.isfinite())[rising]]
+    rising = rising[torch.cat([levels[rising].diff() > 0, torch.tensor([True])])]  # first-order solvers may repeat one
     log_snr = levels[rising]
     shared: dict[str, Any] = {
         "log_snr": _rounded(log_snr), "stochastic": record["stochastic"], "steps": len(levels),

@@ -134,17 +134,14 @@ class Engine:
 
     def after_or_repeat(self, x_next: Tensor) -> Tensor | Repeat:
         """The same for a loop that can run a level again: where it does, it goes on from ``Repeat.x``."""
-        if not _finite(x_next):
+        answer = self.method.after(self.step, x_next, self.state)
+        x, self.state = (answer.x, answer.state) if isinstance(answer, Repeat) else answer
+        if not _finite(x):
             raise NonFiniteError(
                 f"the networks' answers at step {self.step.index} (rho = {self.step.level.rho:.4g}) are finite, but "
                 "the sample made of them is not: lower the method's scale, or change the scheduler's settings"
             )
-        answer = self.method.after(self.step, x_next, self.state)
-        if isinstance(answer, Repeat):
-            self.state = answer.state
-            return answer
-        x_next, self.state = answer
-        return x_next
+        return answer if isinstance(answer, Repeat) else x
 
     def _evaluate(self, calls: list[Call], answered: dict[Any, Any], known: dict[Any, Any]) -> list[Tensor]:
         """Answer a method's calls, each different one once per step and sample, in the step's space."""
@@ -411,11 +408,13 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's too
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, Real):  # NumPy's too
         return int(value) if isinstance(value, Integral) else float(value)
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
-    return value if isinstance(value, (str, bool, type(None))) else repr(value)
+    return value if isinstance(value, (str, type(None))) else repr(value)
 
 
 def stack_trace(kept: list[dict[str, Tensor]], size: int) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ order, or by how many processes (bitwise at equal ``batch_size``).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -197,14 +197,15 @@ def checked_shape(
 ) -> tuple[int, ...]:
     """The shape of one sample, if all that is asked for goes with it."""
     _check_denoiser(denoiser, "the first argument")
-    shape = shape if shape is not None else denoiser.shape or ()
-    if not isinstance(shape, Sequence) or not all(isinstance(size, Integral) and size > 0 for size in shape):
-        raise ParameterError(f"shape is that of one sample, such as (3, 32, 32); got {shape!r}")
+    given = shape if shape is not None else denoiser.shape or ()
+    shape = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not isinstance(given, Iterable) or not all(isinstance(size, Integral) and size > 0 for size in shape):
+        raise ParameterError(f"shape is that of one sample, such as (3, 32, 32); got {given!r}")
     if not shape:
         raise ParameterError(
             "the denoiser does not know the shape of a sample; pass shape=, best to diffsteer.denoiser()"
         )
-    shape, batch_size = tuple(shape), num_samples if batch_size is None else batch_size
+    batch_size = num_samples if batch_size is None else batch_size
     counts = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed, "first": first}
     for name, count in counts.items():
         least = 0 if name in ("seed", "first") else 1

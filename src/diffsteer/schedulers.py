@@ -50,7 +50,14 @@ _FIRST_ORDER = (
 )
 
 # what diffusers accepts, and then does not do
-_NO_X0 = ("PNDM", "EulerAncestralDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", *_EDM)
+_NO_X0 = (
+    "PNDM",
+    "EulerAncestralDiscrete",
+    "KDPM2Discrete",
+    "KDPM2AncestralDiscrete",
+    "DPMSolverSDE",
+    *_EDM,
+)
 _NO_THIRD_ORDER = (("DPMSolverMultistep", "sde-dpmsolver"), ("EDMDPMSolverMultistep", "sde-dpmsolver++"))
 
 
@@ -115,21 +122,17 @@ class ScheduleReading:
                 f"{name} has variance_type={config.variance_type!r}: it reads a variance that the network adds to its "
                 f"prediction, which guidance does not carry; build it with variance_type={fixed}"
             )
-        if config.get("prediction_type") == "sample" and self.name in _NO_X0:
-            raise UnsupportedError(
-                f"diffusers' {name} makes no steps of prediction_type='sample'; build it with 'epsilon', whatever the "
-                "network predicts: that is what denoiser(..., prediction=) is told"
-            )
         if config.get("solver_order") == 3 and (self.name, config.get("algorithm_type")) in _NO_THIRD_ORDER:
             raise UnsupportedError(
                 f"diffusers' {name} has no third order of {config.algorithm_type!r}; build it with solver_order=2"
             )
-        ends_at_0 = self.name == "UniPCMultistep" and config.final_sigmas_type == "zero"
-        if ends_at_0 and (config.solver_type == "bh1" or not config.predict_x0):
-            raise UnsupportedError(
-                f"diffusers' {name} divides by 0 in its last step with solver_type='bh1' or predict_x0=False; build it "
-                "with final_sigmas_type='sigma_min'"
-            )
+        if self.name == "UniPCMultistep" and config.final_sigmas_type == "zero":
+            high_to_the_end = config.solver_order > 1 and not config.lower_order_final
+            if config.solver_type == "bh1" or not config.predict_x0 or high_to_the_end:
+                raise UnsupportedError(
+                    f"diffusers' {name} divides by 0 in its last step unless solver_type='bh2', predict_x0=True and "
+                    "lower_order_final=True; build it so, or with final_sigmas_type='sigma_min'"
+                )
 
     def require(self, needs: frozenset[str]) -> None:
         """Refuse a method that needs what this scheduler does not do."""
@@ -299,7 +302,7 @@ class SchedulerView(ScheduleReading):
             )
         self._accepted = set(inspect.signature(own.step).parameters)
         if not isinstance(eta, Real) or not 0 <= eta <= 1:
-            raise ParameterError(f"eta must be in [0, 1], got {eta!r}")
+            raise ParameterError(f"eta must be a number in [0, 1], got {eta!r}")
         if eta and "eta" not in self._accepted:
             raise ParameterError(f"{type(scheduler).__name__} takes no eta; leave it 0 or use DDIMScheduler")
         try:
@@ -319,11 +322,19 @@ class SchedulerView(ScheduleReading):
             own.set_begin_index(0)
         super().__init__(own, eta)
         self._check_descent(steps)
+        self._check_prediction()
+
+    def _check_prediction(self) -> None:
+        """Refuse a prediction that no step can be made of; networks may predict what they will, and are converted."""
+        told = "whatever the network predicts: that is what denoiser(..., prediction=) is told"
+        if self.scheduler.config.get("prediction_type") == "sample" and self.name in _NO_X0:
+            raise UnsupportedError(
+                f"diffusers' {self.name} makes no steps of prediction_type='sample'; build it with 'epsilon', {told}"
+            )
         if self.prediction == "eps" and self.levels[0].alpha == 0:
             raise UnsupportedError(
-                f"this {type(scheduler).__name__} starts at pure noise, of which prediction_type='epsilon' says "
-                "nothing; build it with 'v_prediction', whatever the network predicts: that is what "
-                "denoiser(..., prediction=) is told"
+                f"this {self.name} starts at pure noise, of which prediction_type='epsilon' says nothing; build it "
+                f"with 'v_prediction', {told}"
             )
 
     def _check_descent(self, steps: int) -> None:

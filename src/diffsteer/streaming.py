@@ -29,7 +29,7 @@ from diffsteer.denoisers import Denoiser
 from diffsteer.engine import check_batching, describe, describe_scheduler, every_kth, plain
 from diffsteer.errors import ParameterError, StateError
 from diffsteer.files import write_tensors, write_text
-from diffsteer.sampling import Result, Unguided, advancing, checked_shape, sample
+from diffsteer.sampling import Result, Unguided, advancing, check_dtype, checked_shape, on_path, sample
 from diffsteer.schedulers import SchedulerView
 
 
@@ -214,7 +214,10 @@ def _check(asked: Mapping[str, Any]) -> None:
     checked_shape(asked["denoiser"], shape, *numbers, None)
     every_kth(asked["trace"])
     check_batching(asked["batching"])
-    SchedulerView(asked["scheduler"], asked["steps"], asked["eta"]).require(asked["method"].needs)
+    check_dtype(asked["dtype"])
+    view = SchedulerView(asked["scheduler"], asked["steps"], asked["eta"])
+    view.require(asked["method"].needs)
+    on_path(asked["denoiser"], asked["models"], view)
 
 
 def _configuration(asked: Mapping[str, Any]) -> dict[str, Any]:

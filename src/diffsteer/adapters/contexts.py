@@ -163,7 +163,7 @@ def _is_ours(value: Any) -> bool:
 
 
 def mentioned(value: Any) -> set[str]:
-    """Every string in a method's fields: among them the contexts that it names."""
+    """Every string in a method's fields, among them the contexts that it names, and "neg" if it needs it."""
     if isinstance(value, str):
         return {value}
     if isinstance(value, Mapping):
@@ -172,7 +172,7 @@ def mentioned(value: Any) -> set[str]:
         return set().union(*(mentioned(part) for part in value))
     if isinstance(value, Guidance):
         fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
-        return set(value.needs).union(*(mentioned(getattr(value, f.name)) for f in fields))
+        return ({"neg"} & value.needs).union(*(mentioned(getattr(value, f.name)) for f in fields))
     return set()
 
 

@@ -90,12 +90,12 @@ class SelfAttentionGuidance(Guidance):
         if self.scale == 1:
             (only,) = yield [Call(self.context)]
             return only, state, {}
-        record = AttentionRecord(self.layers) if self.threshold else None
-        (eps,) = yield [Call(self.context, perturb=record)]
         if step.x.ndim < 3:
             raise UnsupportedError(
                 f"self-attention guidance blurs pictures; samples of shape {tuple(step.x.shape[1:])} are none"
             )
+        record = AttentionRecord(self.layers) if self.threshold else None
+        (eps,) = yield [Call(self.context, perturb=record)]
         clean = step.x - step.level.sigma * eps  # alpha x0
         smooth = clean
         for axis in range(2, clean.ndim):
