@@ -198,8 +198,8 @@ def checked_shape(
     """The shape of one sample, if all that is asked for goes with it."""
     _check_denoiser(denoiser, "the first argument")
     given = shape if shape is not None else denoiser.shape or ()
-    shape = tuple(given) if isinstance(given, Iterable) else (given,)
-    if not isinstance(given, Iterable) or not all(isinstance(size, Integral) and size > 0 for size in shape):
+    shape = tuple(given) if isinstance(given, Iterable) else None
+    if shape is None or not all(isinstance(size, Integral) and size > 0 for size in shape):
         raise ParameterError(f"shape is that of one sample, such as (3, 32, 32); got {given!r}")
     if not shape:
         raise ParameterError(

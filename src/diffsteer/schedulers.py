@@ -316,10 +316,8 @@ class SchedulerView(ScheduleReading):
                 "the picture, which only a pipeline tells it; use its from_config(scheduler.config, "
                 f"use_dynamic_shifting=False, {shift}=3.0), or diffsteer.attach() the method to the pipeline"
             ) from error
-        if hasattr(
-            own, "set_begin_index"
-        ):  # it would look for its first timestep, and take the second if there are two
-            own.set_begin_index(0)
+        if hasattr(own, "set_begin_index"):
+            own.set_begin_index(0)  # it would look for its first timestep, and take the second if there are two
         super().__init__(own, eta)
         self._check_descent(steps)
         self._check_prediction()

@@ -408,11 +408,11 @@ def test_custom_contexts(pipe) -> None:
         assert torch.equal(latents(pipe), text)
     longer = torch.randn(1, 2 * embedding.shape[1], embedding.shape[2], generator=torch.Generator().manual_seed(0))
     for batching in (0, 2):
-        of_all, of_each = [], [longer, longer.expand(2, -1, -1)]
-        for given in of_each:
+        outs = []
+        for given in (longer, longer.expand(2, -1, -1)):  # one for both prompts, and one for each
             with ds.attach(pipe, method, contexts={"hat": {"encoder_hidden_states": given}}, batching=batching):
-                of_all.append(latents(pipe, ["a", "b"]))
-        assert torch.equal(*of_all)
+                outs.append(latents(pipe, ["a", "b"]))
+        assert torch.equal(*outs)
     with ds.attach(pipe, CFG, contexts={"null": "ugly"}):
         assert error(latents(pipe), latents(tiny.stable_diffusion(), guidance_scale=5.0, negative_prompt="ugly")) < 1e-5
 

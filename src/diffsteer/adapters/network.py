@@ -137,7 +137,8 @@ class PipelineNet:
         if self.ready is not None and own:
             self.last = self.ready
         elif perturb is None or isinstance(perturb, ContextNoise):
-            self.last = self.call.forward(**place(self.call.at(bundle, inside, rows, **more), noisy))
+            shown = self.call.at(bundle, inside, rows, **more)
+            self.last = self.call.forward(**(place(shown, noisy) if noisy else shown))
         else:
             plain = self._arguments(context)
             with perturbed(perturb, self.call.module, plain, x.shape[2:], self._arguments) as seen:

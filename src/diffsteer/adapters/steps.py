@@ -93,7 +93,7 @@ class GuidedSteps:
     def record(self, steps: int, contexts: list[str]) -> dict[str, Any]:
         """What ran, as plain data."""
         assert self.engine is not None
-        told = {
+        record: dict[str, Any] = plain({
             "method": describe(self.method),
             "scheduler": describe_scheduler(self.reading.scheduler),
             "steps": steps, "eta": self.eta, "stochastic": self.reading.stochastic, "contexts": contexts,
@@ -101,8 +101,8 @@ class GuidedSteps:
             "log_snr": [round(level.log_snr, 6) for level in self.levels],
             "inner": list(self.engine.inner),
             "versions": versions(),
-        }  # fmt: skip
-        return {name: plain(value) for name, value in told.items()}
+        })  # fmt: skip
+        return record
 
     def outcome(self, x: Tensor, record: dict[str, Any]) -> Result:
         """What the run has come to, at ``x``, (B, ...)."""
