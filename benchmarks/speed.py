@@ -3,7 +3,7 @@
 - overhead: ``ds.sample`` over the same loop written by hand
 - pipelines, shapes, ordinary: ``ds.attach`` with classifier-free guidance over the pipeline's own, on tiny networks, on
   the shipped pipeline, and on a network of ordinary size
-- added: what that adds to a step in milliseconds, the network apart
+- added: what that adds to a step in milliseconds, the network apart, and once to a call
 - methods: DNG and its peers over negative prompting
 - batching: branches of a step in one forward over one forward each, by batch size
 - batch, negatives, disk, processes: how DNG's cost grows

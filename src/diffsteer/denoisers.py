@@ -250,15 +250,15 @@ def _same_names(calls: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _joined(values: list[Any], rows: Sequence[int], shared: bool) -> Any:
     head = values[0]
-    if any(type(v) is not type(head) for v in values):
+    if len(set(map(type, values))) > 1:
         raise _Apart
-    if isinstance(head, Mapping):
-        return {name: _joined([v[name] for v in values], rows, shared) for name in _same_names(values)}
-    if isinstance(head, (list, tuple)) and all(len(v) == len(head) for v in values):
-        return type(head)(_joined(list(parts), rows, shared) for parts in zip(*values, strict=True))
     if isinstance(head, Tensor):
         return _joined_tensor(values, rows, shared)
-    if any(v is not head and v != head for v in values):
+    if isinstance(head, (list, tuple)) and all(len(v) == len(head) for v in values):
+        return type(head)(_joined(list(parts), rows, shared) for parts in zip(*values, strict=True))
+    if isinstance(head, Mapping):
+        return {name: _joined([v[name] for v in values], rows, shared) for name in _same_names(values)}
+    if values.count(head) < len(values):
         raise _Apart
     return head
 

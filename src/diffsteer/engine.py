@@ -243,13 +243,12 @@ class Engine:
     def _forward(self, net: Joining, calls: list[Call]) -> list[Tensor] | None:
         """The network's answers to plain calls by one forward; None where it cannot."""
         points, numbers = (list(each) for each in zip(*map(self._point, calls), strict=True))
-        sizes = [len(x) for x in points]
         if any(call.rows is not None for call in calls):
             room = int(len(self.step.x) * (len(calls) if self.batching == "auto" else self.batching))
-            points[-1], numbers[-1] = self._filled(points[-1], numbers[-1], sum(sizes), room)
+            points[-1], numbers[-1] = self._filled(points[-1], numbers[-1], sum(map(len, points)), room)
         with torch.no_grad():
             answers = net.predict_together([c.context for c in calls], points, self.step.level, numbers)
-        return answers and [answer[:size] for answer, size in zip(answers, sizes, strict=True)]
+        return answers and [*answers[:-1], answers[-1][: self._rows(calls[-1])]]
 
     def _measured(self, net: Joining, calls: list[Call]) -> float:
         """The most rows, in batches, with which one forward is faster than one of each branch; 0 if it never is.
@@ -400,6 +399,8 @@ def describe_scheduler(scheduler: Any) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """The same as numbers, strings, lists and dictionaries."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
     if isinstance(value, Guidance):
         return describe(value)
     if isinstance(value, Mapping):
@@ -414,7 +415,7 @@ def plain(value: Any) -> Any:
         return int(value) if isinstance(value, Integral) else float(value)
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
-    return value if isinstance(value, (str, type(None))) else repr(value)
+    return value if isinstance(value, str) else repr(value)
 
 
 def stack_trace(kept: list[dict[str, Tensor]], size: int) -> dict[str, Tensor]:

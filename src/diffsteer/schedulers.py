@@ -109,6 +109,7 @@ class ScheduleReading:
                     stacklevel=5,
                 )
         self.timesteps: Tensor = scheduler.timesteps
+        self._times: list[float] = self.timesteps.tolist()
         self.levels = [self._level(i) for i in range(len(self.timesteps))] + [self._last()]
         self.stochastic, self.ancestral = self._stochastic(), self._ancestral()
         self.prediction = "x0" if self.kind == "edm" else prediction_space(config.get("prediction_type", "flow"))
@@ -170,7 +171,7 @@ class ScheduleReading:
         if not self.name.startswith("DDIM"):
             return False
         stride = self.scheduler.config.num_train_timesteps // self.scheduler.num_inference_steps
-        return any(t - stride != after for t, after in pairwise(self.timesteps.tolist()))
+        return any(t - stride != after for t, after in pairwise(self._times))
 
     @property
     def path(self) -> Path:
@@ -238,7 +239,7 @@ class ScheduleReading:
     def position(self, expected: int, timestep: Any = None) -> int:
         """The index in ``levels`` of where the scheduler stands; ``expected`` where it does not tell."""
         if self.kind == "alphas":  # levels go by timestep, and one may come twice
-            return expected if timestep is None else int((self.timesteps == timestep).nonzero()[0])
+            return expected if timestep is None else self._times.index(float(timestep))
         for known in (self.scheduler.step_index, self.scheduler.begin_index):
             if known is not None:
                 return int(known)

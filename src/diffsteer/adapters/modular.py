@@ -241,7 +241,7 @@ class _Run(GuidedSteps):
         if moves_samples(method):  # told now: of the last step a guider hears nothing
             raise UnsupportedError(_EDITS)
         eta = float(state.get("eta") or 0.0)
-        generator = drawing(state.get("generator"), components._execution_device)
+        generator = drawing(state.get("generator"), components)
         super().__init__(method, guider.models, generator, eta, guider.config.trace)
         others = {context: {"negative_prompt": text} for context, text in guider.contexts.items()}
         self.wanted: dict[str, dict[str, Any]] = {"null": {}, **negatives, **others}

@@ -65,8 +65,9 @@ class Invocation:
 
 def bare(module: nn.Module) -> nn.Module:
     """The network inside of what was compiled, or made a model of peft."""
-    module = module.get_base_model() if hasattr(module, "get_base_model") else module
-    return getattr(module, "_orig_mod", module)
+    module = module.get_base_model() if hasattr(type(module), "get_base_model") else module
+    inside = module._modules.get("_orig_mod")
+    return module if inside is None else inside
 
 
 @functools.cache
@@ -167,7 +168,7 @@ class PipelineNet:
 
     def _rows(self, samples: Tensor) -> Tensor | None:
         """Which of the pipeline's samples these are; None: all of them."""
-        return None if torch.equal(samples.cpu(), torch.arange(len(self.x))) else samples
+        return None if samples.tolist() == list(range(len(self.x))) else samples
 
     def _input(self, context: str, x: Tensor, level: Level, rows: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
         """What the network is shown at ``x``, for ``rows``, and the other arguments that depend on it."""

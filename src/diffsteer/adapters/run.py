@@ -55,7 +55,7 @@ class GuidedRun(GuidedSteps):
         batching: Batching,
     ) -> None:
         eta = float(arguments.get("eta") or 0.0)
-        generator = drawing(arguments.get("generator"), pipe._execution_device)
+        generator = drawing(arguments.get("generator"), pipe)
         super().__init__(method, models, generator, eta, trace, batching)
         self.pipe, self.spec, self.wanted = pipe, spec, wanted
         self.bundles: dict[str, Bundle] = {"pos": {}}

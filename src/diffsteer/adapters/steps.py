@@ -111,10 +111,11 @@ class GuidedSteps:
         return Result(x.detach().cpu(), stack_trace(self.kept, len(nfe)), nfe, record)
 
 
-def drawing(generator: Any, device: torch.device) -> Any:
+def drawing(generator: Any, pipe: Any) -> Any:
     """The generators that a pipeline draws from: without any of its own, torch's for its device."""
     if generator is not None:
         return generator
+    device = pipe._execution_device  # it walks through all modules
     if device.type == "cuda":
         torch.cuda.init()  # before, there are none
         return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
@@ -152,7 +153,7 @@ def check_needs(method: Guidance, models: Mapping[str, nn.Module]) -> None:
 
 def check_uncached(module: nn.Module) -> None:
     """Refuse a network whose cache, enabled or applied as hooks, would answer one branch with another's features."""
-    registries = (getattr(part, "_diffusers_hook", None) for part in module.modules())
+    registries = (vars(part).get("_diffusers_hook") for part in module.modules())
     hooks = [hook for registry in registries if registry is not None for hook in registry.hooks.values()]
     if getattr(module, "is_cache_enabled", False) or any(hook._is_stateful for hook in hooks):
         raise UnsupportedError(
