@@ -27,6 +27,13 @@ def test_kl_against_the_formula_with_halves():
     assert balance.kl_shares(target, counts, kept) == pytest.approx(expected, rel=1e-14)
 
 
+def test_a_class_that_the_target_lacks_costs_nothing_itself_but_is_missing_elsewhere() -> None:
+    with_it = balance.kl_shares([0, 1, 3], [30, 10, 20], kept=[0, 1, 2])
+    assert with_it == pytest.approx(balance.kl_shares([1, 3], [30, 10, 20], kept=[1, 2]), rel=1e-14)
+    low, high = balance.kl_interval([0, 1, 3], [30, 10, 20], kept=[0, 1, 2], target_samples=4)
+    assert 0 <= low < with_it < high < math.inf
+
+
 def test_leaking_costs_minus_log_of_the_kept_share():
     counts = np.array([200, 400, 400]) * 10**6  # so many that the halves vanish
     assert balance.kl_uniform(counts, kept=[1, 2]) == pytest.approx(-math.log(0.8), abs=1e-8)
@@ -70,6 +77,22 @@ def test_kl_interval_covers_what_other_seeds_give():
     assert covered / len(draws) > 0.9
 
 
+@pytest.mark.parametrize("size", [None, 2000])
+def test_kl_interval_of_many_samples_is_that_of_its_standard_error(size: int | None) -> None:
+    kept, counts, target = [2, 0], np.array([3000, 6000, 1000]), np.array([0.25, 0.75])
+    q = counts[kept] / counts.sum()
+    gain = np.log(target / q)
+    variance = (np.sum(target**2 / q) - 1) / counts.sum()
+    if size is not None:
+        variance += (np.sum(target * gain**2) - np.sum(target * gain) ** 2) / size
+    half = 1.96 * math.sqrt(variance)
+    value = balance.kl_shares(target, counts, kept)
+    ends = balance.kl_interval(target, counts, kept, target_samples=size, n=4000)
+    assert ends == pytest.approx((value - half, value + half), abs=0.08 * half)
+    assert ends == balance.kl_interval(target, counts, kept, target_samples=size, n=4000)
+    assert ends != balance.kl_interval(target, counts, kept, target_samples=size, n=4000, seed=1)
+
+
 def test_an_uncertain_target_widens_the_interval_and_an_empty_class_still_varies():
     counts = [0, 100, 100, 100]
 
@@ -90,14 +113,20 @@ def test_an_uncertain_target_widens_the_interval_and_an_empty_class_still_varies
         (lambda: balance.class_counts([0, -1], 5), "outside 0 to 4"),
         (lambda: balance.class_counts([0.0, 1.0], 5), "argmax"),
         (lambda: balance.class_shares(np.array([], dtype=int), 5), "N > 0"),
+        (lambda: balance.class_counts([[0, 1]], 5), "N > 0"),
         (lambda: balance.kl_shares([], [1, 2], kept=[]), "kept classes"),
         (lambda: balance.kl_shares([1, 1], [1, 2], kept=[0, 0]), "distinct"),
         (lambda: balance.kl_shares([1, 1], [1, 2], kept=[0, 2]), "in 0 to 1"),
+        (lambda: balance.kl_shares([1, 1], [1, 2], kept=[0, -1]), "in 0 to 1"),
         (lambda: balance.kl_shares([1], [1, 2], kept=[0, 1]), "one weight per kept class"),
         (lambda: balance.kl_shares([0, 0], [1, 2], kept=[0, 1]), "not all 0"),
-        (lambda: balance.kl_shares([1, -1], [1, 2], kept=[0, 1]), "at least 0"),
+        (lambda: balance.kl_shares([2, -1], [1, 2], kept=[0, 1]), "at least 0"),
+        (lambda: balance.kl_shares([1, math.inf], [1, 2], kept=[0, 1]), "finite"),
+        (lambda: balance.kl_uniform([1, math.nan], kept=[0]), "finite"),
+        (lambda: balance.kl_uniform([[1, 2]], kept=[0]), "at least 0"),
         (lambda: balance.kl_uniform([1, -2], kept=[0, 1]), "at least 0"),
         (lambda: balance.kl_interval([1], [0, 0], kept=[0]), "at least one counted"),
+        (lambda: balance.kl_interval([1], [1, 0], kept=[0], target_samples=0), "one behind the target"),
     ],
 )
 def test_bad_input_is_refused_with_the_remedy(call, message: str):

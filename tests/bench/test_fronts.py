@@ -91,6 +91,34 @@ def test_hypervolume_difference_is_that_of_the_two_fronts_and_changes_sign_with_
     assert reverse_low < reverse_high < 0
 
 
+def test_draws_count_every_row_as_often_in_all_arrays_and_keep_the_mean_of_every_kl() -> None:
+    rng = np.random.default_rng(0)
+    unguided = np.repeat([1, 2, 3, 0, 4], [160, 160, 160, 160, 160])
+    ours = [labels(rng, shares(0.05, 0.2)), np.repeat([1, 2, 3, 4], 100)]  # the second is perfect: both axes end there
+    theirs = [labels(rng, shares(p, 0.3))[:300] for p in (0.03, 0.01)]
+    arrays, kept = [unguided, *ours, *theirs], [4, 1, 2, 3]
+    estimate, draws = fronts.hypervolume_difference(ours, theirs, unguided, kept=kept, num_classes=5, n=20, seed=3)
+    stream = np.random.default_rng(3)
+    weights, more = stream.poisson(1, (20, 800)), stream.poisson(0.5, (20, 5, 5))
+
+    def kls(counts: np.ndarray) -> np.ndarray:
+        return np.array([balance.kl_shares(counts[0][kept], row, kept) for row in counts[1:]])
+
+    def gap(counts: np.ndarray, kl: np.ndarray) -> float:
+        n = counts.sum(1)
+        forbidden = np.maximum(counts[:, 0], 0.5) / n
+        points = list(zip(np.log10(forbidden[1:]), np.log10(np.maximum(kl, 0.5 / n[1:])), strict=True))
+        edge = (math.log10(forbidden[0]), 0.0)
+        return fronts.hypervolume(points[:2], edge) - fronts.hypervolume(points[2:], edge)
+
+    plain = np.array([np.bincount(x, minlength=5) for x in arrays])
+    assert estimate == pytest.approx(gap(plain, kls(plain)), rel=1e-12)
+    drawn = [np.array([np.bincount(x, w[: len(x)], 5) for x in arrays]) + m for w, m in zip(weights, more, strict=True)]
+    values = np.array([kls(counts) for counts in drawn])
+    values += kls(plain) - values.mean(0)
+    assert draws.tolist() == pytest.approx([gap(c, v) for c, v in zip(drawn, values, strict=True)], rel=1e-9)
+
+
 @pytest.mark.parametrize(("same_seeds", "tilt"), [(False, 0.2), (True, 0.2), (False, 0.0)])
 def test_methods_that_are_equally_good_are_rarely_called_ahead(same_seeds: bool, tilt: float):
     """Also where classes are even, so that a KL is little but its own bias."""
@@ -113,6 +141,8 @@ def test_zero_forbidden_samples_are_not_taken_for_certainty():
     almost[0] = 0
     _, (low, high) = hypervolume_gap([clean], [almost], unguided)
     assert low < 0 < high  # none and one in 400 cannot be told apart
+    _, (low, high) = hypervolume_gap([clean], [clean], unguided)
+    assert low < 0 < high  # and none in both is no proof of a tie
 
 
 @pytest.mark.parametrize(
@@ -120,16 +150,29 @@ def test_zero_forbidden_samples_are_not_taken_for_certainty():
     [
         (lambda: fronts.hypervolume([[1, 2, 3]], (1, 1)), "shape"),
         (lambda: fronts.hypervolume([[1, 2]], (1, math.inf)), "two finite"),
+        (lambda: fronts.hypervolume([[1, 2]], (3, 3, 3)), "two finite"),
+        (lambda: fronts.front([1, 2]), "shape"),
+        (lambda: fronts.front(np.empty((0, 2))), "P > 0"),
         (lambda: fronts.front([[math.nan, 1]]), "finite"),
         (lambda: fronts.removal_hypervolume([0.1], [0.1, 0.2], 10, 0.1), "one share and one loss"),
+        (lambda: fronts.removal_hypervolume([[0.1]], [[0.1]], 10, 0.1), "one share and one loss"),
+        (lambda: fronts.removal_hypervolume([], [], 10, 0.1), "one share and one loss"),
         (lambda: fronts.removal_hypervolume([0.1], [-0.1], 10, 0.1), "at least 0"),
+        (lambda: fronts.removal_hypervolume([-0.1], [0.1], 10, 0.1), "at least 0"),
+        (lambda: fronts.removal_hypervolume([0.1], [math.inf], 10, 0.1), "Shares and losses need to be finite"),
+        (lambda: fronts.removal_hypervolume([math.inf], [0.1], 10, 0.1), "Shares and losses need to be finite"),
+        (lambda: fronts.removal_hypervolume([0.1], [0.1], 10, 1.1), "unguided share in"),
+        (lambda: fronts.removal_hypervolume([0.1], [0.1], 0, 0.1), "n >= 1"),
         (lambda: fronts.removal_hypervolume([0.1], [0.1], 10, 0.0), "never appears"),
-        (lambda: fronts.distance_hypervolume([0.1], [0.0], 10, 0.1, 1.0), "positive"),
+        (lambda: fronts.distance_hypervolume([0.1, 0.1], [0.0, 1.0], 10, 0.1, 1.0), "positive"),
+        (lambda: fronts.distance_hypervolume([0.1], [1.0], 10, 0.1, 0.0), "positive"),
         (lambda: hypervolume_gap([np.zeros(4, int)], [], np.arange(4)), "same number of scales"),
         (
             lambda: hypervolume_gap([np.ones(4, int)], [np.ones(4, int)], np.ones(4, int)),
             "kept and forbidden",
         ),
+        (lambda: hypervolume_gap([np.ones(4, int)], [np.ones(4, int)], np.zeros(4, int)), "kept and forbidden"),
+        (lambda: hypervolume_gap([], [], np.arange(4)), "one or more"),
     ],
 )
 def test_bad_input_is_refused_with_the_remedy(call, message: str):

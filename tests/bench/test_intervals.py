@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from diffsteer.bench import intervals, metrics
@@ -19,6 +19,8 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 @settings(max_examples=50, deadline=None)
 @given(n=st.integers(1, 5000), part=st.floats(0, 1))
+@example(n=7, part=0.0)  # the ends at 0 and 1 are exact: by the formula they would be off by rounding
+@example(n=16, part=1.0)
 def test_wilson_ends_are_where_the_score_test_rejects(n: int, part: float):
     k = round(part * n)
     low, high = intervals.share_interval(k, n)
@@ -69,15 +71,38 @@ def test_a_statistic_that_is_never_negative_gets_no_negative_end_and_a_signed_on
     assert metrics.energy_distance(a, c) < 0
     low, high = intervals.bootstrap(metrics.energy_distance, [a, c], n=50)
     assert low < metrics.energy_distance(a, c) < high
+    x = normal(4, 40)
+    x += 0.01 - x.mean()
+    low, _ = intervals.bootstrap(np.mean, [x], n=50)
+    assert low < 0  # resamples are
+    assert intervals.bootstrap(lambda x: max(x.mean(), 0.0), [x], n=50)[0] == 0  # many are 0, and their mean is above
+
+
+def test_each_end_is_the_first_of_every_forty_draws_from_there() -> None:
+    assert intervals.interval_of(5.0, range(39)) == pytest.approx((5 - 19, 5 + 19))  # the lowest and the highest
+    assert intervals.interval_of(5.0, [0] * 40 + [*range(39)]) == pytest.approx((5 - 741 / 79, 5 + 37 - 741 / 79))
+
+
+def test_a_resample_may_have_a_statistic_of_its_own() -> None:
+    x = normal(0, 50) + 10
+    low, high = intervals.bootstrap(np.mean, [x], n=100)
+    wide = intervals.bootstrap(np.mean, [x], n=100, resampled=lambda rows: 3 * rows.mean() + 5)
+    assert wide == pytest.approx((x.mean() + 3 * (low - x.mean()), x.mean() + 3 * (high - x.mean())))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: intervals.share_interval(3, 2), "0 <= k <= n"),
+        (lambda: intervals.share_interval(-1, 2), "0 <= k <= n"),
         (lambda: intervals.share_interval(0, 0), "n >= 1"),
         (lambda: intervals.bootstrap(np.mean, []), "at least one array"),
         (lambda: intervals.bootstrap(np.mean, [[1.0]]), "two rows"),
+        (lambda: intervals.bootstrap(np.dot, [[1.0, 2.0], [1.0]]), "two rows"),
+        (lambda: intervals.change_interval(0, 0, 0), "n >= 1"),
+        (lambda: intervals.change_interval(-1, 1, 4), "at most n changes"),
+        (lambda: intervals.change_interval(1, -1, 4), "at most n changes"),
+        (lambda: intervals.change_interval(3, 2, 4), "at most n changes"),
         (lambda: intervals.bootstrap(np.mean, [[1.0, 2.0]], n=1), "two resamples"),
     ],
 )
@@ -94,5 +119,11 @@ def test_the_change_of_a_share_in_pairs_is_covered(gained: float, lost: float) -
     ends = [intervals.change_interval(int(g), int(k), 512) for g, k, _ in counts]
     assert np.mean([low <= gained - lost <= high for low, high in ends]) > 0.92
     assert all(high - low > 0.005 for low, high in ends)
-    with pytest.raises(ParameterError, match="at most n changes"):
-        intervals.change_interval(3, 2, 4)
+
+
+@pytest.mark.parametrize(("gained", "lost", "n"), [(0, 0, 1), (1, 0, 1), (3, 2, 5), (7, 30, 512)])
+def test_the_change_of_a_share_is_that_of_a_mean_with_a_pair_more_of_each_kind(gained: int, lost: int, n: int) -> None:
+    changes = np.repeat([1, -1, 0], [gained + 1, lost + 1, n - gained - lost])
+    half = 1.959964 * changes.std() / math.sqrt(n + 2)
+    ends = intervals.change_interval(gained, lost, n)
+    assert ends == pytest.approx((changes.mean() - half, changes.mean() + half), rel=1e-6)

@@ -62,7 +62,7 @@ def test_frechet_uses_unbiased_covariances():
 def test_frechet_of_a_set_with_itself_is_zero_even_with_fewer_samples_than_dimensions():
     for n, d in [(200, 16), (8, 32)]:
         x = normal(0, n, d)
-        assert metrics.frechet_distance(x, x) == pytest.approx(0.0, abs=1e-9)
+        assert 0 <= metrics.frechet_distance(x, x) <= 1e-9
 
 
 @settings(max_examples=25, deadline=None)
@@ -129,6 +129,10 @@ def test_a_feature_that_is_constant_in_the_reference_does_not_explode():
     a, b = normal(0, 50, 4), normal(1, 50, 4)
     a[:, 0], b[:, 0] = 0.2, 0.1
     assert abs(metrics.kernel_distance(a, b)) < 1
+    a[:, 0] = 0.1
+    value = metrics.kernel_distance(a + 10, b + 10)
+    for scale in (1e-12, 1e6, -1e6):  # what counts as constant goes by the features' size
+        assert metrics.kernel_distance((a + 10) * scale, (b + 10) * scale) == pytest.approx(value, rel=1e-9)
 
 
 def test_kernel_distance_is_about_zero_when_the_laws_agree_and_far_above_when_not():
@@ -174,7 +178,8 @@ def test_the_null_check_would_catch_means_that_include_the_diagonal():
 
 
 def test_energy_distance_keeps_the_digits_of_close_points():
-    a, b = np.array([[1e6], [1e6]]), np.array([[1e6 + 1e-3], [1e6 + 1e-3]])
+    a = np.full((30, 1), 1e6)  # as many as make torch take a shortcut, if it is allowed one
+    b = a + 1e-3
     assert metrics.energy_distance(a, b) == pytest.approx(2e-3, rel=1e-6)
 
 
@@ -188,9 +193,16 @@ def test_prdc_of_a_set_with_itself_is_exactly_one():
 
 
 def test_prdc_on_a_line_by_hand():
-    # Real balls at k=1: 0 and 1 reach 1 and hold 0.5; 10 reaches 9 and holds nothing. Generated balls reach 29.5.
-    value = metrics.precision_recall_density_coverage([[0.0], [1.0], [10.0]], [[0.5], [30.0]], k=1)
-    assert value == (1 / 2, 1.0, 2 / 2, 2 / 3)
+    # Real balls at k=1: 0 and 1 reach 1 and hold 0.5; 10 reaches 9 and -19.5 as far as 0, they hold nothing.
+    # Generated balls reach 20, which is where -19.5 is: not inside.
+    value = metrics.precision_recall_density_coverage([[0.0], [1.0], [10.0], [-19.5]], [[0.5], [20.5]], k=1)
+    assert value == (1 / 2, 3 / 4, 2 / 2, 2 / 4)
+
+
+def test_five_neighbours_are_the_default() -> None:
+    x, y = normal(0, 60, 2), normal(1, 50, 2) * 1.5
+    value = metrics.precision_recall_density_coverage(x, y)
+    assert [metrics.precision_recall_density_coverage(x, y, k) == value for k in (4, 5, 6)] == [False, True, False]
 
 
 def test_coverage_of_two_samples_of_one_law_is_near_its_expectation():
@@ -243,6 +255,8 @@ def test_features_that_cannot_be_compared_are_refused(distance, bad: np.ndarray,
     ("call", "message"),
     [
         (lambda: metrics.precision_recall_density_coverage(good, good, k=10), "below both set sizes"),
+        (lambda: metrics.precision_recall_density_coverage(good, good[:7], k=7), "below both set sizes"),
+        (lambda: metrics.precision_recall_density_coverage(good[:7], good, k=7), "below both set sizes"),
         (lambda: metrics.precision_recall_density_coverage(good, good, k=0), "at least 1"),
     ],
 )
