@@ -56,6 +56,11 @@ def test_kl_is_finite_and_not_negative(counts: list[int], seed: int):
     assert 0 <= value < math.inf
 
 
+def test_kl_of_the_very_target_is_zero_and_never_below_by_rounding() -> None:
+    for size in range(1, 50):
+        assert 0 <= balance.kl_shares(np.array([10.5, 20.5, 3.5]) * size / 7, [10, 20, 3], [0, 1, 2]) < 1e-12
+
+
 def test_kl_of_a_perfect_result_has_the_documented_size():
     draws = np.random.default_rng(0).multinomial(1000, np.full(9, 1 / 9), size=500)
     values = [balance.kl_uniform(np.append(draw, 0), kept=range(9)) for draw in draws]

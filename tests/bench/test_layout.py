@@ -16,8 +16,11 @@ from torch import Tensor
 
 from diffsteer.bench import layout
 from diffsteer.bench.energy import Plan, bench_energy
+from diffsteer.bench.energy_report import Picture
+from diffsteer.bench.energy_report import draw as draw_rows
 from diffsteer.bench.layout import CHOOSING, REPORTED, Patch, followed, painted, patch_energy, run_layout
-from diffsteer.errors import ParameterError, UnknownNameError
+from diffsteer.bench.removal import Outcome
+from diffsteer.errors import NonFiniteError, ParameterError, UnknownNameError
 from diffsteer.shapes.reader import read
 from diffsteer.shapes.world import Scene, Shape, coverage, draw
 
@@ -73,6 +76,56 @@ def test_the_energy_sees_each_patch_alone() -> None:
     assert float(gradient[1].abs().max()) == 0
 
 
+def test_a_scale_is_chosen_on_other_patches_and_what_left_the_numbers_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran, shown = list[tuple[str, float, list[Patch]]](), list[Picture]()
+    found = {1.0: ([3, 3, 0], 0.2), 2.0: ([3, 3, 1], 0.1), 3.0: ([2, 2, 3], 0.0)}
+
+    def run(pipe: Any, key: str, scale: float, patches: list[Patch], steps: int, store: Path) -> Outcome:
+        ran.append((key, scale, patches))
+        if scale == 4.0:
+            raise NonFiniteError("NaN")
+        labels, away = ([3, 2, 1, 0, 3], 0.5) if len(patches) == 5 else found[scale]
+        features = away + torch.arange(float(len(labels)))[:, None]
+        images = torch.full((len(labels), 3, 64, 64), 255, dtype=torch.uint8)
+        return Outcome(torch.tensor(labels), features, nfe=7.0, seconds=2.0, record={}, images=images)
+
+    pipe = SimpleNamespace(to=lambda device: pipe, set_progress_bar_config=lambda **how: None)
+    monkeypatch.setattr(layout.zoo, "read_pipeline", lambda *which: pipe)
+    monkeypatch.setattr(layout, "_run", run)
+    monkeypatch.setattr(layout, "draw", lambda path, rows: shown.extend(rows))
+    scales = (2.0, 1.0, 3.0, 4.0)
+    monkeypatch.setattr(layout, "METHODS", {"unguided": (None, (0.0,)), "dps": (None, scales)})
+    tallies = run_layout("shapes", out=tmp_path, pictures=5, choosing=3, steps=6, methods=("dps", "unguided"))
+    five = [*REPORTED, REPORTED[0]]
+    assert ran == [
+        ("unguided", 0.0, five), *(("dps", scale, [*CHOOSING[:3]]) for scale in scales), ("dps", 2.0, five)
+    ]  # fmt: skip
+    assert tallies == [
+        layout.Tally("unguided", 0.0, True, 5, 4, 3, 2, 2.5, 7, 2),
+        *(
+            layout.Tally("dps", scale, False, 3, *counts, pytest.approx(1 + found[scale][1]), 7, 2)
+            for scale, counts in ((2.0, (3, 2, 2)), (1.0, (2, 2, 2)), (3.0, (3, 3, 1)))
+        ),
+        layout.Tally("dps", 2.0, True, 5, 4, 3, 2, 2.5, 7, 2),
+    ]
+    text = (tmp_path / "layout.md").read_text().splitlines()
+    assert text[2:] == [
+        "| unguided |  | 80% | 60% | 40% (12% to 77%) | 2.50 | 7 | 2 |",
+        "| dps | 2 | 80% | 60% | 40% (12% to 77%) | 2.50 | 7 | 2 |",
+        "",
+        "NaN or infinity, and no figures: dps 4.",
+    ]
+    written = json.loads((tmp_path / "layout.json").read_text())
+    assert written["diverged"] == ["dps 4"]
+    assert [line["scale"] for line in written["lines"]] == [0, 2, 1, 3, 2]
+    assert [row.label for row in shown] == ["painted", "unguided", "dps 2"]
+    assert torch.equal(shown[0].images.isnan(), painted(five).isnan())
+    assert [row.wrong.tolist() for row in shown[1:]] == [[False, True, True, True, False]] * 2
+    assert all(bool((row.images == 1).all()) for row in shown[1:])
+
+
 @pytest.mark.full
 def test_the_shipped_pipeline_is_guided_to_a_patch_and_runs_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -81,11 +134,19 @@ def test_the_shipped_pipeline_is_guided_to_a_patch_and_runs_are_kept(
         key: (build, scales[-2:]) for key, (build, scales) in layout.METHODS.items() if key in ("unguided", "freedom")
     }
     monkeypatch.setattr(layout, "METHODS", few)
+    shown = list[Picture]()
+    monkeypatch.setattr(layout, "draw", lambda path, rows: (shown.extend(rows), draw_rows(path, rows)))
     plan: dict[str, Any] = {"pictures": 4, "choosing": 2, "steps": 6, "methods": ("unguided", "freedom")}
     tallies = run_layout("shapes", out=tmp_path, **plan)
     reported = {t.method: t for t in tallies if t.reported}
     assert [t.n for t in tallies] == [4, 2, 2, 4]
     assert reported["freedom"].distance < reported["unguided"].distance
+    for tally, row in zip(reported.values(), shown[1:], strict=True):
+        levels = [followed(scene, patch) for scene, patch in zip(read(row.images), REPORTED, strict=True)]
+        assert [tally.prompt, tally.colour, tally.layout] == [sum(v >= level for v in levels) for level in (1, 2, 3)]
+        away = (row.images - painted(REPORTED)).flatten(1).square().nanmean(1).sqrt()
+        assert tally.distance == pytest.approx(float(away.mean()), abs=0.004)  # of 8 bits
+    shown.clear()
     assert reported["unguided"].nfe == reported["freedom"].nfe == 12
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
     assert run_layout("shapes", out=tmp_path, **plan) == tallies
