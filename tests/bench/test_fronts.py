@@ -53,7 +53,7 @@ def test_removal_hypervolume_floors_zeros_at_half_a_sample():
 
 
 def test_distance_hypervolume_is_measured_in_decades_below_the_reference():
-    value = fronts.distance_hypervolume([0.01, 0.01], [0.2, 5.0], n=1000, unguided_share=0.1, reference=2.0)
+    value = fronts.distance_hypervolume([0.01, 0.01], [0.02, 0.5], n=1000, unguided_share=0.1, reference=0.2)
     assert value == pytest.approx(1.0)
 
 
@@ -157,10 +157,16 @@ def test_zero_forbidden_samples_are_not_taken_for_certainty():
         (lambda: fronts.removal_hypervolume([0.1], [0.1, 0.2], 10, 0.1), "one share and one loss"),
         (lambda: fronts.removal_hypervolume([[0.1]], [[0.1]], 10, 0.1), "one share and one loss"),
         (lambda: fronts.removal_hypervolume([], [], 10, 0.1), "one share and one loss"),
-        (lambda: fronts.removal_hypervolume([0.1], [-0.1], 10, 0.1), "at least 0"),
-        (lambda: fronts.removal_hypervolume([-0.1], [0.1], 10, 0.1), "at least 0"),
-        (lambda: fronts.removal_hypervolume([0.1], [math.inf], 10, 0.1), "Shares and losses need to be finite"),
-        (lambda: fronts.removal_hypervolume([math.inf], [0.1], 10, 0.1), "Shares and losses need to be finite"),
+        (lambda: fronts.removal_hypervolume([0.1, 0.1], [0.1, -0.1], 10, 0.1), "at least 0"),
+        (lambda: fronts.removal_hypervolume([0.1, -0.1], [0.1, 0.1], 10, 0.1), "at least 0"),
+        (
+            lambda: fronts.removal_hypervolume([0.1, 0.1], [0.1, math.inf], 10, 0.1),
+            "Shares and losses need to be finite",
+        ),
+        (
+            lambda: fronts.removal_hypervolume([0.1, math.inf], [0.1, 0.1], 10, 0.1),
+            "Shares and losses need to be finite",
+        ),
         (lambda: fronts.removal_hypervolume([0.1], [0.1], 10, 1.1), "unguided share in"),
         (lambda: fronts.removal_hypervolume([0.1], [0.1], 0, 0.1), "n >= 1"),
         (lambda: fronts.removal_hypervolume([0.1], [0.1], 10, 0.0), "never appears"),
@@ -168,7 +174,7 @@ def test_zero_forbidden_samples_are_not_taken_for_certainty():
         (lambda: fronts.distance_hypervolume([0.1], [1.0], 10, 0.1, 0.0), "positive"),
         (lambda: hypervolume_gap([np.zeros(4, int)], [], np.arange(4)), "same number of scales"),
         (
-            lambda: hypervolume_gap([np.ones(4, int)], [np.ones(4, int)], np.ones(4, int)),
+            lambda: hypervolume_gap([np.ones(5, int)], [np.ones(5, int)], np.ones(4, int)),
             "kept and forbidden",
         ),
         (lambda: hypervolume_gap([np.ones(4, int)], [np.ones(4, int)], np.zeros(4, int)), "kept and forbidden"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from diffsteer.bench.energy_report import Picture
 from diffsteer.bench.energy_report import draw as draw_rows
 from diffsteer.bench.layout import CHOOSING, REPORTED, Patch, followed, painted, patch_energy, run_layout
 from diffsteer.bench.removal import Outcome
+from diffsteer.engine import stream
 from diffsteer.errors import NonFiniteError, ParameterError, UnknownNameError
 from diffsteer.shapes.reader import read
 from diffsteer.shapes.world import Scene, Shape, coverage, draw
@@ -47,6 +49,8 @@ def test_what_counts_as_followed() -> None:
     two = Scene((Shape("circle", "green", 17, 24, 10), Shape("circle", "green", 42, 24, 10)), "white")
     assert followed(two, patch) == 0
     assert followed(None, patch) == 0
+    for x, y, level in ((6, -6, 3), (-6, 6, 3), (7, 0, 2), (-7, 0, 2), (0, 7, 2), (0, -7, 2)):
+        assert followed(Scene((Shape("circle", "green", 42 + x, 24 + y, 10),), "white"), patch) == level
 
 
 class Vae:
@@ -76,6 +80,42 @@ def test_the_energy_sees_each_patch_alone() -> None:
     assert float(gradient[1].abs().max()) == 0
 
 
+def test_a_run_has_the_noise_of_its_seeds_and_is_kept_under_all_that_it_depends_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pipe:
+        vae, scheduler, calls = Vae(), SimpleNamespace(), list[Any]()
+
+        def __call__(self, prompts: list[str], *, generator: list[torch.Generator], **how: Any) -> SimpleNamespace:
+            self.calls.append((prompts, how))
+            return SimpleNamespace(images=torch.stack([torch.rand(3, 64, 64, generator=g) for g in generator]))
+
+    pipe, seen, patches = Pipe(), list[Tensor](), list(REPORTED[:2])
+    first = Scene((Shape("circle", "green", 42, 24, 10),), "white")
+    last = SimpleNamespace(nfe=torch.tensor([12, 13]))
+    monkeypatch.setattr(layout, "attach", lambda *given, trace: nullcontext(SimpleNamespace(last=last)))
+    monkeypatch.setattr(layout, "fingerprint", lambda pipe: "one")
+    monkeypatch.setattr(layout, "read", lambda images: seen.append(images) or [first, None])
+    same = (pipe, "dps", 0.1, patches, 6, tmp_path)
+    outcome = layout._run(*same)
+    assert pipe.calls == [(["a circle", "a square"], {"num_inference_steps": 6, "output_type": "pt"})]
+    images = 2 * torch.stack([torch.rand(3, 64, 64, generator=stream(0, i)) for i in range(2)]) - 1
+    torch.testing.assert_close(seen, [images])
+    torch.testing.assert_close(outcome.pixels, images, rtol=0, atol=0.004)
+    away = (images - painted(patches)).flatten(1).square().nanmean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(outcome.features, away)
+    assert (outcome.labels.tolist(), outcome.nfe) == ([3, 0], 12.5)
+    assert layout._run(*same).labels.tolist() == [3, 0]
+    assert len(pipe.calls) == 1
+    for place, other in ((1, "mpgd"), (2, 0.2), (3, patches[::-1]), (4, 7)):
+        layout._run(*same[:place], other, *same[place + 1 :])
+    monkeypatch.setattr(layout, "fingerprint", lambda pipe: "another")
+    layout._run(*same)
+    pipe.scheduler = object()
+    layout._run(*same)
+    assert len(pipe.calls) == len(list(tmp_path.iterdir())) == 7
+
+
 def test_a_scale_is_chosen_on_other_patches_and_what_left_the_numbers_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +124,7 @@ def test_a_scale_is_chosen_on_other_patches_and_what_left_the_numbers_is_named(
 
     def run(pipe: Any, key: str, scale: float, patches: list[Patch], steps: int, store: Path) -> Outcome:
         ran.append((key, scale, patches))
+        assert (steps, store) == (6, tmp_path / "runs")
         if scale == 4.0:
             raise NonFiniteError("NaN")
         labels, away = ([3, 2, 1, 0, 3], 0.5) if len(patches) == 5 else found[scale]
@@ -111,7 +152,8 @@ def test_a_scale_is_chosen_on_other_patches_and_what_left_the_numbers_is_named(
         layout.Tally("dps", 2.0, True, 5, 4, 3, 2, 2.5, 7, 2),
     ]
     text = (tmp_path / "layout.md").read_text().splitlines()
-    assert text[2:] == [
+    assert text[1:] == [
+        "|---" * 8 + "|",
         "| unguided |  | 80% | 60% | 40% (12% to 77%) | 2.50 | 7 | 2 |",
         "| dps | 2 | 80% | 60% | 40% (12% to 77%) | 2.50 | 7 | 2 |",
         "",

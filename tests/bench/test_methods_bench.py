@@ -87,6 +87,7 @@ def test_a_finding_of_several_columns_needs_all_of_them() -> None:
     assert "**It does not show here.**" in finding(trial, lines(scale=[2.0], recall=[0.9], nfe=[50]), others)
     assert "**It shows in part.**" in finding(trial, lines(scale=[2.0], recall=[0.6], nfe=[25]), others)
     assert finding(trial, lines(scale=[2.0], recall=[0.9], nfe=[25]), []) == "Claim: the same, cheaper."
+    assert finding(trial, [], others) == "Claim: the same, cheaper."
     assert finding(replace(trial, expect={}), others, others) == "Claim: the same, cheaper."
 
 

@@ -275,7 +275,7 @@ def test_kl_is_added_up_over_attributes_and_counts_what_leaks() -> None:
 def test_the_reader_judges_by_what_is_drawn() -> None:
     scenes = [
         Scene((Shape("circle", "red", 30, 30, 12),), "white"),
-        Scene((Shape("circle", "blue", 17, 30, 10), Shape("square", "red", 47, 30, 10)), "black"),
+        Scene((Shape("circle", "blue", 17, 30, 10), Shape("triangle", "red", 47, 30, 10)), "black"),
     ]
     pictures = ((draw(scenes) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     pictures = np.concatenate([pictures, np.full((1, 64, 64, 3), 255, np.uint8)])
@@ -284,6 +284,7 @@ def test_the_reader_judges_by_what_is_drawn() -> None:
     assert verdict.forbidden.tolist() == [0, 1, 0]
     assert verdict.undecided.tolist() == [False, False, True]
     assert [verdict.attributes[:, a:b].sum(1).tolist() for a, b in verdict.groups] == [[1, 1, 0]] * 4
+    assert np.array_equal(verdict.attributes, said_of([*scenes, None], "", "").attributes)
     kept = verdict.rejected()
     assert (kept.forbidden.tolist(), kept.faithful.tolist(), kept.undecided.tolist()) == ([0, 0], [1, 0], [False, True])
     assert np.array_equal(kept.attributes, verdict.attributes[[0, 2]])
