@@ -105,6 +105,7 @@ def test_a_run_has_the_noise_of_its_seeds_and_is_kept_under_all_that_it_depends_
     away = (images - painted(patches)).flatten(1).square().nanmean(1, keepdim=True).sqrt()
     torch.testing.assert_close(outcome.features, away)
     assert (outcome.labels.tolist(), outcome.nfe) == ([3, 0], 12.5)
+    assert 0 < outcome.seconds < 60
     assert layout._run(*same).labels.tolist() == [3, 0]
     assert len(pipe.calls) == 1
     for place, other in ((1, "mpgd"), (2, 0.2), (3, patches[::-1]), (4, 7)):

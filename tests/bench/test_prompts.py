@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,13 @@ pytest.importorskip("transformers", reason='needs pip install "diffsteer[pipelin
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from diffsteer import zoo
 from diffsteer.bench import prompt_runs
 from diffsteer.bench.intervals import share_interval
-from diffsteer.bench.judges import ClipJudge, ReaderJudge, Verdict, said_of
+from diffsteer.bench.judges import ClipJudge, Verdict, judge_of, said_of
 from diffsteer.bench.prompt_report import summary
 from diffsteer.bench.prompt_runs import (
     DYNAMIC,
@@ -279,7 +281,9 @@ def test_the_reader_judges_by_what_is_drawn() -> None:
     ]
     pictures = ((draw(scenes) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     pictures = np.concatenate([pictures, np.full((1, 64, 64, 3), 255, np.uint8)])
-    verdict = ReaderJudge()(pictures, "a circle", "blue")
+    judge = judge_of("shapes", "no CLIP")
+    assert judge.decides
+    verdict = judge(pictures, "a circle", "blue")
     assert verdict.faithful.tolist() == [1, 0, 0]
     assert verdict.forbidden.tolist() == [0, 1, 0]
     assert verdict.undecided.tolist() == [False, False, True]
@@ -492,8 +496,13 @@ def test_a_line_is_the_mean_over_its_pairs(bench: Bench) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_clip_scores_every_picture_against_both_texts(clip: str) -> None:
-    judge, pictures = ClipJudge(clip), np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    judge, pictures = (
+        judge_of("another", clip),
+        np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8),
+    )
     verdict = judge(pictures, "a circle", "red")
+    assert not judge.decides
+    assert (verdict.undecided.tolist(), verdict.attributes.shape) == ([False, False], (2, 0))
     for i, picture in enumerate(pictures):
         for text, score in (("a circle", verdict.faithful[i]), ("red", verdict.forbidden[i])):
             inputs = judge.processor(text=[text], images=[picture], return_tensors="pt")
@@ -501,6 +510,15 @@ def test_clip_scores_every_picture_against_both_texts(clip: str) -> None:
                 alone = judge.model(**inputs).logits_per_image / judge.model.logit_scale.exp()
             assert score == pytest.approx(float(alone), abs=1e-5)
     assert np.ptp([*verdict.faithful, *verdict.forbidden]) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_clip_is_not_read_from_a_pickle(clip: str, tmp_path: Path) -> None:
+    weights = load_file(Path(clip, "model.safetensors"))
+    shutil.copytree(clip, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match="cannot be loaded"):
+        ClipJudge(str(tmp_path))
 
 
 def test_a_calibration_is_made_as_it_will_be_used(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
