@@ -22,7 +22,7 @@ from diffsteer.bench.energy_report import draw as draw_rows
 from diffsteer.bench.layout import CHOOSING, REPORTED, Patch, followed, painted, patch_energy, run_layout
 from diffsteer.bench.removal import Outcome
 from diffsteer.engine import stream
-from diffsteer.errors import NonFiniteError, ParameterError, UnknownNameError
+from diffsteer.errors import NonFiniteError, OutputError, ParameterError, UnknownNameError
 from diffsteer.shapes.reader import read
 from diffsteer.shapes.world import Scene, Shape, coverage, draw
 
@@ -134,7 +134,7 @@ def test_a_scale_is_chosen_on_other_patches_and_what_left_the_numbers_is_named(
         return Outcome(torch.tensor(labels), features, nfe=7.0, seconds=2.0, record={}, images=images)
 
     pipe = SimpleNamespace(to=lambda device: pipe, set_progress_bar_config=lambda **how: None)
-    monkeypatch.setattr(layout.zoo, "read_pipeline", lambda *which: pipe)
+    monkeypatch.setattr(layout.zoo, "read_pipeline", lambda *which: {("shapes", torch.float32): pipe}[which])
     monkeypatch.setattr(layout, "_run", run)
     monkeypatch.setattr(layout, "draw", lambda path, rows: shown.extend(rows))
     scales = (2.0, 1.0, 3.0, 4.0)
@@ -167,6 +167,9 @@ def test_a_scale_is_chosen_on_other_patches_and_what_left_the_numbers_is_named(
     assert torch.equal(shown[0].images.isnan(), painted(five).isnan())
     assert [row.wrong.tolist() for row in shown[1:]] == [[False, True, True, True, False]] * 2
     assert all(bool((row.images == 1).all()) for row in shown[1:])
+    with pytest.raises(OutputError):
+        run_layout("shapes", out=tmp_path / "layout.md", pictures=1, choosing=1, steps=6, methods=("unguided",))
+    assert len(ran) == 6, "the path is refused before any work"
 
 
 @pytest.mark.full

@@ -131,7 +131,7 @@ def test_a_feature_that_is_constant_in_the_reference_does_not_explode():
     assert abs(metrics.kernel_distance(a, b)) < 1
     a[:, 0], b[0, 1] = 0.1, -10.0
     value = metrics.kernel_distance(a + 10, b + 10)
-    for scale in (1e-12, 1e6, -1e6):  # what counts as constant goes by the features' size
+    for scale in (1e-12, -1e-12, 1e6, -1e6):  # what counts as constant goes by the features' size
         assert metrics.kernel_distance((a + 10) * scale, (b + 10) * scale) == pytest.approx(value, rel=1e-9)
 
 
