@@ -179,6 +179,7 @@ def test_zero_forbidden_samples_are_not_taken_for_certainty():
         ),
         (lambda: hypervolume_gap([np.ones(4, int)], [np.ones(4, int)], np.zeros(4, int)), "kept and forbidden"),
         (lambda: hypervolume_gap([], [], np.arange(4)), "one or more"),
+        (lambda: hypervolume_gap([np.arange(4)], [np.arange(4)], np.array([1] + [0] * 99)), "draw more"),
     ],
 )
 def test_bad_input_is_refused_with_the_remedy(call, message: str):

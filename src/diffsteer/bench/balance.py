@@ -165,7 +165,7 @@ def check_kept(kept: Sequence[int], num_classes: int) -> list[int]:
 def kl_rows(target: Array, counts: Array, kept: list[int]) -> Array:
     """`kl_shares` along the last axis; `target` (..., len(kept)) holds shares, `counts` (..., K)."""
     result = _half(counts)[..., kept]
-    return (target * np.log(np.where(target > 0, target, 1.0) / np.where(target > 0, result, 1.0))).sum(-1)
+    return (target * np.log(np.where(target > 0, target, 1.0) / result)).sum(-1)
 
 
 def _counts(counts: ArrayLike) -> Array:

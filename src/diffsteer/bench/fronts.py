@@ -173,8 +173,9 @@ def hypervolume_difference(
     counts = np.stack([class_counts(x, num_classes) for x in arrays]).astype(np.float64)
     kept = check_kept(kept, num_classes)
     sizes = counts.sum(1)
+    few = ParameterError("The unguided samples need both kept and forbidden ones; draw more, or check `kept`.")
     if counts[0, kept].sum() in (0, sizes[0]):
-        raise ParameterError("The unguided samples need both kept and forbidden ones; draw more, or check `kept`.")
+        raise few
 
     def kls(counts: Array) -> Array:
         """Of every point, (..., P), from the counts of the unguided samples and of the points, (..., 1 + P, K)."""
@@ -193,6 +194,8 @@ def hypervolume_difference(
     one_hot = [np.eye(num_classes, dtype=np.float32)[to_numpy(x)] for x in arrays]
     draws = np.stack([weights[:, : len(x)] @ x for x in one_hot], axis=1).astype(np.float64)
     draws += rng.poisson(0.5, size=draws.shape)
+    if not draws[:, 0, kept].any(1).all():  # a resample without a target
+        raise few
     estimate, drawn = kls(counts), kls(draws)
     drawn -= drawn.mean(0) - estimate
     return difference(counts, estimate), np.array([difference(*draw) for draw in zip(draws, drawn, strict=True)])
