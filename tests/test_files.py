@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffsteer import files
@@ -48,6 +49,23 @@ def test_tensors_of_any_layout_and_with_a_graph_are_written(tmp_path: Path) -> N
     turned = torch.arange(6.0, requires_grad=True).reshape(2, 3).T
     write_tensors(tmp_path / "a", {"turned": turned}, {"of": "tensors"})
     assert torch.equal(load_file(tmp_path / "a")["turned"], turned)
+    with safe_open(tmp_path / "a", framework="pt") as file:
+        assert file.metadata() == {"of": "tensors"}
+
+
+def test_tensors_that_cannot_be_written_leave_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    write_tensors(path, {"old": torch.ones(9)})
+
+    def tear(path: Path, data: bytes) -> None:
+        path.write_text(str(data[:9]))
+        raise OSError("no space left")
+
+    monkeypatch.setattr(files.Path, "write_bytes", tear)
+    with pytest.raises(OSError, match="no space"):
+        write_tensors(path, {"new": torch.zeros(9)})
+    assert torch.equal(load_file(path)["old"], torch.ones(9))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 class Figure:
@@ -71,7 +89,7 @@ def test_a_figure_is_in_the_format_of_its_name_and_names_no_software(tmp_path: P
 
 
 def replaced(folder: Path, text: str, *, interrupted: bool = False) -> dict[str, str]:
-    with together(folder, [folder / "b"], last="a") as new:
+    with together(folder, [folder / "b", folder / "never there"], last="a") as new:
         assert new.parent == folder  # on the same disk
         (new / "a").write_text(text)
         if interrupted:
@@ -93,13 +111,17 @@ def test_files_that_belong_together_get_there_together(tmp_path: Path, monkeypat
     assert order == ["c", "a"]
 
 
-def test_text_is_utf8_with_plain_line_ends_and_its_folders_are_made(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b" / "x.txt"
+def test_text_is_utf8_with_plain_line_ends_and_its_folders_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, synced = tmp_path / "a" / "b" / "x.txt", list[int]()
+    monkeypatch.setattr(files.os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
     check_writable(path)
     assert list(tmp_path.iterdir()) == []  # asking leaves nothing behind
     assert write_text(path, "é\n") == path
     assert path.read_bytes() == "é\n".encode()
     assert list(path.parent.iterdir()) == [path]
+    assert synced == [3]  # the whole text
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])

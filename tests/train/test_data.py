@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from diffsteer.errors import ParameterError, UnknownNameError
-from diffsteer.train.data import digits, load
+from diffsteer.train.data import _square, _stratified_split, digits, load
 from diffsteer.train.recipes import for_images
 from diffsteer.train.tasks import AUGMENTATIONS, affine, flip
 
@@ -32,6 +33,32 @@ def test_no_image_is_on_both_sides() -> None:
     assert torch.cdist(data.images.flatten(1), data.heldout_images.flatten(1)).min() > 0
 
 
+def test_each_digit_has_its_own_label() -> None:
+    raw, data = pytest.importorskip("sklearn.datasets").load_digits(), digits()
+    known = dict(zip(map(bytes, raw.data.astype(np.uint8)), raw.target.tolist(), strict=True))
+    for images, labels in ((data.images, data.labels), (data.heldout_images, data.heldout_labels)):
+        pixels = ((images + 1) * 8).flatten(1).byte().numpy()
+        assert [known[bytes(row)] for row in pixels] == labels.tolist()
+
+
+def test_a_split_holds_every_row_once_in_the_order_of_the_data() -> None:
+    labels = torch.randint(5, (200,), generator=torch.Generator().manual_seed(0))
+    kept, held = _stratified_split(labels, heldout=0.3, seed=1)
+    assert (kept.diff() > 0).all()
+    assert (held.diff() > 0).all()
+    assert torch.equal(torch.cat([kept, held]).sort().values, torch.arange(200))
+
+
+def test_an_identity_is_of_every_image_label_and_class() -> None:
+    data = digits()
+    images, labels = data.images.clone(), data.labels.clone()
+    assert replace(data, images=images, labels=labels).identity == data.identity
+    images[-1, 0, -1, -1] += 1
+    labels[-1] = (labels[-1] + 1) % 10
+    for change in ({"images": images}, {"labels": labels}, {"classes": data.classes[::-1]}):
+        assert replace(data, **change).identity != data.identity
+
+
 def test_unknown_data_set_is_refused() -> None:
     with pytest.raises(UnknownNameError, match="digits"):
         load("imagenet")
@@ -48,6 +75,24 @@ def test_augmentation_moves_images_a_little_and_pads_with_the_background() -> No
     assert abs(empty.mean() + 1) < 0.02
 
 
+def test_augmentation_turns_scales_shifts_and_adds_noise_as_far_as_it_says() -> None:
+    at = (torch.arange(32) + 0.5) / 16 - 1
+    y, x = torch.meshgrid(at, at, indexing="ij")
+    inside = (x.abs() < 0.4) & (y.abs() < 0.4)
+    places = torch.stack([x, y]).expand(400, 2, 32, 32)
+    seen = affine(1e4 * places, torch.Generator().manual_seed(0))[:, :, inside] / 1e4
+    known = torch.stack([x[inside], y[inside], torch.ones(int(inside.sum()))], 1)
+    along, down, shift = torch.linalg.lstsq(known.expand(400, -1, 3), seen.mT).solution.unbind(1)
+    torch.testing.assert_close(down, torch.stack([-along[:, 1], along[:, 0]], 1), atol=1e-3, rtol=0)
+    angle, scale = torch.atan2(along[:, 1], along[:, 0]).rad2deg(), along.norm(dim=1)
+    for values, far in ((angle, 15), (scale - 1, 0.1), (shift[:, 0], 0.25), (shift[:, 1], 0.25)):
+        assert -1.01 < values.min() / far < -0.95
+        assert 0.95 < values.max() / far < 1.01
+    noise = affine(torch.full((400, 1, 32, 32), -1.0), torch.Generator().manual_seed(0)).flatten(1).std(1)
+    assert noise.min() < 0.01
+    assert 0.24 < noise.max() < 0.26
+
+
 def test_flip_mirrors_and_shifts_within_the_border() -> None:
     ramp = torch.arange(16.0).expand(400, 2, 16, 16) / 8 - 1
     out = flip(ramp, torch.Generator().manual_seed(0))
@@ -57,6 +102,11 @@ def test_flip_mirrors_and_shifts_within_the_border() -> None:
     assert ((steps > 0).all(1) | (steps < 0).all(1)).all()
     assert abs(float((steps[:, 0] < 0).double().mean()) - 0.5) < 0.1
     assert {int(v) for v in (out[:, 0, 8, 7] * 8 + 8).round()} >= {5, 6, 7, 8, 9, 10}
+    down = flip(ramp.mT, torch.Generator().manual_seed(0))[:, 0, :, 8]
+    assert {int(v) for v in (down[:, 7] * 8 + 8).round()} == {5, 6, 7, 8, 9}
+    assert (down.diff(dim=1)[:, 4:-4] > 0).all()
+    shades = torch.linspace(-1, 1, 50)[:, None, None, None].expand(50, 2, 16, 16)
+    assert torch.equal(flip(shades, torch.Generator().manual_seed(0)), shades)  # each remains where it was
     assert set(AUGMENTATIONS) == {"affine", "flip"}
 
 
@@ -64,20 +114,24 @@ def _picture(shade: int, mode: str = "L", size: tuple[int, int] = (12, 10)) -> I
     return Image.new(mode, size, shade if mode == "L" else (shade, 0, 255 - shade))
 
 
-def test_a_hub_data_set_is_read_from_the_folder_that_the_environment_names(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(("name", "column", "mode"), [("mnist", "image", "L"), ("cifar10", "img", "RGB")])
+def test_a_hub_data_set_is_read_from_the_folder_that_the_environment_names(
+    tmp_path: Path, monkeypatch, name: str, column: str, mode: str
+) -> None:
     datasets = pytest.importorskip("datasets")
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
-    (tmp_path / "mnist").mkdir()
+    features = datasets.Features({column: datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    (tmp_path / name).mkdir()
     for split, number in (("train", 6), ("test", 3)):
-        rows = {"image": [_picture(40 * i, size=(28, 28)) for i in range(number)], "label": list(range(number))}
-        path = tmp_path / "mnist" / f"{split}-00000-of-00001.parquet"
+        rows = {column: [_picture(40 * i, mode, (28, 28)) for i in range(number)], "label": list(range(number))}
+        path = tmp_path / name / f"{split}-00000-of-00001.parquet"
         datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
     monkeypatch.setenv("DIFFSTEER_DATA", str(tmp_path))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    data = load("mnist")
-    assert data.images.shape == (6, 1, 28, 28)
-    assert data.heldout_labels.tolist() == [0, 1, 2]
-    torch.testing.assert_close(data.images[3], torch.full((1, 28, 28), 120 / 127.5 - 1))
+    data = load(name)
+    for images, labels in ((data.images, data.labels), (data.heldout_images, data.heldout_labels)):
+        assert labels.tolist() == list(range(len(images)))
+        torch.testing.assert_close(images[:, 0], (40 * labels / 127.5 - 1)[:, None, None].expand(-1, 28, 28))
+    assert (len(data.labels), len(data.heldout_labels), data.images.shape[1]) == (6, 3, len(mode))
 
 
 def test_a_folder_of_images_is_cropped_resized_and_split(tmp_path: Path, monkeypatch) -> None:
@@ -93,7 +147,9 @@ def test_a_folder_of_images_is_cropped_resized_and_split(tmp_path: Path, monkeyp
         assert data.classes == ("dark", "light")
         assert data.images.shape == (18, 1 if mode == "L" else 3, 8, 8)
         assert len(data.heldout_labels) == 2
-        assert data.images[data.labels == 1, 0].min() > data.images[data.labels == 0, 0].max()
+        for images, labels in ((data.images, data.labels), (data.heldout_images, data.heldout_labels)):
+            assert len(images) == len(labels)
+            assert images[labels == 1, 0].min() > 0 > images[labels == 0, 0].max()
         assert set(for_images(tuple(data.images.shape[1:]), 2)) >= {"denoiser", "marginal", "judge", "only_1"}
 
 
@@ -125,6 +181,10 @@ def test_train_and_test_are_splits(images: Path) -> None:
     names = [f"{split}/{kind}/{i}.png" for split in ("train", "test") for kind in "ab" for i in range(3)]
     data = load(str(_saved(images, *names)), image_size=8)
     assert (len(data.labels), len(data.heldout_labels), data.classes) == (6, 6, ("a", "b"))
+    assert data.images.shape[1] == 1
+    _picture(9, "RGB").save(images / "test" / "b" / "0.png")
+    data = load(str(images), image_size=8)
+    assert data.images.shape[1] == data.heldout_images.shape[1] == 3
     _saved(images.parent / "other", *(name.replace("test/", "val/") for name in names))
     with pytest.raises(ParameterError, match="call what is held out 'test'"):
         load(str(images.parent / "other"))
@@ -153,7 +213,36 @@ def test_a_folder_whose_classes_cannot_be_told_is_refused(images: Path) -> None:
         with pytest.raises(ParameterError, match=says.get(name, "folder with images of its own")):
             load(str(root))
     (root / "horse").rename(root / ".hidden")
+    (root / "__MACOSX").mkdir()
     assert load(str(root)).classes == ("cat", "dog")
+    bare = _saved(images.parent / "bare", "train/a/0.png", "train/b/0.png", *(f"test/{kind}/0.png" for kind in "abc"))
+    (bare / "train" / "c").mkdir()
+    with pytest.raises(ParameterError, match="images to train on"):
+        load(str(bare))
+
+
+def test_the_only_image_of_a_class_is_trained_on(images: Path) -> None:
+    data = load(str(_saved(images, "a/0.png", "a/1.png", "b/0.png")), image_size=8)
+    assert (data.labels.tolist(), data.heldout_labels.tolist()) == ([0, 1], [0])
+
+
+def test_the_middle_of_a_picture_is_kept() -> None:
+    wide = Image.new("L", (30, 10))
+    wide.paste(255, (10, 0, 20, 10))
+    for picture in (wide, wide.transpose(Image.Transpose.ROTATE_90)):
+        assert _square(picture, 8).getextrema() == (255, 255)
+
+
+def test_grey_pictures_of_any_kind_stay_grey(images: Path) -> None:
+    _saved(images, "a/0.png", "a/1.png", "b/0.png", "b/1.png")
+    Image.new("1", (12, 12), 1).save(images / "a" / "1.png")
+    Image.new("LA", (12, 12), (99, 255)).save(images / "b" / "0.png")
+    Image.fromarray(np.full((12, 12), 99, np.uint16)).save(images / "b" / "1.png")  # 8 bits in 16
+    data = load(str(images), image_size=12)
+    assert data.images.shape[1:] == (1, 12, 12)
+    for pictures, labels in ((data.images, data.labels), (data.heldout_images, data.heldout_labels)):
+        torch.testing.assert_close(pictures[labels == 1].unique(), torch.tensor([99 / 127.5 - 1]))
+        assert set(pictures[labels == 0].unique().tolist()) <= {-1.0, 1.0}
 
 
 def test_a_data_set_that_cannot_be_had_says_where_to_put_it(tmp_path: Path, monkeypatch) -> None:
@@ -165,6 +254,11 @@ def test_a_data_set_that_cannot_be_had_says_where_to_put_it(tmp_path: Path, monk
     monkeypatch.setattr(datasets, "load_dataset", offline)
     monkeypatch.setenv("DIFFSTEER_DATA", str(tmp_path))
     with pytest.raises(ParameterError, match=r"ylecun/mnist cannot be loaded .*'mnist'.*DIFFSTEER_DATA"):
+        load("mnist")
+    monkeypatch.delenv("DIFFSTEER_DATA")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mnist").mkdir()  # a folder that happens to be here
+    with pytest.raises(ParameterError, match=r"ylecun/mnist cannot be loaded"):
         load("mnist")
 
 
@@ -185,8 +279,9 @@ def test_sixteen_bits_and_transparency_become_pictures(images: Path) -> None:
 
 def test_what_is_no_picture_is_named(images: Path) -> None:
     _saved(images, "a/0.png", "a/1.png", "b/0.png", "b/1.png")
-    with pytest.raises(ParameterError, match="multiple of 4, got 30"):
-        load(str(images), image_size=30)
+    for size in (30, 0):
+        with pytest.raises(ParameterError, match=f"multiple of 4, got {size}"):
+            load(str(images), image_size=size)
     (images / "b" / "1.png").write_bytes(b"nothing")
     with pytest.raises(ParameterError, match="take it out"):
         load(str(images))

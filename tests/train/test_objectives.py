@@ -68,8 +68,11 @@ def test_the_recursion_comes_to_rest_at_the_scale_that_is_promised():
 
 @pytest.mark.parametrize("weight", [-0.1, 1.0, 1.1, float("nan")])
 def test_a_weight_that_diverges_is_refused(weight):
+    for one in (weight, torch.tensor([0.1, weight])):
+        with pytest.raises(ParameterError, match=r"\[0, 1\)"):
+            model_guidance_target(batch(2, 1), batch(2, 1), batch(2, 1), one)
     with pytest.raises(ParameterError, match=r"\[0, 1\)"):
-        model_guidance_target(batch(1, 1), batch(1, 1), batch(1, 1), weight)
+        task(ModelGuidance, weight=weight)
     with pytest.raises(ParameterError, match=r"\[0, 1\)"):
         model_guidance_scale(weight)
 
@@ -125,6 +128,8 @@ def test_mistakes_are_named():
     x = batch(2, 2)
     with pytest.raises(ParameterError, match=">= 1"):
         guided_combination_loss(x, x, x, 0.5)
+    with pytest.raises(ParameterError, match=">= 1"):
+        guided_combination_loss(x, x, x, torch.tensor([2.0, 0.5]))
     with pytest.raises(ParameterError, match="shape"):
         guided_combination_loss(x, x, x[:1], 2.0)
     with pytest.raises(ParameterError, match="null_weight"):

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from diffsteer.train.data import digits
 from diffsteer.train.recipes import SCHEDULE
-from diffsteer.train.tasks import ClassifyNoisy, Denoise, Marginalise
+from diffsteer.train.tasks import Classify, ClassifyNoisy, Denoise, Marginalise
 
 
-class Constant(nn.Module):
+class Sum(nn.Module):
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor, return_dict: bool) -> tuple[Tensor]:
-        return (torch.full_like(x, 0.5),)
+        return (x + (t / 1000 + class_labels)[:, None, None, None],)
 
 
 def draw() -> tuple[Tensor, ...]:
@@ -36,6 +36,7 @@ def test_noisy_images_follow_the_schedule() -> None:
     ).abs().max() < 0.01  # pixels are whole numbers
     assert t.min() < 5
     assert t.max() > 994
+    assert len(noise[:100].unique(dim=0)) == 100
 
 
 def test_labels_are_dropped_at_the_stated_rate() -> None:
@@ -46,8 +47,9 @@ def test_labels_are_dropped_at_the_stated_rate() -> None:
 def test_the_denoising_loss_is_the_mean_square_of_the_noise_error() -> None:
     batch = draw()
     task = Denoise(digits(), DDPMScheduler(**SCHEDULE), null_label=10, dropout=0.15)
-    loss = task.loss(Constant(), *batch)
-    torch.testing.assert_close(loss, (batch[3] - 0.5).square().mean())
+    x_t, t, labels, noise = batch
+    said = x_t + (t / 1000 + labels)[:, None, None, None]
+    torch.testing.assert_close(task.loss(Sum(), *batch), (said - noise).square().mean())
 
 
 class Exact(nn.Module):
@@ -85,8 +87,27 @@ def test_the_branch_without_a_label_learns_from_the_labelled_ones() -> None:
     torch.testing.assert_close(task.loss(net, x_t, t, labels, kept, noise), (answer - noise).square().mean())
 
 
-def test_the_noisy_classifier_keeps_its_labels() -> None:
-    x_t, t, labels = ClassifyNoisy(digits(), DDPMScheduler(**SCHEDULE)).draw(500, torch.Generator().manual_seed(1))
-    assert x_t.shape == (500, 1, 8, 8)
-    assert t.shape == (500,)
+def test_classifiers_are_asked_for_the_label_of_the_picture_that_they_see() -> None:
+    """Data with one image for each label, and networks that are linear in it."""
+    one = replace(digits(), images=digits().images[:10], labels=torch.arange(10))
+    weights = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
+
+    def net(images: Tensor, t: Tensor | float = 0.0) -> Tensor:
+        return images.flatten(1) @ weights + torch.as_tensor(t).reshape(-1, 1) / 100 * weights[:1]
+
+    task = Classify(one, augment=lambda images, generator: -images)
+    images, labels = task.draw(500, torch.Generator().manual_seed(1))
+    assert torch.equal(images, -one.images[labels])
+    says = net(images).log_softmax(1)
+    expected = -(0.95 * says[torch.arange(500), labels] + 0.05 * says.mean(1)).mean()
+    torch.testing.assert_close(task.loss(net, images, labels), expected)
+
+    noisy = ClassifyNoisy(one, DDPMScheduler(**SCHEDULE))
+    x_t, t, labels = noisy.draw(500, torch.Generator().manual_seed(1))
+    alphabar = noisy.scheduler.alphas_cumprod[t][:, None, None, None]
+    noise = (x_t - alphabar.sqrt() * one.images[labels]) / (1 - alphabar).sqrt()
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.std() - 1) < 0.02
     assert labels.max() == 9
+    expected = -net(x_t, t).log_softmax(1)[torch.arange(500), labels].mean()
+    torch.testing.assert_close(noisy.loss(net, x_t, t, labels), expected)
