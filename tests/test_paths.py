@@ -19,6 +19,7 @@ from diffsteer.paths import (
     VEPath,
     VPPath,
     convert,
+    rescaling,
     reverse_kernel,
     ve_score,
 )
@@ -74,6 +75,15 @@ def test_the_score_is_the_same_in_all_coordinates(rho: float) -> None:
     assert all(torch.allclose(s, scores[0], rtol=1e-9, atol=1e-9) for s in scores)
 
 
+@given(rho=RHO)
+def test_rescaling_leads_from_any_coordinates_to_any_other(rho: float) -> None:
+    levels = [make(rho) for make in COORDINATES.values()]
+    for one in levels:
+        for other in levels:
+            assert torch.allclose(rescaling(one, other) * noised(one)[0], noised(other)[0], rtol=1e-9)
+    assert rescaling(Level(0.0, 4.0), Level(0.0, 1.0)) == rescaling(Level(4.0, 0.0), Level(1.0, 0.0)) == 0.25
+
+
 def test_levels_at_both_ends() -> None:
     assert Level(0.0, 1.0).rho == math.inf
     assert Level(0.0, 1.0).log_snr == -math.inf
@@ -91,6 +101,10 @@ def test_a_vp_network_is_found_under_ve_and_flow_levels() -> None:
             own, time = path.locate(make(rho))
             assert time == t
             assert own.alpha == pytest.approx(float(alphas[t].sqrt()), rel=1e-9)
+        assert path.locate(Level(1.0, float(torch.tensor(rho, dtype=torch.float32))))[1] == t
+    rhos = ((1 - alphas) / alphas).sqrt().tolist()
+    for t in (0, 500, 998):
+        assert path.locate(Level(1.0, (rhos[t] + rhos[t + 1]) / 2))[1] == pytest.approx(t + 0.5, abs=1e-6)
     last = float(((1 - alphas[-1]) / alphas[-1]).sqrt())
     for rho, time in ((1e-6, 0), (2 * last, 999), (math.inf, 999)):  # beyond its ends
         assert path.locate(Level(1.0, rho) if rho < math.inf else Level(0.0, 1.0))[1] == time
@@ -105,7 +119,8 @@ def test_flow_and_ve_networks() -> None:
     own, time = FlowPath().locate(Level(1.0, 3.0))
     assert (own.alpha, own.sigma, time) == (0.25, 0.75, 750.0)
     assert FlowPath(500).locate(Level(1.0, 3.0))[1] == 375.0
-    assert VEPath().locate(Level(0.5, 0.5)) == (Level(1.0, 1.0), 0.0)
+    assert VEPath().locate(Level(0.5, 1.5)) == (Level(1.0, 3.0), math.log(3.0) / 4)
+    assert VEPath() == VEPath(0.5)  # EDM's
     own, time = LogPath().locate(Level(0.5, 1.5))
     assert (own.rho, own.alpha**2 + own.sigma**2) == (pytest.approx(3.0), pytest.approx(1.0))
     assert time == math.log(3.0) / 4
