@@ -21,6 +21,24 @@ def test_scales_are_left_out_where_there_are_none():
     assert [c.header.plain.split("\n")[0] for c in rich_table(plain, 120).columns[1:3]] == ["N", "Forbidden"]
 
 
+@pytest.mark.parametrize("scale", ["", "0.3"])
+def test_every_number_is_below_its_own_heading(scale: str):
+    one = row(scale=scale)
+    ((_, (cells,)),) = module.grouped_cells([one])
+    found = dict(zip(module.headings([one]), cells, strict=True))
+    assert found.pop(("Scale", ""), ("", "")) == (scale, "")
+    assert found == {
+        ("N", "samples"): ("1,000", ""),
+        ("Forbidden", "share"): ("1.4%", "0.8–2.3"),
+        ("KL", "to rejection"): ("0.036", "0.030–0.043"),
+        ("KL", "to uniform"): ("0.041", "0.035–0.050"),
+        ("Distance", "to rejection"): ("0.52", "0.40–0.63"),
+        ("Distance", "to data"): ("12", ""),
+        ("NFE", "per sample"): ("100", ""),
+        ("Time", "seconds"): ("8.2", ""),
+    }
+
+
 def test_a_column_has_one_precision_that_shows_its_smallest_value():
     rows = [row(fd_rejection=0.0123, fd_rejection_interval=(-0.01, 0.04)), row(fd_rejection=4.5)]
     cells = [line[5] for _, lines in module.grouped_cells(rows) for line in lines]
