@@ -11,6 +11,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 import diffsteer as ds
+from diffsteer import latents
+from diffsteer.engine import stream
 from diffsteer.errors import MissingContextError, NonFiniteError, ParameterError, UnknownNameError, UnsupportedError
 
 DENOISER = ds.toy.ring(std=0.7).denoiser({"null": None, "pos": (0, 1)})
@@ -62,6 +64,29 @@ def test_what_is_returned(method: Any) -> None:
     begun = torch.zeros(3, 2, dtype=torch.float64).normal_(generator=torch.Generator().manual_seed(1))
     from_there = ds.optimize_latents(DENOISER, method, num_samples=3, x_T=begun, **RUN)
     torch.testing.assert_close(from_there.noise.norm(dim=1), begun.norm(dim=1))
+
+
+@both
+def test_the_noise_that_is_returned_is_the_optimised_one(method: Any) -> None:
+    out = ds.optimize_latents(DENOISER, method, num_samples=3, seed=4, **RUN)
+    if isinstance(method, ds.DiGIN):  # DOODL's chain is one of coupled pairs
+        again = ds.sample(DENOISER, method.base, num_samples=3, x_T=out.noise, **RUN).samples
+        torch.testing.assert_close(again, out.samples, rtol=0, atol=1e-6)
+    begun = torch.stack([torch.randn(2, generator=stream(4, i), dtype=torch.float64) for i in range(3)])
+    assert float((out.noise - begun).abs().max()) > 1e-3
+
+
+def test_each_sample_has_perturbations_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def watched(*key: int) -> torch.Generator:
+        asked.append(key)
+        return stream(*key)
+
+    monkeypatch.setattr(latents, "stream", watched)
+    out = ds.optimize_latents(DENOISER, METHODS[0], num_samples=2, seed=4, x_T=torch.ones(2, 2), **RUN)
+    assert sorted(asked) == [(4, 0, 1), (4, 0, 2), (4, 1, 1), (4, 1, 2)]  # of the method, and of the chain
+    assert float((out.samples[0] - out.samples[1]).abs().max()) > 1e-3
 
 
 @both

@@ -76,6 +76,8 @@ def test_rolling_in_is_guided_up_to_a_step_of_each_samples_own() -> None:
     switch = seen[0][1]
     assert len(switch.unique()) > 10
     assert 0 <= int(switch.min()) <= int(switch.max()) < 20
+    many = ds.sample(den, RollIn(guided), num_samples=256, seed=1, **RUN).trace["switch"][0]
+    assert sorted(set(many.tolist())) == list(range(20))
     for steps, method in ((0, ds.Unguided()), (20, guided)):
         alone: list[Tensor] = []
         ds.sample(
@@ -135,7 +137,10 @@ def test_every_sampler_speaks_of_the_same_states() -> None:
 def test_is_repeatable_and_refuses() -> None:
     den = MIXTURE.denoiser({"null": None})
     small: dict[str, Any] = {"run": {**RUN, "steps": 4}, "num_rounds": 1, "num_rollouts": 20, "epochs": 1}
-    one, two = (train_slcd(den, reward, (0.0, 1.0), lambda: Net(2), **small) for _ in range(2))
+    one = train_slcd(den, reward, (0.0, 1.0), lambda: Net(2), **small)
+    torch.randn(7)  # the global generator has moved on
+    two = train_slcd(den, reward, (0.0, 1.0), lambda: Net(2), **small)
+    assert not one.classifier.net.training
     for a, b in zip(one.classifier.net.parameters(), two.classifier.net.parameters(), strict=True):
         assert torch.equal(a, b)
     assert rewards._bins(torch.tensor([-9.0, 0.4, 0.6, 9.0]), (0.0, 1.0)).tolist() == [0, 0, 1, 1]
@@ -145,6 +150,30 @@ def test_is_repeatable_and_refuses() -> None:
         train_slcd(den, reward, (0.0, 1.0), lambda: Net(2), **{**small, "etas": (2.0, 1.0)})
     with pytest.raises(ParameterError, match="3 bins"):
         train_slcd(den, reward, (0.0, 0.5, 1.0), lambda: Net(2), **small)
+
+
+def test_rounds_roll_in_under_etas_between_those_that_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    etas: list[float] = []
+    seeds: list[int] = []
+    sample = rewards.sample
+
+    def watched(den: Any, method: Any, *, seed: int, **rest: Any) -> Any:
+        seeds.append(seed)
+        etas.extend([method.method.eta] if isinstance(method, RollIn) else [])
+        return sample(den, method, seed=seed, **rest)
+
+    monkeypatch.setattr(rewards, "sample", watched)
+    run = {**RUN, "steps": 4}
+    found = train_slcd(
+        MIXTURE.denoiser({"pos": (0, 1)}), reward, (0.0, 1.0), lambda: Net(2), run=run, etas=(2.0, 4.0), num_rounds=6,
+        num_rollouts=4, epochs=1, base="pos", seed=3,
+    )  # fmt: skip
+    assert (found.eta, found.base) == (1, "pos")
+    assert seeds[0] == 3
+    assert len(set(seeds)) == 7
+    assert 2 <= min(etas) < 2.7
+    assert 3.3 < max(etas) <= 4
+    assert len(set(etas)) == 6
 
 
 def test_flow_matching_starts_at_pure_noise() -> None:

@@ -6,12 +6,15 @@ import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 import diffsteer as ds
 from diffsteer.bench.removal import Setting, calibrate_model, method_for
@@ -20,8 +23,11 @@ from diffsteer.train import export, run, train
 from diffsteer.train.card import card as model_card
 from diffsteer.train.data import digits
 from diffsteer.train.loop import read_checkpoint
-from diffsteer.train.recipes import PARTS, RECIPES, Recipe
+from diffsteer.train.recipes import PARTS, RECIPES, SCHEDULE, Recipe
+from diffsteer.train.tasks import AUGMENTATIONS
 from diffsteer.zoo.networks import build
+
+exporting: Any = importlib.import_module("diffsteer.train.export")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,7 @@ def test_the_folder_holds_a_whole_model(folder: Path) -> None:
     assert config["null_label"] == 10
     assert config["image_shape"] == [1, 8, 8]
     assert config["schedule"]["num_train_timesteps"] == 1000
-    assert sum(config["class_shares"]) == pytest.approx(1)
+    assert config["class_shares"] == (torch.bincount(digits().labels).double() / len(digits().labels)).tolist()
     assert config["recipe"]["judge"]["steps_done"] == 2
     assert set(config["networks"]) == {"denoiser", "weak", "judge", "features", "noisy_classifier"}
     assert sum(config["metrics"]["samples"]["ddim"]["class_shares"]) == pytest.approx(1)
@@ -64,10 +70,76 @@ def test_the_reference_needs_no_data_set(folder: Path) -> None:
         net.load_state_dict(load_file(folder / f"{part}.safetensors"))
     with torch.inference_mode():
         features, judged = nets["features"].features(data.images), nets["judge"](data.heldout_images).argmax(1)
+        for part, net in nets.items():
+            right = (net(data.heldout_images).argmax(1) == data.heldout_labels).double().mean().item()
+            assert config["metrics"][part]["heldout_accuracy"] == pytest.approx(right, abs=6e-5)
     torch.testing.assert_close(reference["features"].float(), features, rtol=2e-3, atol=1e-3)
     assert torch.equal(reference["heldout_judged"].long(), judged)
     assert torch.equal(reference["labels"].long(), data.labels)
     assert torch.equal(reference["heldout_labels"], data.heldout_labels)
+
+
+def test_losses_and_accuracies_are_of_the_images_that_they_name() -> None:
+    """Networks that know one image of each class; of the held-out ones, half as bright, they know less."""
+    images = digits().images[:10]
+    data = replace(
+        digits(), images=images, labels=torch.arange(10), heldout_images=images / 2, heldout_labels=torch.arange(10)
+    )
+
+    def denoiser(x: Tensor, t: Tensor, class_labels: Tensor, return_dict: bool) -> tuple[Tensor]:
+        alphabar = DDPMScheduler(**SCHEDULE).alphas_cumprod[t][:, None, None, None]
+        return ((x - alphabar.sqrt() * images[class_labels]) / (1 - alphabar).sqrt(),)
+
+    def classifier(x: Tensor, t: Tensor) -> Tensor:
+        return -torch.cdist(x.flatten(1), images.flatten(1) / 2) * (t < 100)[:, None]
+
+    found = exporting._metrics({"denoiser": denoiser, "noisy_classifier": classifier}, data, 4)
+    assert found.keys() == {"denoiser", "noisy_classifier"}
+    assert found["denoiser"]["timesteps"] == found["noisy_classifier"]["timesteps"] == list(range(50, 1000, 100))
+    assert max(found["denoiser"]["loss"]["train"]) < 1e-4
+    alphabar = DDPMScheduler(**SCHEDULE).alphas_cumprod[found["denoiser"]["timesteps"]]
+    expected = alphabar / (1 - alphabar) * (images[[0, 3, 6, 9]] / 2).square().mean()
+    assert found["denoiser"]["loss"]["heldout"] == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-4)
+    assert found["noisy_classifier"]["heldout_accuracy"] == [1.0, *[0.25] * 9]  # the first of four is the first class
+    assert found["noisy_classifier"]["heldout_cross_entropy"][1:] == [pytest.approx(2.3026)] * 9
+
+
+def test_figures_of_samples_are_of_their_own_rows_and_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampler whose unlabelled samples are all of class 3, and whose 7s are 1s under DDPM."""
+
+    def sample(model: Any, method: Any, *, scheduler: Any, num_samples: int, **_: Any) -> Any:
+        assert model["null"] == {"class_labels": 10}
+        asked = model["pos"]["class_labels"].repeat(num_samples // 10)
+        if isinstance(scheduler, DDPMScheduler):
+            asked = asked.masked_fill(asked == 7, 1)
+        return SimpleNamespace(samples=torch.full_like(asked, 3) if method.context == "null" else asked)
+
+    monkeypatch.setattr(exporting, "sample", sample)
+    monkeypatch.setattr(exporting, "denoiser", lambda net, contexts, shape: contexts)
+    nets = {"denoiser": None, "judge": lambda labels: torch.eye(10)[labels]}
+    found = {kind: exporting._samples(nets, digits(), kind(**SCHEDULE), 30) for kind in (DDIMScheduler, DDPMScheduler)}
+    for kind, seven in ((DDIMScheduler, 1.0), (DDPMScheduler, 0.0)):
+        assert found[kind]["class_shares"] == [float(label == 3) for label in range(10)]
+        assert found[kind]["label_agreement"] == [seven if label == 7 else 1.0 for label in range(10)]
+    seen: list[str] = []
+    monkeypatch.setattr(exporting, "_samples", lambda nets, data, scheduler, number: seen.append(type(scheduler)))
+    monkeypatch.setattr(exporting, "_denoising_loss", lambda *_: 0.0)
+    monkeypatch.setattr(exporting, "_in_parts", lambda net, images: torch.eye(10)[digits().heldout_labels])
+    assert exporting._metrics(nets, digits(), 30)["judge"] == {"heldout_accuracy": 1.0}
+    assert seen == [DDIMScheduler, DDPMScheduler]
+
+
+def test_rows_are_taken_evenly_and_all_of_them_where_they_are_few() -> None:
+    assert exporting._evenly(torch.zeros(101), 5).tolist() == [0, 25, 50, 75, 100]
+    assert exporting._evenly(torch.zeros(3), 5).tolist() == [0, 1, 2]
+    assert torch.equal(exporting._in_parts(lambda x: 2 * x, torch.arange(1203)), 2 * torch.arange(1203))
+
+
+@pytest.mark.parametrize("name", ["dataset", "image_size", "classes", "images", "seed"])
+def test_parts_of_different_models_are_not_joined(tmp_path: Path, name: str) -> None:
+    parts = {part: ({}, {name: value}) for part, value in (("denoiser", 0), ("judge", 0), ("features", 1))}
+    with pytest.raises(ParameterError, match=f"differ in {name}"):
+        exporting._check_alike(tmp_path, parts)
 
 
 def test_the_card_states_data_licence_and_figures(folder: Path) -> None:
@@ -102,11 +174,41 @@ def test_a_finished_model_is_not_trained_again(folder: Path) -> None:
 
 def test_parts_share_no_random_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
-    monkeypatch.setattr(run, "fit", lambda *_, seed, **__: seeds.append(seed))
+    begun: list[Tensor] = []
+
+    def fit(net: torch.nn.Module, *_: Any, seed: int, **__: Any) -> None:
+        seeds.append(seed)
+        begun.append(next(net.parameters()))
+
+    monkeypatch.setattr(run, "fit", fit)
     monkeypatch.setattr(run, "export", lambda *_, **__: None)
-    for seed in (0, 1):
+    for seed in (0, 1, 0):
         train("digits", tmp_path, seed=seed)
-    assert len(seeds) == len(set(seeds)) == 10
+    assert len(seeds[:10]) == len(set(seeds[:10])) == 10
+    assert seeds[10:] == seeds[:5]
+    assert [torch.equal(a, b) for a, b in zip(begun[10:], begun[:5], strict=True)] == [
+        True
+    ] * 5  # weights are the seed's
+    assert [torch.equal(a, b) for a, b in zip(begun[5:10], begun[:5], strict=True)] == [False] * 5
+
+
+def test_each_part_is_trained_as_its_recipe_says() -> None:
+    def job(part: str, **options: Any) -> Any:
+        return run.task(Recipe(part, {}, steps=1, batch_size=1, lr=1.0, **options), digits(), net)
+
+    net = torch.nn.Linear(1, 1)
+    for part in ("denoiser", "weak", "marginal"):
+        task = job(part, label_dropout=0.3)
+        assert (task.null_label, task.dropout, len(task.data.labels)) == (10, 0.3, len(digits().labels))
+    teacher = task.teacher
+    assert torch.equal(teacher.weight, net.weight)
+    assert teacher.weight is not net.weight  # which is trained
+    assert not teacher.training
+    assert not teacher.weight.requires_grad
+    assert net.training
+    assert net.weight.requires_grad
+    for augmentation, augment in AUGMENTATIONS.items():
+        assert all(job(part, augmentation=augmentation).augment is augment for part in ("judge", "features"))
 
 
 def test_streams_are_as_they_were() -> None:

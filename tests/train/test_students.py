@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline, UNet
 from torch import Tensor, nn
 
 from diffsteer import zoo
+from diffsteer.engine import stream
 from diffsteer.errors import ParameterError
 from diffsteer.shapes import scenes
 from diffsteer.train import students
@@ -125,11 +126,12 @@ def test_of_one_point_every_trajectory_ends_in_its_guided_mean() -> None:
     """Guided, the point moves to null + w (text - null); a student that says so has nothing to learn."""
     text, null, noise = texts(0.5, -1.0), texts(0.2, 0.2), torch.randn(2, 4, 8, 8)
 
-    def loss(scale: float) -> float:
-        unet = Says(velocity_to(lambda x, t, mean: (0.2 + scale * (mean - 0.2)).expand_as(x)))
+    def loss(scale: float, off: float = 0.0) -> float:
+        unet = Says(velocity_to(lambda x, t, mean: (0.2 + scale * (mean - 0.2) + off).expand_as(x)))
         return Student(unet, Says(of_points), LEVELS, SCALE)(noise, text, null).item()
 
     assert loss(SCALE) == pytest.approx(0, abs=1e-4)
+    assert loss(SCALE, off=0.1) == pytest.approx((0.01 + 5.4e-4**2) ** 0.5 - 5.4e-4, rel=5e-3)
     assert loss(1.0) > 0.3  # the unguided point
     assert loss(SCALE + 1) > 0.3
 
@@ -175,6 +177,17 @@ def test_only_the_student_learns_and_is_stored() -> None:
     assert student.unet.weight.grad is not None
     assert teacher.weight.grad is None
     assert list(student.state_dict()) == ["unet.weight"]
+
+
+def test_student_and_teacher_are_told_captions_and_the_empty_one_beside_them() -> None:
+    encoder = zoo.load("shapes").text_encoder
+    task = Distil(Captions(scenes(8), tokenizer(), 0.0), encoder, (4, 8, 8))
+    noise, text, null = task.draw(4, stream(0, 1))
+    _, tokens = task.captions.draw(4, stream(0, 1))
+    assert torch.equal(text, encoder(tokens)[0])
+    assert torch.equal(null, encoder(task.captions.tokens([""]))[0].expand(4, -1, -1))
+    assert noise.shape == (4, 4, 8, 8)
+    assert len(noise.unique(dim=0)) == 4
 
 
 class Stops(Distil):
