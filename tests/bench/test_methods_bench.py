@@ -14,8 +14,9 @@ import torch
 import diffsteer as ds
 from diffsteer.bench import metrics
 from diffsteer.bench.catalogue import bench_methods
+from diffsteer.bench.energy import real_images
 from diffsteer.bench.findings import finding
-from diffsteer.bench.removal import measure, scheduler, unguided
+from diffsteer.bench.removal import measure, method_for, scheduler, unguided
 from diffsteer.bench.tasks import CLASSES, EMBEDDED, ONE, TUNED, TWICE, TWO, Bench, Classes, Column, labelled
 from diffsteer.bench.trials import TRIALS, Trial, method_of
 from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
@@ -49,6 +50,38 @@ def test_a_claim_is_of_columns_and_against_another_trial_of_the_same_task(key: s
         assert trial.versus in TRIALS
         assert trial.versus != key
         assert TRIALS[trial.versus].task.name == trial.task.name
+
+
+def test_trials_are_of_their_own_scale_and_setting(bench: Bench) -> None:
+    cfg = ds.ClassifierFreeGuidance
+    assert TRIALS["cfg"].build(bench, 3.0) == cfg(3.0)
+    assert TRIALS["np prompts"].build(bench, 2.0) == cfg(1.5) + ds.NegativePrompting(2.0)
+    for name, task in (("np", ONE), ("np two", TWO)):
+        assert TRIALS[name].build(bench, 0.3) == method_for(bench.model, "np", task.setting(bench), 0.3)
+    assert TRIALS["icg"].build(bench, 2.0).contexts == tuple(f"class:{k}" for k in range(10))
+    regressed = TRIALS["linear-ag"].build(replace(bench, steps=6), 2.0)
+    assert regressed.scale == 2.0
+    contexts = labelled(bench, torch.arange(10))["main"]
+
+    def run(guided: ds.Guidance) -> ds.Result:
+        return ds.sample(contexts, guided, scheduler=scheduler(bench.model, "ddim"), num_samples=100, steps=6, seed=1)
+
+    assert regressed == ds.LinearAdaptiveGuidance.fit(run, scale=2.0)
+
+
+def test_methods_of_one_class_know_that_class(bench: Bench) -> None:
+    real = real_images(bench.model)
+    for k, window in enumerate(TRIALS["linear-cfg"].build(bench, 3.0)):
+        assert (window.low, window.method.scale) == (1.0, 3.0)
+        own, every = window.method.conditional.mean, window.method.unconditional.mean
+        torch.testing.assert_close(own.flatten().float(), real.images[real.labels == k].flatten(1).mean(0))
+        torch.testing.assert_close(every.flatten().float(), real.images.flatten(1).mean(0))
+    level, x = ds.Level(0.6, 0.8), real.images[:20]
+    logits = bench.model.classifier(noisy=True)
+    for k, method in enumerate(TRIALS["gfcg"].build(bench, 2.0)):
+        assert method.classes == tuple("pos" if k == other else f"class:{other}" for other in range(10))
+        assert method.scale == 2.0
+        torch.testing.assert_close(method.classifier(x, level), logits(0.6 * x, level))
 
 
 def lines(**columns: list[float]) -> list[dict[str, float]]:

@@ -71,7 +71,7 @@ def loss_of(net: nn.Module, t: list[float]) -> float:
 
 def test_what_the_teacher_knows_is_the_flows_velocity() -> None:
     """Of the exact noise prediction, whatever picture and noise were drawn, nothing is left to learn."""
-    assert loss_of(Velocity(), [0.0, 0.02, 0.3, 0.6, 0.899]) == pytest.approx(0, abs=1e-6)
+    assert loss_of(Velocity(), [0.0, 0.02, 0.3, 0.6, 0.899, TAUGHT]) == pytest.approx(0, abs=1e-6)
     assert loss_of(Velocity(error=0.1), [0.0, 0.02, 0.3, 0.6, 0.899]) == pytest.approx(0.01, rel=1e-3)
 
 
@@ -82,6 +82,18 @@ def test_beyond_its_reach_the_draw_itself_is_the_target() -> None:
     assert t.tolist() == pytest.approx([0.95, 1.0])  # the noise that sampling begins with is among them
     assert torch.equal(net.target(latents, x, x, t, step, texts(0, 0)), (x - latents).double())
     assert loss_of(Velocity(), [0.95] * 4) > 0.5
+
+
+def test_it_sees_noise_and_picture_in_the_shares_of_its_time() -> None:
+    latents, noise, said = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), texts(0, 0, 0, 0).float()
+    seen: list[Tensor] = []
+    net = Velocity()
+    net.register_forward_pre_hook(
+        lambda net, _, given: seen.extend([given["hidden_states"], given["timestep"] / 1000]), with_kwargs=True
+    )
+    Twin(net, Noise())(latents, noise, torch.tensor([0.1, 0.5, 0.95, 1.0]), said, said[:, 0], said)
+    x, t = seen[0], seen[1][:, None, None, None]
+    torch.testing.assert_close(x, (1 - t) * latents + t * noise)
 
 
 def test_times_are_levels_of_the_teachers_schedule() -> None:
@@ -118,9 +130,14 @@ def test_the_teacher_is_told_what_it_was_trained_with_and_some_batches_have_blan
     lengths = [task.draw(1, stream(0, step))[3].shape[1] for step in range(160)]
     assert set(lengths) == {16, 272}
     assert 2 <= lengths.count(272) <= 25  # one in sixteen
+    assert lengths == [task.draw(1, stream(0, step))[3].shape[1] for step in range(160)]  # the step's own stream says
     generator = stream(0, 1)
     rows, tokens = task.captions.draw(4, generator)
-    latents, *_, told = task.draw(4, stream(0, 1))
+    latents, noise, t, text, pooled, told = task.draw(4, stream(0, 1))
+    assert len(noise.unique(dim=0)) == len(t.unique()) == 4
+    as_read = embed(parts["text_encoder"], tokens, text.shape[1] - 16)
+    assert torch.equal(text, as_read[0])
+    assert torch.equal(pooled, as_read[1])
     assert torch.equal(latents, task.latents[rows])
     assert torch.equal(told, zoo.load("shapes").text_encoder(tokens)[0])
 
@@ -173,6 +190,9 @@ def test_a_folder_that_diffusers_reads(tmp_path: Path, monkeypatch: pytest.Monke
     assert isinstance(pipe, StableDiffusion3Pipeline)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red circle", num_inference_steps=2).images[0].size == (64, 64)
+    averaged, _ = read_checkpoint(tmp_path / "checkpoints" / "transformer.safetensors")
+    for name, value in pipe.transformer.state_dict().items():
+        assert torch.equal(value, averaged[f"ema.transformer.{name}"].half().float()), name
     theirs = zoo.load("shapes").vae.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in pipe.vae.state_dict().items())
     assert "| transformer | 1 | 1 |" in (tmp_path / "README.md").read_text()

@@ -240,6 +240,9 @@ def test_a_folder_that_diffusers_reads_and_samples_in_few_steps(
     assert isinstance(pipe.scheduler, LCMScheduler)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red circle", num_inference_steps=2, guidance_scale=1.0).images[0].size == (64, 64)
+    averaged, _ = read_checkpoint(tmp_path / "checkpoints" / "student.safetensors")
+    for name, value in pipe.unet.state_dict().items():
+        assert torch.equal(value, averaged[f"ema.unet.{name}"].half().float()), name
     teacher = zoo.load("shapes")
     for part in ("vae", "text_encoder"):
         theirs = getattr(teacher, part).state_dict()
