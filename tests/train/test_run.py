@@ -19,6 +19,7 @@ from torch import Tensor
 import diffsteer as ds
 from diffsteer.bench.removal import Setting, calibrate_model, method_for
 from diffsteer.errors import ParameterError, UnknownNameError, UnsupportedError
+from diffsteer.files import write_tensors
 from diffsteer.train import export, run, train
 from diffsteer.train.card import card as model_card
 from diffsteer.train.data import digits
@@ -182,8 +183,10 @@ def test_parts_share_no_random_stream(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(run, "fit", fit)
     monkeypatch.setattr(run, "export", lambda *_, **__: None)
+    before = torch.get_rng_state()
     for seed in (0, 1, 0):
         train("digits", tmp_path, seed=seed)
+    assert torch.equal(torch.get_rng_state(), before)
     assert len(seeds[:10]) == len(set(seeds[:10])) == 10
     assert seeds[10:] == seeds[:5]
     assert [torch.equal(a, b) for a, b in zip(begun[10:], begun[:5], strict=True)] == [
@@ -315,6 +318,18 @@ def test_a_calibration_goes_with_the_networks_that_it_was_fitted_on(tmp_path: Pa
     train("digits", tmp_path, parts=["denoiser"], resume=False, lr=1e-2, **small)
     assert not calibration.exists()
     assert "calibrate the model again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("part", "goes"), [("denoiser", True), ("unconditional", True), ("only_3", True), ("weak", False), ("judge", False)]
+)
+def test_a_calibration_is_of_any_network_that_denoises_alone(tmp_path: Path, part: str, goes: bool) -> None:
+    write_tensors(tmp_path / f"{part}.safetensors", {"a": torch.zeros(2)})
+    (tmp_path / "calibration.json").write_text("{}")
+    exporting._drop_calibration(tmp_path, {part: {"a": torch.zeros(2)}})
+    assert (tmp_path / "calibration.json").exists()
+    exporting._drop_calibration(tmp_path, {part: {"a": torch.ones(2)}})
+    assert (tmp_path / "calibration.json").exists() is not goes
 
 
 def test_a_folder_is_written_when_everything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
