@@ -22,7 +22,7 @@ from diffsteer.shapes import scenes
 from diffsteer.train import flow
 from diffsteer.train.flow import RECIPE, TAUGHT, Follow, Twin, embed, train_flow
 from diffsteer.train.loop import fit, read_checkpoint
-from diffsteer.train.shapes import Captions, tokenizer
+from diffsteer.train.shapes import Captions, encode, pictures_of, tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers and transformers, about each other
 
@@ -174,6 +174,21 @@ def test_a_killed_run_resumes_to_the_same_bits(parts: dict, tmp_path: Path) -> N
     again = start("killed")
     assert whole.keys() == again.keys()
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
+def test_captions_and_latents_are_of_the_scenes_of_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple] = []
+    monkeypatch.setattr(flow, "fit", lambda net, task, *_, seed, **__: given.append((net, task, seed)))
+    monkeypatch.setattr(flow, "export", lambda *_: None)
+    for _ in range(2):
+        train_flow(tmp_path, seed=3, pool=6)
+        torch.randn(7)  # the global generator moves on
+    (net, task, seed), (again, *_) = given
+    assert (seed, task.captions.dropout) == (3, RECIPE.label_dropout)
+    assert task.captions.scenes == scenes(6, 3)
+    assert torch.equal(task.latents, encode(zoo.load("shapes").vae, pictures_of(scenes(6, 3))))
+    weights = zip(net.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in weights)
 
 
 def test_a_folder_of_its_name_draws_shapes_and_is_called_without_blanks() -> None:

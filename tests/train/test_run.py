@@ -357,6 +357,20 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "mnist"
 
 
+def test_of_a_users_images_four_parts_are_trained(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    trained: list[str] = []
+
+    def fit(net: torch.nn.Module, task: Any, recipe: Recipe, *_: Any, record: Any, **__: Any) -> None:
+        trained.append(recipe.part)
+        assert record["image_size"] == task.data.images.shape[-1] == 16
+        assert {name: record[name] for name in ("classes", "images")} == task.data.identity
+
+    monkeypatch.setattr(run, "fit", fit)
+    monkeypatch.setattr(run, "export", lambda *_, **__: None)
+    train(str(photos), tmp_path / "model", image_size=16)
+    assert trained == list(PARTS[:4])
+
+
 def test_parts_of_other_images_are_not_joined(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
     small: dict[str, Any] = {"image_size": 8, "steps": 1, "batch_size": 2, "num_samples": 0}

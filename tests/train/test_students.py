@@ -231,6 +231,17 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
 
 
+def test_captions_are_of_the_scenes_of_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple] = []
+    monkeypatch.setattr(students, "fit", lambda net, task, *_, seed, **__: given.append((net, task, seed)))
+    monkeypatch.setattr(students, "export", lambda *_: None)
+    train_student(tmp_path, seed=3, pool=6)
+    ((net, task, seed),) = given
+    assert (seed, task.shape, task.captions.dropout) == (3, (4, 8, 8), RECIPE.label_dropout)
+    assert task.captions.scenes == scenes(6, 3)
+    assert all(parameter.requires_grad for parameter in net.unet.parameters())
+
+
 def test_a_folder_that_diffusers_reads_and_samples_in_few_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
