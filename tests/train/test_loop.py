@@ -56,7 +56,7 @@ class StopAfter(Denoise):
 def start(
     path: Path, recipe: Recipe = RECIPE, kind: type[Denoise] = Denoise, seed: int = 7, resume: bool = True, **more: Any
 ) -> nn.Module:
-    net = begun(recipe)
+    net = begun(recipe).eval()  # as a pipeline's parts come
     fit(net, task_of(recipe, kind), recipe, path, seed=seed, record={"seed": seed, "recipe": asdict(recipe), **more},
         resume=resume)  # fmt: skip
     return net
@@ -190,9 +190,9 @@ def test_a_thread_trains_as_well(tmp_path: Path) -> None:
 
 
 class Second(SimpleNamespace):
-    """What the second of two processes has of accelerate, but for the exchange of gradients."""
+    """What the second of three processes has of accelerate, but for the exchange of gradients."""
 
-    num_processes, process_index, is_main_process, device = 2, 1, False, torch.device("cpu")
+    num_processes, process_index, is_main_process, device = 3, 1, False, torch.device("cpu")
 
     def prepare(self, *whole: Any) -> tuple[Any, ...]:
         return whole
@@ -223,9 +223,9 @@ def test_each_process_has_rows_of_its_own_and_the_first_one_writes(
     start(tmp_path / "run", recipe, Watch)
     for step, batch in enumerate(seen):
         drawn = task_of(recipe).draw(6, stream(7, step))
-        assert all(torch.equal(own, all_rows[3:]) for own, all_rows in zip(batch, drawn, strict=True))
+        assert all(torch.equal(own, all_rows[2:4]) for own, all_rows in zip(batch, drawn, strict=True))
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ParameterError, match="batch size 5 is not a multiple of 2 processes"):
+    with pytest.raises(ParameterError, match="batch size 5 is not a multiple of 3 processes"):
         start(tmp_path / "run", replace(recipe, batch_size=5))
 
 
