@@ -219,6 +219,10 @@ def test_a_folder_whose_classes_cannot_be_told_is_refused(images: Path) -> None:
     (bare / "train" / "c").mkdir()
     with pytest.raises(ParameterError, match="images to train on"):
         load(str(bare))
+    one = _saved(images.parent / "single", "train/a/0.png", "test/a/0.png", "test/b/0.png")
+    (one / "train" / "b").mkdir()
+    with pytest.raises(ParameterError, match="train needs images of at least two classes"):
+        load(str(one))
 
 
 def test_the_only_image_of_a_class_is_trained_on(images: Path) -> None:

@@ -189,10 +189,9 @@ def test_parts_share_no_random_stream(tmp_path: Path, monkeypatch: pytest.Monkey
     assert torch.equal(torch.get_rng_state(), before)
     assert len(seeds[:10]) == len(set(seeds[:10])) == 10
     assert seeds[10:] == seeds[:5]
-    assert [torch.equal(a, b) for a, b in zip(begun[10:], begun[:5], strict=True)] == [
-        True
-    ] * 5  # weights are the seed's
-    assert [torch.equal(a, b) for a, b in zip(begun[5:10], begun[:5], strict=True)] == [False] * 5
+    for first, other, again in zip(begun[:5], begun[5:10], begun[10:], strict=True):  # weights are the seed's
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
 
 
 def test_each_part_is_trained_as_its_recipe_says() -> None:

@@ -190,6 +190,9 @@ def image_folder(folder: Path, image_size: int = 32) -> Dataset:
                 f"images lie in folders called {list(classes)}, but {root} holds {sorted(names)}: each class has a "
                 "folder with images of its own, and without folders inside of it"
             )
+    for split, rows in splits.items():
+        if None in rows["label"]:  # as `datasets` has it where all are of one class
+            raise ParameterError(f"{roots[split]} needs images of at least two classes, found those of one")
 
     def read(rows: Any) -> tuple[list[Any], Tensor]:
         try:
