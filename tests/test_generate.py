@@ -89,6 +89,16 @@ def test_pictures_sheet_trace_and_record(folder: str, tmp_path: Path, figures: l
     assert len(figures[-1].subfigs) == 1
 
 
+def test_a_posterior_without_calibration_is_told(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for method, told in ((METHOD, True), ("cfg:3+np:0.5", False)):
+        generate(
+            "a circle", out=tmp_path, pipeline=folder, negative="red", steps=2, num=1, method=method, compare=False
+        )
+        assert ("--calibrate 128" in capsys.readouterr().out) is told
+
+
 def test_from_the_command_line(folder: str, tmp_path: Path) -> None:
     words = "--negative meat --method cfg:7.5+dng --seed 0 --num 8 --steps 2"
     app(

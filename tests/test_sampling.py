@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -623,6 +624,59 @@ def test_what_is_no_method_is_refused() -> None:
     for wrong in ("cfg:2", ds.ClassifierFreeGuidance):
         with pytest.raises(ParameterError, match="method must be a Guidance"):
             ds.sample(DEN, wrong, scheduler=DDIMScheduler(clip_sample=False), num_samples=1, steps=2)  # type: ignore[arg-type]
+
+
+def _no_generator(step: ds.Step) -> Any:
+    return step.x, None, {}
+
+
+def _one_call(step: ds.Step) -> Any:
+    (null,) = yield ds.Call("null")
+    return null, None, {}
+
+
+def _a_pair(step: ds.Step) -> Any:
+    (null,) = yield [ds.Call("null")]
+    return null, {}
+
+
+def _a_list(step: ds.Step) -> Any:
+    null = yield [ds.Call("null")]
+    return null, None, {}
+
+
+def _a_row(step: ds.Step) -> Any:
+    (null,) = yield [ds.Call("null")]
+    return null[0], None, {}
+
+
+def _a_number(step: ds.Step) -> Any:
+    (null,) = yield [ds.Call("null")]
+    return null, None, {"scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (_no_generator, r"guide\(\) is no generator: it asks by"),
+        (_one_call, r"asks for Call\(.*ask by `yield \[Call"),
+        (_a_pair, r"guide\(\) returned a tuple; it returns a tuple of a prediction, a state"),
+        (_a_list, "predicts at step 0 as a list; it has to be a tensor of"),
+        (_a_row, r"predicts at step 0 as a tensor of \(2,\); it has to be a tensor of \(3, 2\)"),
+        (_a_number, r"reports 'scale', one number for each sample, at step 0 as a float; .* tensor of \(3,\)"),
+    ],
+)
+@pytest.mark.parametrize("space", ["any", "eps"])
+def test_a_method_that_breaks_the_protocol_is_told_how(
+    rule: Callable[[ds.Step], Any], message: str, space: str
+) -> None:
+    class Mine(ds.Guidance):
+        def guide(self, step: ds.Step, state: Any) -> Any:
+            return rule(step)
+
+    Mine.space = space
+    with pytest.raises(ParameterError, match=f"Mine.*{message}"):
+        ds.sample(DEN, Mine(), scheduler=DDIMScheduler(clip_sample=False), num_samples=3, steps=2)
 
 
 # --- what holds whatever the method ----------------------------------------------------------------------------------

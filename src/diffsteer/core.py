@@ -27,15 +27,33 @@ Info = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One network evaluation that a method asks for."""
+    """One network evaluation that a method asks for.
 
-    context: str = "pos"  # a named context
-    model: str = "main"  # a twin network, registered by ``models={"weak": denoiser}``
-    x: Tensor | None = None  # elsewhere than step.x; (B, ...), or (len(rows), ...) with rows
-    level: Level | None = None  # at another noise level than step.level
-    perturb: Any = None  # a perturbation of the network's inside (data, applied by the engine)
-    rows: Tensor | None = None  # only these samples are computed; the answer has len(rows) rows
-    grad: bool = False  # keep the graph
+    Attributes
+    ----------
+    context : str
+        A named context: "pos", "null", "neg", or any name that the denoiser or ``contexts=`` has.
+    model : str
+        "main", or a twin network that was registered by ``models={"weak": denoiser}``.
+    x : Tensor, optional
+        Elsewhere than ``step.x``; (B, ...), or (len(rows), ...) with ``rows``.
+    level : Level, optional
+        Another noise level than ``step.level``.
+    perturb : optional
+        A perturbation of the network's inside, see :mod:`diffsteer.perturb`: data, which the engine applies.
+    rows : Tensor of int, optional
+        Only these samples of the batch are computed and paid for; the answer has len(rows) rows.
+    grad : bool
+        Keep the graph of the answer, to differentiate with respect to ``x``.
+    """
+
+    context: str = "pos"
+    model: str = "main"
+    x: Tensor | None = None
+    level: Level | None = None
+    perturb: Any = None
+    rows: Tensor | None = None
+    grad: bool = False
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -45,36 +63,81 @@ class Call:
 
 @dataclass(frozen=True)
 class Step:
-    """All that a method may know of the current step."""
+    """All that a method may know of the current step; nothing of it may be changed in place.
 
-    x: Tensor  # (B, ...)
-    level: Level  # of x
-    level_next: Level  # where the scheduler goes
-    index: int  # of the evaluation, 0 at the start of a run
-    num_steps: int  # of the scheduler's steps in the run
-    space: str  # what predictions are: "eps", "x0", "v" or "flow"
-    on_trajectory: bool = True  # False at the inner points of a second-order scheduler
-    stochastic: float | None = None  # kappa: 1 ancestral, 0 deterministic, eta**2 between; None: unknown
-    generators: Sequence[torch.Generator] = ()  # one random stream per sample, apart from the sampler's
-    number: int = 0  # of the scheduler's step, to which its inner points belong; ``index`` where it has none
-    ancestral: bool = True  # False: steps with kappa = 1 have another mean or variance than DDPM's kernel
-    samples: Tensor | None = None  # (B,), their numbers in the run; None: from 0 on
-    share: float = 1.0  # of the method's correction that acts, by a schedule around it
+    Attributes
+    ----------
+    x : Tensor, (B, ...)
+        Where the samples are, in the scheduler's coordinates.
+    level, level_next : Level
+        Of ``x``, and where the scheduler goes.
+    index : int
+        Of the evaluation, 0 at the start of a run.
+    num_steps : int
+        The scheduler's steps in the run.
+    space : str
+        What predictions are, those that are answered and the one that is returned: "eps", "x0", "v" or "flow".
+    on_trajectory : bool
+        False at the inner points of a second-order scheduler's steps.
+    stochastic : float or None
+        kappa, the fraction of ancestral noise that the step adds: 1 ancestral, 0 deterministic, eta**2 between; None:
+        unknown.
+    generators : sequence of torch.Generator
+        One random stream per sample, apart from the sampler's.
+    number : int
+        Of the scheduler's step, to which its inner points belong; ``index`` where it has none.
+    ancestral : bool
+        False: steps with kappa = 1 have another mean or variance than DDPM's kernel.
+    samples : Tensor, (B,), or None
+        Their numbers in the run; None: from 0 on.
+    share : float
+        Of the method's correction that acts, by a schedule around it.
+    """
+
+    x: Tensor
+    level: Level
+    level_next: Level
+    index: int
+    num_steps: int
+    space: str
+    on_trajectory: bool = True
+    stochastic: float | None = None
+    generators: Sequence[torch.Generator] = ()
+    number: int = 0
+    ancestral: bool = True
+    samples: Tensor | None = None
+    share: float = 1.0
 
 
 @dataclass
 class Run:
-    """What a method sees before the first step; ``x`` may be replaced to start elsewhere."""
+    """What a method sees before the first step; ``x`` may be replaced to start elsewhere.
+
+    Attributes
+    ----------
+    x : Tensor, (B, ...)
+        The noise that the run starts from.
+    levels : sequence of Level
+        Of every network evaluation, and the last one.
+    contexts : sequence of str
+        Those that the main network has.
+    precision : torch.dtype or None
+        What the network computes in, where it tells.
+    inner : collection of int
+        Evaluations that are inner points of a second-order scheduler's steps.
+    stochastic, generators, ancestral, samples
+        As of a :class:`Step`.
+    """
 
     x: Tensor
-    levels: Sequence[Level]  # of every network evaluation, and the last one
+    levels: Sequence[Level]
     stochastic: float | None
     contexts: Sequence[str]
     generators: Sequence[torch.Generator] = ()
-    ancestral: bool = True  # as of a step
-    precision: torch.dtype | None = None  # what the network computes in, where it tells
-    inner: Collection[int] = ()  # evaluations that are inner points of a second-order scheduler's steps
-    samples: Tensor | None = None  # as of a step
+    ancestral: bool = True
+    precision: torch.dtype | None = None
+    inner: Collection[int] = ()
+    samples: Tensor | None = None
 
     @property
     def num_steps(self) -> int:
@@ -100,11 +163,24 @@ After = tuple[Tensor, State] | Repeat
 
 
 class Guidance:
-    """A guidance method; subclasses are frozen dataclasses that override :meth:`guide`."""
+    """A guidance method; subclasses are frozen dataclasses that override :meth:`guide`.
 
-    space: ClassVar[str] = "any"  # "any" (affine, coefficients sum to 1), or the space that it is defined in
-    reference: ClassVar[str] = "null"  # the context that its correction is relative to, in a sum
-    needs: ClassVar[frozenset[str]] = frozenset()  # capabilities: an adapter that lacks one refuses
+    Attributes
+    ----------
+    space : str
+        "any" if the prediction is affine in the answers, with coefficients that sum to 1; otherwise the space that the
+        rule is defined in, "eps", "x0", "v" or "flow": the engine converts.
+    reference : str
+        The context that its correction is relative to, in a sum.
+    needs : frozenset of str
+        Capabilities; where one is lacking the method is refused: "neg" (a negative), "grad" (derivatives of answers),
+        "first_order" (steps of one evaluation), "noise" (steps that add noise), "recurrence" (levels that run again),
+        "perturb" (a network whose inside is known).
+    """
+
+    space: ClassVar[str] = "any"
+    reference: ClassVar[str] = "null"
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def start(self, run: Run) -> State:
         """State before the first step."""
@@ -132,10 +208,10 @@ def guide_in(method: Guidance, step: Step, state: State) -> Plan:
     rounding.
     """
     if method.space in ("any", step.space):
-        return (yield from method.guide(step, state))
+        return (yield from _plan(method, step, state))
     given = step.x.dtype
     step = replace(step, x=widened(step.x))
-    plan = method.guide(replace(step, space=method.space), state)
+    plan = _plan(method, replace(step, space=method.space), state)
     try:
         calls = next(plan)
         while True:
@@ -144,6 +220,39 @@ def guide_in(method: Guidance, step: Step, state: State) -> Plan:
     except StopIteration as done:
         prediction, state, info = done.value
         return _between(prediction, Call(), step, method.space, step.space).to(given), state, info
+
+
+def _plan(method: Guidance, step: Step, state: State) -> Plan:
+    """``method.guide``, with what it asks and returns held to the protocol's form."""
+    name, plan, answers = type(method).__name__, method.guide(step, state), None
+    if not isinstance(plan, Generator):
+        raise ParameterError(
+            f"{name}.guide() is no generator: it asks by `a, b = yield [Call(...), Call(...)]`, and returns "
+            "(prediction, state, information)"
+        )
+    try:
+        while True:
+            calls = next(plan) if answers is None else plan.send(answers)
+            if not isinstance(calls, list) or not all(isinstance(call, Call) for call in calls):
+                raise ParameterError(f"{name} asks for {calls!r}; ask by `yield [Call(...), ...]`, a list")
+            answers = yield calls
+    except StopIteration as done:
+        result = done.value
+    if not isinstance(result, tuple) or len(result) != 3:
+        raise ParameterError(
+            f"{name}.guide() returned a {type(result).__name__}; it returns a tuple of a prediction, a state and "
+            "information, such as (prediction, state, {})"
+        )
+    _check_form(result[0], step.x.shape, f"{name} predicts", step)
+    for told, values in result[2].items():
+        _check_form(values, step.x.shape[:1], f"{name} reports {told!r}, one number for each sample,", step)
+    return result
+
+
+def _check_form(given: Any, shape: torch.Size, what: str, step: Step) -> None:
+    if not isinstance(given, Tensor) or given.shape != shape:
+        found = f"a tensor of {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise ParameterError(f"{what} at step {step.index} as {found}; it has to be a tensor of {tuple(shape)}")
 
 
 def _cast(call: Call, dtype: torch.dtype) -> Call:
@@ -239,12 +348,14 @@ def _repeats(method: Guidance) -> UnsupportedError:
 
 
 def check_methods(*methods: Any) -> None:
-    """Refuse what is no method, such as the text of one."""
+    """Refuse what is no method, such as the text or the class of one."""
     for method in methods:
+        if isinstance(method, type) and issubclass(method, Guidance):
+            raise ParameterError(f"method must be a Guidance, got a class of them: {method.__name__}(...) makes one")
         if not isinstance(method, Guidance):
             raise ParameterError(
-                f"method must be a Guidance, got {method!r}; parse_method() makes one of a text, and what optimizes "
-                "its start goes to optimize_latents()"
+                f"method must be a Guidance, got {method!r}; diffsteer.methods.parse_method() makes one of a text, and "
+                "what optimizes its start goes to optimize_latents()"
             )
 
 

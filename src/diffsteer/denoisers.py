@@ -53,7 +53,8 @@ def usable(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: built without it
-        raise ParameterError(f"device {str(device)!r} cannot be used here ({error}); try cpu, cuda or mps") from error
+        more = f" or {torch.accelerator.current_accelerator()}" if torch.accelerator.is_available() else ""
+        raise ParameterError(f"device {str(device)!r} cannot be used here ({error}); use cpu{more}") from error
 
 
 def prediction_space(prediction: str) -> str:

@@ -110,12 +110,6 @@ class Engine:
         prediction, self.state, info = drive(
             self.method, self.step, self.state, partial(self._evaluate, answered={}, known={})
         )
-        for name, told in info.items():
-            if told.shape != x.shape[:1]:
-                raise ParameterError(
-                    f"the method reports {name!r} as {tuple(told.shape)} at step {index}; information is one number "
-                    f"for each sample, {tuple(x.shape[:1])}"
-                )
         return prediction, info
 
     def _next(self, index: int) -> int:

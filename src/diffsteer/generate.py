@@ -119,6 +119,8 @@ def generate(
     if calibrate:
         many = max(batch_size, 32) if drawn else batch_size
         guidance = _calibrated(pipe, guidance, prompt, negatives, steps, calibrate, seed, many, arguments)
+    elif negatives and _tracks(guidance):
+        Console().print("DNG is not calibrated for this prompt, and may hardly act: --calibrate 128 does that")
     w = 1.0 if student else _positive_scale(guidance)  # the student's guidance is its own
     rows: dict[str, tuple[Guidance, str]] = {method: (guidance, "|".join(negatives))}
     if compare and negatives:

@@ -17,7 +17,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
 import diffsteer as ds
 from diffsteer.engine import stream
-from diffsteer.errors import MissingContextError, ParameterError, StateError, UnsupportedError
+from diffsteer.errors import IgnoredPromptWarning, MissingContextError, ParameterError, StateError, UnsupportedError
 from diffsteer.perturb import ContextNoise
 
 CFG = ds.ClassifierFreeGuidance(5.0)
@@ -611,6 +611,8 @@ def test_refusals_say_what_to_do(pipe) -> None:
         latents(pipe)
     with pytest.raises(ParameterError, match="must be a Guidance"):
         ds.attach(pipe, 7.5)
+    with pytest.raises(ParameterError, match=r"a class of them: CFGPlusPlus\(\.\.\.\) makes one"):
+        ds.attach(pipe, ds.CFGPlusPlus)
     with pytest.raises(ParameterError, match="contexts goes by name"):
         ds.attach(pipe, CFG, contexts=["a"])
     with pytest.raises(ParameterError, match='"pos" is the prompt'):
@@ -942,3 +944,33 @@ def test_the_level_is_that_of_the_networks_timestep(shared, kind: type, name: st
     close = (torch.tensor(levels, dtype=torch.float64) - expected).abs() < 0.02 + 0.6 / (1 + at)
     assert close.all(), (times, levels, expected)
     assert len(times) >= 4
+
+
+class Mine(ds.Guidance):
+    """One's own, whose contexts stand in its rule alone."""
+
+    def guide(self, step: ds.Step, state: object) -> ds.core.Plan:
+        neg, null = yield [ds.Call("neg"), ds.Call("null")]
+        return null - 0.5 * (neg - null), state, {}
+
+
+def test_a_method_of_ones_own_is_given_what_it_asks_for() -> None:
+    pipe = tiny.stable_diffusion()
+    ours = guided(pipe, method=CFG + ds.NegativePrompting(0.5), negative_prompt="meat")
+    assert torch.equal(guided(pipe, method=CFG + Mine(), negative_prompt="meat"), ours)
+    with ds.attach(pipe, CFG + Mine()), pytest.raises(MissingContextError, match="'neg'"):
+        latents(pipe)
+
+
+def test_a_context_that_nothing_asks_for_is_told() -> None:
+    pipe = tiny.stable_diffusion()
+
+    class Idle(ds.Guidance):
+        def guide(self, step: ds.Step, state: object) -> ds.core.Plan:
+            (pos,) = yield [ds.Call("pos")]
+            return pos, state, {}
+
+    with pytest.warns(IgnoredPromptWarning, match="context 'neg' had no effect: Idle never asked for it"):
+        guided(pipe, method=Idle(), negative_prompt="meat")
+    with ds.attach(pipe, BOTH, contexts={"nge": "meat"}), pytest.warns(IgnoredPromptWarning, match="'nge' had no"):
+        latents(pipe, negative_prompt="fish")

@@ -33,6 +33,7 @@ def test_terms_values_and_names() -> None:
         ("cfg:-1", ParameterError, "scale"),
         ("cfg:much", ParameterError, "scale"),
         ("cfg:__import__('os')", ParameterError, r"malformed|does not fit"),
+        ("np:1,prio=2", ParameterError, r"does not fit NegativePrompting, which takes scale, context"),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_run(text: str, error: type, message: str) -> None:

@@ -5,13 +5,27 @@ from __future__ import annotations
 import pytest
 
 import diffsteer as ds
-from diffsteer.methods import entry, register
+from diffsteer.errors import ParameterError
+from diffsteer.methods import _registry, entry, register
 
 
 def test_a_name_is_taken_once() -> None:
-    with pytest.raises(ValueError, match="'cfg' exists already: ClassifierFreeGuidance"):
+    with pytest.raises(ParameterError, match="'cfg' exists already: ClassifierFreeGuidance; take another name"):
         register("cfg", title="Another", nfe=1, asks=(), bibtex="")(ds.NegativePrompting)
     assert ds.get_method("cfg") is ds.ClassifierFreeGuidance
+
+
+def test_a_class_that_is_defined_again_takes_its_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_registry, "_ENTRIES", dict(_registry._ENTRIES))
+
+    def cell() -> type:
+        @register("mine", title="Mine", nfe=1, asks=(), bibtex="")
+        class Mine(ds.Guidance): ...
+
+        return Mine
+
+    first, again = cell(), cell()
+    assert ds.get_method("mine") is again is not first
 
 
 def test_a_paper_goes_by_its_number_or_by_author_and_year() -> None:

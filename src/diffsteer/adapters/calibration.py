@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,7 +26,7 @@ def calibrate_pipeline(
     pipe: Any,
     method: DynamicNegativeGuidance,
     *,
-    negative_prompt: str,
+    negative_prompt: str | Sequence[str],
     prompt: str = "",
     beside: Guidance | None = None,
     num_inference_steps: int = 50,
@@ -49,8 +49,8 @@ def calibrate_pipeline(
         With the scheduler that it will be used with.
     method : DynamicNegativeGuidance
         Its prior is replaced.
-    negative_prompt : str
-        One for each context of the method, separated by ``|``.
+    negative_prompt : str or sequence of str
+        One for each context of the method, separated by ``|`` or as a list.
     prompt : str
         The prompt that the method will be used for. What a negative has to do differs a lot between prompts: "a circle"
         is often red and never a triangle. By default the empty prompt, whose calibration serves any prompt, less well.
@@ -98,6 +98,10 @@ def calibrate_pipeline(
             "prompt= and beside= go together: what the prompt's pictures show depends on what guides towards it, such "
             "as beside=ClassifierFreeGuidance(7.5)"
         )
+    if not isinstance(prompt, str):
+        raise ParameterError(f"a calibration is for one prompt, a text; got {prompt!r}: calibrate for each by itself")
+    if not isinstance(negative_prompt, str):
+        negative_prompt = "|".join(map(str, negative_prompt))
     number = len(separate(negative_prompt))
     if number != len(method.contexts):
         raise ParameterError(

@@ -112,7 +112,7 @@ def widen(method: Guidance, negatives: list[str], others: set[str]) -> Guidance:
     ParameterError
         A context was given both ways.
     UnsupportedError
-        The method cannot use a negative prompt, or only one.
+        The method, one of this library's, cannot use a negative prompt, or only one.
     MissingContextError
         The method wants a negative prompt that was not given.
     """
@@ -122,12 +122,13 @@ def widen(method: Guidance, negatives: list[str], others: set[str]) -> Guidance:
             f"{', '.join(twice)} was given both by negative_prompt= and by contexts=, and can be one of them only; "
             "leave the other out"
         )
-    named = sorted(filter(_is_numbered, others)) if _is_ours(method) else []
+    known = _is_ours(method)  # of one's own method only a run shows what it asks for
+    named = sorted(filter(_is_numbered, others)) if known else []
     if len(negatives) > 1 or set(named) - mentioned(method):
         method = _replace(method, (*negatives, *named))
     negatives = [*negatives, *named]
     wanted = set(filter(_is_numbered, mentioned(method)))
-    unused = [name for name in negatives if name not in wanted]
+    unused = [name for name in negatives if name not in wanted] if known else []
     if unused == negatives and negatives:
         raise UnsupportedError(
             f"a negative prompt was given, but {type(method).__name__} cannot use one; add "

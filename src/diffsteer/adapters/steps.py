@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffsteer.adapters.contexts import mentioned
 from diffsteer.adapters.network import PipelineNet
 from diffsteer.core import Guidance, Info, widened
 from diffsteer.engine import (
@@ -22,7 +24,7 @@ from diffsteer.engine import (
     stream,
     versions,
 )
-from diffsteer.errors import ParameterError, UnsupportedError
+from diffsteer.errors import IgnoredPromptWarning, ParameterError, UnsupportedError
 from diffsteer.paths import Level
 from diffsteer.sampling import Result
 from diffsteer.schedulers import ScheduleReading
@@ -46,6 +48,7 @@ class GuidedSteps:
     """
 
     reading: ScheduleReading  # from the first step on
+    wanted: Mapping[str, Any]  # contexts beside "pos", as they were given; nothing where it is the default
 
     def __init__(
         self,
@@ -86,9 +89,24 @@ class GuidedSteps:
                 raise UnsupportedError("this method starts elsewhere than the pipeline; run it with diffsteer.sample()")
         self.engine.nets = nets
         prediction, info = self.engine.guide(x, self.index)
+        if self.index == len(self.levels) - 2:
+            self._check_asked()
         if self.every and self.index % self.every == 0:
             self.kept.append({name: value.detach().float().cpu() for name, value in info.items()})
         return prediction
+
+    def _check_asked(self) -> None:
+        """Say so where a context was given that the whole run has not asked for."""
+        assert self.engine is not None
+        known = self.engine.asked | mentioned(self.method)  # some read a context beside their evaluations
+        unasked = [repr(name) for name, given in self.wanted.items() if given and name not in known]
+        if unasked:
+            warnings.warn(
+                f"context {', '.join(unasked)} had no effect: {type(self.method).__name__} never asked for it; check "
+                "its name, or give the method a term that uses it",
+                IgnoredPromptWarning,
+                stacklevel=2,
+            )
 
     def record(self, steps: int, contexts: list[str]) -> dict[str, Any]:
         """What ran, as plain data."""

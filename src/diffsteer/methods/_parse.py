@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import math
 from typing import Any
 
@@ -50,7 +51,8 @@ def _term(text: str) -> Guidance:
     except (SyntaxError, TypeError, ValueError) as error:
         if isinstance(error, ParameterError):
             raise
-        raise ParameterError(f"{text!r} does not fit {cls.__name__}: {error}") from error
+        takes = ", ".join(inspect.signature(cls).parameters)
+        raise ParameterError(f"{text!r} does not fit {cls.__name__}, which takes {takes}: {error}") from error
 
 
 def _value(node: ast.expr) -> Any:

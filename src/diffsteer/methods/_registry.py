@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from diffsteer.core import Guidance
 from diffsteer.energy.chains import LatentOptimizer
-from diffsteer.errors import UnknownNameError
+from diffsteer.errors import ParameterError, UnknownNameError
 
 _LIMITS = {
     "first_order": "one-evaluation schedulers",
@@ -64,11 +64,12 @@ _ENTRIES: dict[str, Entry] = {}
 
 
 def register(name: str, *, title: str, nfe: float, asks: tuple[str, ...], bibtex: str) -> Callable[[type], type]:
-    """Class decorator that makes a method known under a short name."""
+    """Class decorator that makes a method known under a short name; the same class again replaces itself."""
 
     def add(cls: type) -> type:
-        if name in _ENTRIES:
-            raise ValueError(f"a method {name!r} exists already: {_ENTRIES[name].cls.__qualname__}")
+        known = _ENTRIES[name].cls if name in _ENTRIES else cls
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):  # a cell may run again
+            raise ParameterError(f"a method {name!r} exists already: {known.__qualname__}; take another name")
         _ENTRIES[name] = Entry(name, cls, title, nfe, asks, bibtex.strip())
         return cls
 

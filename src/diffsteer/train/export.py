@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from rich.console import Console
+from rich.progress import track
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -155,9 +157,9 @@ def _evenly(images: Tensor, number: int) -> Tensor:
     return torch.linspace(0, len(images) - 1, min(number, len(images))).round().long()
 
 
-def _in_parts(net: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def _in_parts(net: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """A network's answers, 500 images at a time."""
-    return torch.cat([net(part) for part in images.split(500)])
+    return torch.cat([net(*part) for part in zip(*(values.split(500) for values in rows), strict=True)])
 
 
 def _half(value: Tensor) -> Tensor:
@@ -175,9 +177,9 @@ def _metrics(nets: Mapping[str, Any], data: datasets.Dataset, num_samples: int) 
         return metrics
     levels = list(range(50, SCHEDULE["num_train_timesteps"], 100))
     split = {"train": (data.images, data.labels), "heldout": (data.heldout_images, data.heldout_labels)}
-    losses = {
-        name: [_denoising_loss(nets["denoiser"], *rows, t, num_samples) for t in levels] for name, rows in split.items()
-    }
+    losses: dict[str, list[float]] = {name: [] for name in split}
+    for name, t in track(list(itertools.product(split, levels)), "measuring"):
+        losses[name].append(_denoising_loss(nets["denoiser"], *split[name], t, num_samples))
     metrics["denoiser"] = {"timesteps": levels, "loss": losses}
     if "noisy_classifier" in nets:
         figures = _noisy_classifier(nets["noisy_classifier"], data, levels, num_samples)
@@ -206,7 +208,7 @@ def _noisy(images: Tensor, timestep: int) -> tuple[Tensor, Tensor, Tensor]:
 def _denoising_loss(net: nn.Module, images: Tensor, labels: Tensor, timestep: int, number: int) -> float:
     rows = _evenly(images, number)
     x_t, t, noise = _noisy(images[rows], timestep)
-    prediction = net(x_t, t, class_labels=labels[rows], return_dict=False)[0]
+    prediction = _in_parts(lambda x, t, k: net(x, t, class_labels=k, return_dict=False)[0], x_t, t, labels[rows])
     return round(F.mse_loss(prediction, noise).item(), 4)
 
 
