@@ -190,10 +190,11 @@ def test_pictures_that_nearly_all_show_the_negative(monkeypatch: pytest.MonkeyPa
         ("red", {"prompt": "a circle"}, "go together"),
         ("red", {"prompt": ["a circle"], "beside": CFG}, "for one prompt, a text"),
         (["red", "blue"], {}, "2 negative prompts for 1 context"),
+        ([1], {}, "a text, a list of texts"),
         ("red", {"beside": CFG}, "go together"),
     ],
 )
-def test_refuses(negative: str | list[str], keywords: dict[str, Any], message: str) -> None:
+def test_refuses(negative: Any, keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ParameterError, match=message):
         ds.calibrate_pipeline(tiny.stable_diffusion(), DNG, negative_prompt=negative, **keywords)
 

@@ -496,10 +496,8 @@ def test_a_line_is_the_mean_over_its_pairs(bench: Bench) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_clip_scores_every_picture_against_both_texts(clip: str) -> None:
-    judge, pictures = (
-        judge_of("another", clip),
-        np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8),
-    )
+    judge = judge_of("another", clip)
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     verdict = judge(pictures, "a circle", "red")
     assert not judge.decides
     assert (verdict.undecided.tolist(), verdict.attributes.shape) == ([False, False], (2, 0))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffsteer.adapters.attach import attach
-from diffsteer.adapters.contexts import separate
+from diffsteer.adapters.contexts import pop_negatives
 from diffsteer.calibration import LikelihoodRatio, check_dynamic, read_off, watching
 from diffsteer.core import Guidance
 from diffsteer.engine import join_traces, stream
@@ -100,9 +100,8 @@ def calibrate_pipeline(
         )
     if not isinstance(prompt, str):
         raise ParameterError(f"a calibration is for one prompt, a text; got {prompt!r}: calibrate for each by itself")
-    if not isinstance(negative_prompt, str):
-        negative_prompt = "|".join(map(str, negative_prompt))
-    number = len(separate(negative_prompt))
+    negatives = pop_negatives({"prompt": prompt, "negative_prompt": negative_prompt})
+    number = len(negatives)
     if number != len(method.contexts):
         raise ParameterError(
             f"{number} negative prompts for {len(method.contexts)} contexts of the method; name as many, such as "
@@ -121,7 +120,7 @@ def calibrate_pipeline(
         advance(len(numbers) * num_inference_steps)
         return attached.last
 
-    unwanted = {"negative_prompt": negative_prompt}
+    unwanted = {"negative_prompt": "|".join(given["negative_prompt"] for given in negatives.values())}
     with _quiet(pipe), advancing(progress, _PASSES * num_rollouts * num_inference_steps) as advance:
         idle = beside or ClassifierFreeGuidance(0.0)
         ratios = []

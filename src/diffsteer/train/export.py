@@ -219,7 +219,7 @@ def _noisy_classifier(
     rows = _evenly(data.heldout_images, number)
     for timestep in levels:
         x_t, t, _ = _noisy(data.heldout_images[rows], timestep)
-        logits, labels = net(x_t, t), data.heldout_labels[rows]
+        logits, labels = _in_parts(net, x_t, t), data.heldout_labels[rows]
         figures["heldout_accuracy"].append(_accuracy(logits, labels))
         figures["heldout_cross_entropy"].append(round(F.cross_entropy(logits, labels).item(), 4))
     return figures
